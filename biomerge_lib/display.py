@@ -1,0 +1,132 @@
+"""Knows how records, predictions and curves look in a notebook or a page; computes no scores."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from biomerge_lib.ner_metrics import SpanError, find_errors
+from biomerge_lib.predictions import Prediction
+from biomerge_lib.spans import Span, is_inside
+
+# Okabe and Ito's colour-blind-safe palette: blue, orange, vermilion, purple; the underline's shape repeats the colour.
+STYLE = """<style>
+.bm-text {line-height: 2.1; margin: 4px 0; max-width: 72em; overflow-wrap: anywhere;}
+.bm-text mark {color: inherit; padding: 1px 2px; border-radius: 3px; -webkit-box-decoration-break: clone;
+  box-decoration-break: clone;}
+.bm-text mark.right, .bm-text mark.gold {background: #56b4e94d; border-bottom: 3px solid #0072b2;}
+.bm-text mark.missed {background: #e69f004d; border-bottom: 3px dashed #b37400;}
+.bm-text mark.spurious {background: #d55e0033; border-bottom: 3px double #d55e00;}
+.bm-text mark.overlap {background: #cc79a740; border-bottom: 3px dotted #b8578c;}
+.bm-text .bm-note {opacity: .75; font-size: 85%;}
+@media (prefers-color-scheme: dark) {
+.bm-text mark.right, .bm-text mark.gold {border-color: #56b4e9;}
+.bm-text mark.missed {border-color: #e69f00;}
+.bm-text mark.spurious {border-color: #f0803c;}
+.bm-text mark.overlap {border-color: #e3a0c6;}
+}
+</style>"""
+LEGEND = (
+    '<div class="bm-text"><mark class="right">found</mark> <mark class="missed">missed</mark> '
+    '<mark class="spurious">spurious</mark> '
+    '<mark class="overlap">gold and predicted, but other boundaries</mark></div>'
+)
+ERROR_KINDS = {
+    "missed": "a gold mention, and nothing predicted there",
+    "spurious": "a prediction where gold has nothing",
+    "boundary": "the right place with another start or end",
+    "merged": "one prediction over several gold mentions",
+    "split": "one gold mention in several predictions",
+}
+
+
+def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = None, note: str = "") -> str:
+    """HTML of a text with its spans marked.
+
+    With ``gold`` alone the mentions are marked ``gold``. With ``pred`` a character is ``right`` inside a span that
+    both have, ``missed`` inside a gold span that was not predicted, ``spurious`` inside a predicted span that is not
+    gold, and ``overlap`` inside both of the last two, i.e. where only the boundaries differ.
+    """
+    gold = {span for span in gold if is_inside(span, len(text))}
+    kinds = [""] * len(text)
+    if pred is None:
+        _paint(kinds, gold, "gold")
+    else:
+        pred = {span for span in pred if is_inside(span, len(text))}
+        _paint(kinds, gold - pred, "missed")
+        _paint(kinds, pred - gold, "spurious", over_missed="overlap")
+        _paint(kinds, gold & pred, "right")
+    edges = {position for span in gold | set(pred or ()) for position in span}
+    pieces, start = [], 0
+    for position in range(1, len(text) + 1):
+        if position == len(text) or kinds[position] != kinds[start] or position in edges:
+            piece = html.escape(text[start:position])
+            pieces.append(f'<mark class="{kinds[start]}">{piece}</mark>' if kinds[start] else piece)
+            start = position
+    label = f' <span class="bm-note">{html.escape(note)}</span>' if note else ""
+    return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
+
+
+def highlight_errors(
+    predictions: Sequence[Prediction], *, most: int = 12
+) -> dict[str, tuple[int, list[str]]]:
+    """For each kind of error its count and up to ``most`` highlighted sentences, spread evenly over the split."""
+    by_index = {prediction.index: prediction for prediction in predictions}
+    by_kind = defaultdict(list)
+    for error in find_errors(predictions):
+        by_kind[error.kind].append(error)
+    examples = {}
+    for kind in ERROR_KINDS:
+        errors = by_kind[kind]
+        chosen = errors[:: max(1, -(-len(errors) // most))]
+        examples[kind] = len(errors), [_highlight_error(by_index[error.index], error) for error in chosen]
+    return examples
+
+
+def _highlight_error(prediction: Prediction, error: SpanError, *, around: int = 240) -> str:
+    text, spans = prediction.text, error.gold + error.pred
+    start = max(0, min(span[0] for span in spans) - around)
+    end = min(len(text), max(span[1] for span in spans) + around)
+    inside = lambda found: [(a - start, b - start) for a, b in found if start <= a < b <= end]  # noqa: E731
+    said = [
+        f"{word} " + ", ".join(f"{a}-{b} “{text[a:b][:60]}”" for a, b in found)
+        for word, found in (("gold", error.gold), ("predicted", error.pred))
+        if found
+    ]
+    cut = ["… is cut out of a longer text"] if (start, end) != (0, len(text)) else []
+    note = "; ".join([f"{prediction.doc_id}: " + ", ".join(said), *cut])
+    return highlight(text[start:end], inside(prediction.gold), inside(prediction.pred), note)
+
+
+def show_html(parts: Sequence[str]):
+    """An IPython HTML object of highlighted texts, with their style."""
+    from IPython.display import HTML
+
+    return HTML(STYLE + "".join(parts))
+
+
+def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]):
+    """One panel for each title in ``curves``, with the named keys of the Trainer's log history against steps."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(5 * len(curves), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, (title, keys) in zip(axes[0], curves.items(), strict=True):
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key)
+        axis.set(title=title, xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(frameon=False)
+    return figure
+
+
+def _paint(kinds: list[str], spans: Iterable[Span], kind: str, over_missed: str = "") -> None:
+    for start, end in spans:
+        for position in range(start, end):
+            touches = over_missed and kinds[position] in ("missed", over_missed)
+            kinds[position] = over_missed if touches else kind

@@ -1,0 +1,206 @@
+"""Knows how to score spans; knows nothing of models or prompts.
+
+The headline is exact-span micro F1: a predicted span counts when start and end both equal a gold span's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from biomerge_lib.predictions import Prediction
+from biomerge_lib.prompt import find_words
+from biomerge_lib.spans import Span, snap_to_words
+
+BIO_NAMES = ("O", "B", "I")
+
+
+@dataclass(frozen=True, slots=True)
+class SpanScore:
+    """Micro-averaged counts over sentences; precision, recall and F1 are 0 where they are undefined."""
+
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+
+    @property
+    def precision(self) -> float:
+        return _ratio(self.true_positives, self.true_positives + self.false_positives)
+
+    @property
+    def recall(self) -> float:
+        return _ratio(self.true_positives, self.true_positives + self.false_negatives)
+
+    @property
+    def f1(self) -> float:
+        return _ratio(
+            2 * self.true_positives, 2 * self.true_positives + self.false_positives + self.false_negatives
+        )
+
+
+def score_spans(pairs: Iterable[tuple[Iterable[Span], Iterable[Span]]]) -> SpanScore:
+    """Exact-span micro score of ``(gold, predicted)`` pairs, one pair a sentence."""
+    true_positives = false_positives = false_negatives = 0
+    for gold, predicted in pairs:
+        gold, predicted = set(gold), set(predicted)
+        true_positives += len(gold & predicted)
+        false_positives += len(predicted - gold)
+        false_negatives += len(gold - predicted)
+    return SpanScore(true_positives, false_positives, false_negatives)
+
+
+def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """All scores of a split's predictions.
+
+    ``ner_f1`` (with ``ner_precision``, ``ner_recall``): exact offsets. ``ner_f1_snapped``: predicted offsets
+    widened to the words they touch. ``ner_f1_low``, ``ner_f1_high``: 95 % bootstrap interval over sentences.
+    ``unreadable_rate``, ``out_of_text_rate``, ``unsorted_rate``, ``truncated_rate``: share of records whose
+    answer had such a fault. ``dataset/NAME/ner_f1``: per corpus, when there are several.
+    """
+    exact = score_spans((p.gold, p.pred) for p in predictions)
+    snapped = score_spans((p.gold, snap_prediction(p)) for p in predictions)
+    low, high = bootstrap_f1([(p.gold, p.pred) for p in predictions])
+    count = max(len(predictions), 1)
+    scores = {
+        "ner_f1": exact.f1,
+        "ner_precision": exact.precision,
+        "ner_recall": exact.recall,
+        "ner_f1_low": low,
+        "ner_f1_high": high,
+        "ner_f1_snapped": snapped.f1,
+        "unreadable_rate": sum(p.unreadable > 0 for p in predictions) / count,
+        "out_of_text_rate": sum(p.out_of_text > 0 for p in predictions) / count,
+        "unsorted_rate": sum(p.unsorted > 0 for p in predictions) / count,
+        "truncated_rate": sum("length" in p.finish for p in predictions) / count,
+        "records": len(predictions),
+        "gold_spans": sum(len(p.gold) for p in predictions),
+        "pred_spans": sum(len(p.pred) for p in predictions),
+    }
+    datasets = sorted({p.dataset for p in predictions})
+    if len(datasets) > 1:
+        for name in datasets:
+            scores[f"dataset/{name}/ner_f1"] = score_spans(
+                (p.gold, p.pred) for p in predictions if p.dataset == name
+            ).f1
+    return scores
+
+
+def score_by_length(
+    predictions: Sequence[Prediction], *, edges: Sequence[int] = (10, 20, 30, 40, 60)
+) -> list[dict[str, float | int | str]]:
+    """Exact-span F1 by the number of words in the sentence; ``edges`` are the buckets' upper ends, inclusive."""
+    buckets: dict[int, list[Prediction]] = {}
+    for prediction in predictions:
+        words = len(find_words(prediction.text))
+        buckets.setdefault(sum(words > edge for edge in edges), []).append(prediction)
+    names = [f"{low + 1}-{high}" for low, high in zip((0, *edges), edges, strict=False)] + [f">{edges[-1]}"]
+    rows = []
+    for bucket, members in sorted(buckets.items()):
+        score = score_spans((p.gold, p.pred) for p in members)
+        rows.append({"words": names[bucket], "records": len(members), "ner_f1": score.f1})
+    return rows
+
+
+def snap_prediction(prediction: Prediction) -> list[Span]:
+    """The predicted spans, each widened to the words that it touches."""
+    words = find_words(prediction.text)
+    return sorted({snap_to_words(span, words) for span in prediction.pred})
+
+
+def bootstrap_f1(
+    pairs: Sequence[tuple[Sequence[Span], Sequence[Span]]], *, samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the micro F1, resampling sentences (Efron and Tibshirani 1993)."""
+    if not pairs:
+        return 0.0, 0.0
+    counts = np.array(
+        [
+            (s.true_positives, s.false_positives, s.false_negatives)
+            for s in (score_spans([pair]) for pair in pairs)
+        ]
+    )
+    weights = np.random.default_rng(seed).multinomial(
+        len(pairs), np.full(len(pairs), 1 / len(pairs)), size=samples
+    )
+    true_positives, false_positives, false_negatives = (weights @ counts).T
+    denominator = 2 * true_positives + false_positives + false_negatives
+    f1 = np.divide(2 * true_positives, denominator, out=np.zeros(samples), where=denominator > 0)
+    low, high = np.percentile(f1, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def score_word_labels(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]]) -> dict[str, float]:
+    """seqeval's entity-level precision, recall and F1 of B/I/O labels (0 = O, 1 = B, 2 = I), one list a sentence."""
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    gold_names = [[_tag(label) for label in sentence] for sentence in gold]
+    pred_names = [[_tag(label) for label in sentence] for sentence in predicted]
+    options = {"zero_division": 0}
+    return {
+        "ner_f1": float(f1_score(gold_names, pred_names, **options)),
+        "ner_precision": float(precision_score(gold_names, pred_names, **options)),
+        "ner_recall": float(recall_score(gold_names, pred_names, **options)),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SpanError:
+    """A span that is wrong, and how: ``missed``, ``spurious``, ``boundary``, ``merged`` or ``split``."""
+
+    index: int
+    kind: str
+    gold: tuple[Span, ...]
+    pred: tuple[Span, ...]
+
+
+def find_errors(predictions: Sequence[Prediction]) -> list[SpanError]:
+    """Every wrong span, grouped with the spans it overlaps.
+
+    Wrong gold and predicted spans that overlap form a group: one gold with one prediction is ``boundary``, one
+    prediction over several gold spans ``merged``, one gold span in several predictions ``split``; a span alone
+    is ``missed`` (gold) or ``spurious`` (predicted).
+    """
+    errors = []
+    for prediction in predictions:
+        right = set(prediction.gold) & set(prediction.pred)
+        gold = [span for span in prediction.gold if span not in right]
+        pred = [span for span in prediction.pred if span not in right]
+        for group_gold, group_pred in _overlap_groups(gold, pred):
+            kind = _error_kind(len(group_gold), len(group_pred))
+            errors.append(SpanError(prediction.index, kind, tuple(group_gold), tuple(group_pred)))
+    return errors
+
+
+def _error_kind(gold_count: int, pred_count: int) -> str:
+    if pred_count == 0:
+        return "missed"
+    if gold_count == 0:
+        return "spurious"
+    if gold_count > 1 and pred_count == 1:
+        return "merged"
+    if gold_count == 1 and pred_count > 1:
+        return "split"
+    return "boundary"
+
+
+def _overlap_groups(gold: list[Span], pred: list[Span]) -> list[tuple[list[Span], list[Span]]]:
+    marked = sorted([(span, 0) for span in gold] + [(span, 1) for span in pred])
+    groups: list[tuple[list[Span], list[Span]]] = []
+    reach = -1
+    for span, side in marked:
+        if span[0] >= reach:
+            groups.append(([], []))
+        groups[-1][side].append(span)
+        reach = max(reach, span[1])
+    return groups
+
+
+def _tag(label: int) -> str:
+    name = BIO_NAMES[label]
+    return name if name == "O" else f"{name}-ENT"
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0

@@ -1,0 +1,151 @@
+"""Knows the way from records to prompts and from answers back to predictions, whoever decodes.
+
+    records --[build_prompts]--> prompts --(greedy decoding | vLLM)--> answers --[collect_predictions]--> predictions
+
+Knows nothing of models, servers or scores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from biomerge_lib.errors import DataError
+from biomerge_lib.prompt import Chunk, cue_of, encode_prompt, merge_chunks, split_record
+from biomerge_lib.records import Record
+from biomerge_lib.spans import Span, parse_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request to a model: a record, or a chunk of a long one. ``record_index`` counts the split's records."""
+
+    record_index: int
+    chunk: Chunk
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RawAnswer:
+    """What a decoder wrote after ``<TAG>``: ``token_ids`` without EOS, its text, and why it stopped."""
+
+    token_ids: list[int]
+    text: str
+    finish: Literal["eos", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A record's gold and predicted spans. Written one a line to ``predictions-<split>-<decoder>.jsonl``.
+
+    ``answers``, ``answer_ids`` and ``finish`` have one entry a chunk (one, for all but very long records).
+    ``unreadable``, ``out_of_text`` and ``unsorted`` count what was wrong with the answers.
+    """
+
+    index: int
+    text: str
+    doc_id: str
+    dataset: str
+    gold: list[Span]
+    pred: list[Span]
+    answers: list[str]
+    answer_ids: list[list[int]]
+    finish: list[str]
+    unreadable: int
+    out_of_text: int
+    unsorted: int
+
+
+def build_prompts(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    offset_anchors: str,
+    corpus_cue: bool,
+    max_input_tokens: int,
+) -> list[Prompt]:
+    """The prompts of a split, in order; records over ``max_input_tokens`` become several prompts."""
+    prompts = []
+    for index, record in enumerate(records):
+        chunks = split_record(
+            record,
+            tokenizer,
+            offset_anchors=offset_anchors,
+            corpus_cue=corpus_cue,
+            max_input_tokens=max_input_tokens,
+        )
+        for chunk in chunks:
+            cue = cue_of(chunk.record, corpus_cue=corpus_cue)
+            ids, _, _ = encode_prompt(chunk.record.text, tokenizer, offset_anchors=offset_anchors, cue=cue)
+            prompts.append(Prompt(index, chunk, ids))
+    return prompts
+
+
+def collect_predictions(
+    records: Sequence[Record], prompts: Sequence[Prompt], answers: Sequence[RawAnswer]
+) -> list[Prediction]:
+    """Parse the answers, map chunks back, and pair each record with its predicted spans."""
+    by_record: dict[int, list[tuple[Chunk, RawAnswer]]] = {index: [] for index in range(len(records))}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        by_record[prompt.record_index].append((prompt.chunk, answer))
+    predictions = []
+    for index, record in enumerate(records):
+        pairs = by_record[index]
+        parsed = [parse_answer(answer.text, len(chunk.record.text)) for chunk, answer in pairs]
+        predictions.append(
+            Prediction(
+                index=index,
+                text=record.text,
+                doc_id=record.doc_id,
+                dataset=record.dataset,
+                gold=list(record.spans),
+                pred=merge_chunks([chunk for chunk, _ in pairs], [answer.spans for answer in parsed]),
+                answers=[answer.text for _, answer in pairs],
+                answer_ids=[answer.token_ids for _, answer in pairs],
+                finish=[answer.finish for _, answer in pairs],
+                unreadable=sum(len(answer.unreadable) for answer in parsed),
+                out_of_text=sum(len(answer.out_of_text) for answer in parsed),
+                unsorted=sum(not answer.is_sorted for answer in parsed),
+            )
+        )
+    return predictions
+
+
+def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:
+    """Write predictions as JSONL, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as out:
+        for prediction in predictions:
+            out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def read_predictions(path: Path | str) -> list[Prediction]:
+    """Read what :func:`write_predictions` wrote.
+
+    Raises:
+        DataError: the file is missing, or a line is not a prediction.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. 04_greedy_dev and 05_vllm_eval write predictions.")
+    predictions = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                fields = json.loads(line)
+                for key in ("gold", "pred"):
+                    fields[key] = [tuple(span) for span in fields[key]]
+                predictions.append(Prediction(**fields))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a prediction ({error}).") from None
+    return predictions

@@ -1,0 +1,239 @@
+"""Knows how a record becomes token ids, once for training, greedy decoding and vLLM.
+
+    prompt_ids = ids of ``<NER> 0 Aspirin 8 can ...`` + [<TAG>]
+    completion_ids = ids of `` 0-7 ; 20-34`` + [EOS]
+
+Knows nothing of models, files or metrics. Offsets always refer to the record's own text, whatever the
+rendering writes around it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from biomerge_lib.errors import DataError
+from biomerge_lib.records import NER_PREFIX, Record
+from biomerge_lib.spans import TAG, Span, format_spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ANCHOR_STYLES = ("none", "start", "start_end", "start_colon", "echo_start")
+IGNORE = -100
+B_I_O = {"O": 0, "B": 1, "I": 2}
+_WORD = re.compile(r"\S+")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A prompt string and where the text's words stand in it.
+
+    ``words[i]`` is a word's ``(start, end)`` in the record's text, ``rendered_words[i]`` the same word's
+    ``(start, end)`` in ``prompt``.
+    """
+
+    prompt: str
+    words: list[Span]
+    rendered_words: list[Span]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids of one record.
+
+    ``prompt_ids``: (P,), ends with ``<TAG>``. ``completion_ids``: (C,), ends with EOS.
+    ``word_last_tokens``: for each word of the text the index in ``prompt_ids`` of its last token, the
+    first position at which a causal model has read the whole word.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    words: list[Span]
+    word_last_tokens: list[int]
+
+
+def find_words(text: str) -> list[Span]:
+    """The ``(start, end)`` of the white-space separated words of a text.
+
+    >>> find_words("Aspirin can")
+    [(0, 7), (8, 11)]
+    """
+    return [match.span() for match in _WORD.finditer(text)]
+
+
+def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Rendering:
+    """Write a text as the model sees it (without the closing ``<TAG>``).
+
+    ``none`` is the plain sentence, to the character. ``start`` writes each word's start offset before it,
+    so that the model copies offsets instead of counting characters; ``start_end`` also writes the end
+    after it, ``start_colon`` spells the start with a colon. ``echo_start`` writes the plain sentence first and the
+    anchored one after it: a causal model then reads every anchored word knowing the whole sentence (the echo of
+    Springer et al. 2024, "Repetition improves language model embeddings"). ``cue`` names the corpus whose
+    annotation policy is wanted.
+
+    >>> render("Aspirin can", offset_anchors="start", cue="bc5cdr").prompt
+    '<NER> bc5cdr | 0 Aspirin 8 can'
+    """
+    if offset_anchors not in ANCHOR_STYLES:
+        raise ValueError(f"offset_anchors must be one of {ANCHOR_STYLES}, not {offset_anchors!r}")
+    words = find_words(text)
+    head = NER_PREFIX + (f"{cue} | " if cue else "")
+    if offset_anchors == "none":
+        shift = len(head)
+        return Rendering(head + text, words, [(start + shift, end + shift) for start, end in words])
+    if offset_anchors == "echo_start":
+        head += f"{text} | "
+    parts, rendered, position = [head], [], len(head)
+    for index, (start, end) in enumerate(words):
+        gap = " " if index else ""
+        before = f"{gap}{start}:" if offset_anchors == "start_colon" else f"{gap}{start} "
+        after = f" {end}" if offset_anchors == "start_end" else ""
+        rendered.append((position + len(before), position + len(before) + end - start))
+        parts += [before, text[start:end], after]
+        position += len(before) + end - start + len(after)
+    return Rendering("".join(parts), words, rendered)
+
+
+def cue_of(record: Record, *, corpus_cue: bool) -> str | None:
+    """The corpus name to put into the prompt, or None when cues are off."""
+    return record.dataset if corpus_cue else None
+
+
+def encode_prompt(
+    text: str, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, cue: str | None = None
+) -> tuple[list[int], list[Span], list[int]]:
+    """Token ids of a prompt, closed by ``<TAG>``; the words; the index of each word's last token."""
+    rendering = render(text, offset_anchors=offset_anchors, cue=cue)
+    encoded = tokenizer(rendering.prompt, return_offsets_mapping=True)
+    prompt_ids = [*encoded["input_ids"], tokenizer.convert_tokens_to_ids(TAG)]
+    last_tokens = _last_tokens(encoded["offset_mapping"], rendering.rendered_words)
+    return prompt_ids, rendering.words, last_tokens
+
+
+def encode_completion(spans: Iterable[Span], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Token ids of what the model must write after ``<TAG>``: `` 0-7 ; 20-34`` and EOS."""
+    completion = format_spans(spans).removeprefix(TAG)
+    ids = tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode(
+    record: Record, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
+) -> Encoding:
+    """Token ids of a record; the one place where prompts are tokenised."""
+    prompt_ids, words, last_tokens = encode_prompt(
+        record.text, tokenizer, offset_anchors=offset_anchors, cue=cue_of(record, corpus_cue=corpus_cue)
+    )
+    return Encoding(prompt_ids, encode_completion(record.spans, tokenizer), words, last_tokens)
+
+
+def word_labels(words: Sequence[Span], spans: Iterable[Span]) -> list[int]:
+    """B/I/O label of each word: a word belongs to the first span that it overlaps.
+
+    >>> word_labels([(0, 7), (8, 11), (12, 18)], [(0, 7), (12, 18)])
+    [1, 0, 1]
+    """
+    labels = [B_I_O["O"]] * len(words)
+    ordered = sorted(spans)
+    current = 0
+    begun = None
+    for index, (start, end) in enumerate(words):
+        while current < len(ordered) and ordered[current][1] <= start:
+            current += 1
+        if current < len(ordered) and ordered[current][0] < end:
+            labels[index] = B_I_O["I"] if begun == current else B_I_O["B"]
+            begun = current
+    return labels
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a longer record: ``record.text == source.text[offset : offset + len(record.text)]``."""
+
+    record: Record
+    offset: int
+
+
+def split_record(
+    record: Record,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    offset_anchors: str,
+    corpus_cue: bool,
+    max_input_tokens: int,
+    max_target_tokens: int | None = None,
+) -> list[Chunk]:
+    """Cut a record whose prompt is over ``max_input_tokens`` at word boundaries; otherwise ``[record]``.
+
+    With ``max_target_tokens`` (training: the gold is known) the completion is held to its limit too and
+    no cut goes through a gold span. Without it (evaluation) the gold does not influence the cuts.
+    :func:`merge_chunks` is the inverse.
+
+    Raises:
+        DataError: a single word, or a single gold span, is longer than the limits allow.
+    """
+    use_gold = max_target_tokens is not None
+    pieces: list[Chunk] = []
+    todo = [Chunk(record, 0)]
+    while todo:
+        chunk = todo.pop()
+        encoding = encode(chunk.record, tokenizer, offset_anchors=offset_anchors, corpus_cue=corpus_cue)
+        too_long = len(encoding.prompt_ids) > max_input_tokens
+        if use_gold and len(encoding.completion_ids) > max_target_tokens:
+            too_long = True
+        if not too_long:
+            pieces.append(chunk)
+            continue
+        cut = _middle_cut(chunk.record, encoding.words, keep_spans=use_gold)
+        if cut is None:
+            where = f"{record.dataset}/{record.doc_id}"
+            raise DataError(
+                f"{where}: {chunk.record.text[:60]!r} needs {len(encoding.prompt_ids)} prompt and "
+                f"{len(encoding.completion_ids)} target tokens and cannot be cut between words or gold spans. "
+                f"Raise max_input_tokens ({max_input_tokens}) or max_target_tokens ({max_target_tokens})."
+            )
+        todo += [_slice(chunk, cut, len(chunk.record.text)), _slice(chunk, 0, cut)]
+    return pieces
+
+
+def merge_chunks(chunks: Sequence[Chunk], spans_per_chunk: Sequence[Iterable[Span]]) -> list[Span]:
+    """Map spans found in chunks back to the offsets of the text they were cut from, sorted."""
+    found = {
+        (start + chunk.offset, end + chunk.offset)
+        for chunk, spans in zip(chunks, spans_per_chunk, strict=True)
+        for start, end in spans
+    }
+    return sorted(found)
+
+
+def _middle_cut(record: Record, words: list[Span], *, keep_spans: bool) -> int | None:
+    """The word start nearest to the middle that cuts no gold span (halving keeps chunks of even length)."""
+    cuts = [start for start, _ in words[1:]]
+    if keep_spans:
+        cuts = [cut for cut in cuts if not any(start < cut < end for start, end in record.spans)]
+    middle = len(record.text) / 2
+    return min(cuts, key=lambda cut: abs(cut - middle), default=None)
+
+
+def _slice(chunk: Chunk, start: int, end: int) -> Chunk:
+    record = chunk.record
+    inside = tuple((s - start, e - start) for s, e in record.spans if start <= s and e <= end)
+    part = Record(text=record.text[start:end], spans=inside, doc_id=record.doc_id, dataset=record.dataset)
+    return Chunk(part, chunk.offset + start)
+
+
+def _last_tokens(token_offsets: Sequence[Span], rendered_words: Sequence[Span]) -> list[int]:
+    last_tokens = []
+    token = 0
+    for start, end in rendered_words:
+        last = None
+        while token < len(token_offsets) and token_offsets[token][0] < end:
+            if token_offsets[token][1] > start:
+                last = token
+            token += 1
+        # A token that straddles two words is the last of both.
+        last_tokens.append(last if last is not None else token - 1)
+    return last_tokens

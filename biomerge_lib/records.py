@@ -1,0 +1,147 @@
+"""Knows the record, one JSON object a line; knows nothing of corpora, prompts or models.
+
+{"task": "NER", "input": "<NER> Aspirin can ...", "target": "<TAG> 0-7", "doc_id": "d1", "dataset": "bc5cdr"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from biomerge_lib.errors import DataError
+from biomerge_lib.spans import Span, format_spans, is_inside, parse_answer
+
+NER_PREFIX = "<NER> "
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sentence (or passage) with its gold spans.
+
+    ``spans`` are offsets in ``text``, the input without its ``<NER> `` prefix. ``doc_id`` names the
+    document inside ``dataset``: splitting and sampling go by document.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    doc_id: str
+    dataset: str
+
+    @property
+    def input(self) -> str:
+        return NER_PREFIX + self.text
+
+    @property
+    def target(self) -> str:
+        return format_spans(self.spans)
+
+    def to_json(self) -> str:
+        fields = {
+            "task": "NER",
+            "input": self.input,
+            "target": self.target,
+            "doc_id": self.doc_id,
+            "dataset": self.dataset,
+        }
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def parse_record(line: str, where: str) -> Record:
+    """Read one JSONL line; ``where`` (``file:line``) goes into the error.
+
+    Raises:
+        DataError: not JSON, a key missing or of the wrong type, a span string that cannot be read,
+            an offset outside the text, or ``start >= end``.
+    """
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(fields).__name__}.")
+    for key in ("input", "target", "doc_id", "dataset"):
+        if not isinstance(fields.get(key), str):
+            problem = "is missing" if key not in fields else "must be a string"
+            raise DataError(
+                f"{where}: key {key!r} {problem}. A record has task, input, target, doc_id, dataset."
+            )
+    if fields.get("task", "NER") != "NER":
+        raise DataError(f"{where}: task {fields['task']!r} is not 'NER'.")
+    if not fields["input"].startswith(NER_PREFIX):
+        raise DataError(f"{where}: input must begin with '<NER> '; it begins {fields['input'][:12]!r}.")
+    text = fields["input"][len(NER_PREFIX) :]
+    if not text.strip():
+        raise DataError(f"{where}: the text after '<NER> ' is empty.")
+    answer = parse_answer(fields["target"], len(text))
+    if answer.unreadable:
+        raise DataError(
+            f"{where}: cannot read {answer.unreadable[0]!r} in target; spans look like '0-7 ; 20-34'."
+        )
+    if answer.out_of_text:
+        start, end = answer.out_of_text[0]
+        raise DataError(f"{where}: span {start}-{end} is not inside the text of {len(text)} characters.")
+    return Record(text=text, spans=tuple(answer.spans), doc_id=fields["doc_id"], dataset=fields["dataset"])
+
+
+def iter_records(path: Path | str) -> Iterator[Record]:
+    """Read a JSONL file record by record, in order (memory does not grow with the file).
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or a line is bad (named as ``file:line``).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. notebooks/02_data.ipynb writes it; or set data_dir.")
+    found = False
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line).") from None
+            if not line.strip():
+                continue
+            found = True
+            yield parse_record(line, where)
+    if not found:
+        raise DataError(f"{path}: the file has no records.")
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """All records of a JSONL file; the inverse of :func:`write_records`."""
+    return list(iter_records(path))
+
+
+def write_records(path: Path | str, records: Iterable[Record]) -> int:
+    """Write records as JSONL, atomically (a crash leaves the old file); return how many.
+
+    Raises:
+        DataError: a record's span is outside its text.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8", newline="\n") as out:
+        for record in records:
+            for span in record.spans:
+                if not is_inside(span, len(record.text)):
+                    raise DataError(
+                        f"{record.dataset}/{record.doc_id}: span {span} is not inside {record.text!r}."
+                    )
+            out.write(record.to_json() + "\n")
+            count += 1
+    os.replace(partial, path)
+    return count
+
+
+def file_sha256(path: Path | str) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

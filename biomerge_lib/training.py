@@ -1,0 +1,358 @@
+"""Knows the training loop: transformers' Trainer with the watch metric, greedy dev passes and resume.
+
+examples + model --[NerTrainer]--> checkpoints/, log_history.json, training.json --> best checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from biomerge_lib.decoding import greedy_decode
+from biomerge_lib.errors import DataError, ModelError
+from biomerge_lib.ner_metrics import score_predictions, score_word_labels
+from biomerge_lib.ner_span import SpanCollator, build_dataset
+from biomerge_lib.parameters import Parameters
+from biomerge_lib.predictions import build_prompts, collect_predictions
+from biomerge_lib.prompt import IGNORE
+from biomerge_lib.records import Record
+from biomerge_lib.runs import write_json
+from biomerge_lib.unsloth_lora_ner import load_lora_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerFast
+
+WATCH_METRIC = "eval_ner_f1"
+log = logging.getLogger("biomerge")
+
+
+@dataclass
+class NerTrainingArguments(TrainingArguments):
+    """TrainingArguments with the brief's switch between the fast and the greedy evaluation."""
+
+    predict_with_generate: bool = False
+    generation_max_new_tokens: int = 64
+
+
+class NerTrainer(Trainer):
+    """A Trainer whose ``evaluate`` scores spans.
+
+    With ``predict_with_generate`` it decodes greedily and scores exact spans; without, it scores the token head
+    with seqeval in one forward pass (or decodes, if the model has no head).
+    """
+
+    def __init__(self, *, records: dict[str, list[Record]], parameters: Parameters, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.records = records
+        self.parameters = parameters
+        # The model divides its loss by num_items_in_batch, the target tokens of the whole optimiser step.
+        self.model_accepts_loss_kwargs = True
+        self._words_in_step: torch.Tensor | None = None
+        self.tokens_seen = 0
+        self.examples_seen = 0
+        self.last_greedy: tuple[int, dict[str, Any]] = (-1, {})
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        words = sum((batch["token_labels"] != IGNORE).sum() for batch in batches)
+        if self.args.world_size > 1:
+            words = self.accelerator.gather(torch.as_tensor(words, device=device)).sum()
+        self._words_in_step = torch.as_tensor(words, device=device).clamp(min=1)
+        self.tokens_seen += int(sum(batch["attention_mask"].sum() for batch in batches))
+        self.examples_seen += sum(len(batch["input_ids"]) for batch in batches)
+        return batches, items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if num_items_in_batch is not None:
+            inputs = {**inputs, "num_words_in_batch": self._words_in_step}
+        result = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        loss, _ = result
+        if not torch.isfinite(loss.detach()):
+            raise ModelError(self._save_bad_batch(inputs, float(loss)))
+        return result if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            output = model(**inputs)
+        if prediction_loss_only or "token_logits" not in output:
+            return output["loss"], None, None
+        return output["loss"], output["token_logits"].argmax(-1), inputs["token_labels"]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if not self.args.predict_with_generate and self.parameters.fast_metrics:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score_greedily("dev").items()}
+        self.log({name: value for name, value in metrics.items() if isinstance(value, float)})
+        if WATCH_METRIC in metrics:
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.last_greedy = (self.state.global_step, metrics)
+        return metrics
+
+    def score_greedily(self, split: str) -> dict[str, Any]:
+        """Decode a split's records with the model as it stands, and score exact spans."""
+        started = time.time()
+        parameters, tokenizer = self.parameters, self.processing_class
+        prompts = build_prompts(
+            self.records[split],
+            tokenizer,
+            offset_anchors=parameters.offset_anchors,
+            corpus_cue=parameters.corpus_cue,
+            max_input_tokens=parameters.max_input_tokens,
+        )
+        answers = greedy_decode(
+            self.accelerator.unwrap_model(self.model),
+            tokenizer,
+            prompts,
+            max_new_tokens=self.args.generation_max_new_tokens,
+            batch_size=self.args.per_device_eval_batch_size,
+            progress=f"greedy {split}",
+        )
+        scores = score_predictions(collect_predictions(self.records[split], prompts, answers))
+        return scores | {"seconds": round(time.time() - started, 2)}
+
+    def _save_bad_batch(self, inputs: dict[str, Any], loss: float) -> str:
+        path = Path(self.args.output_dir) / f"bad_batch_step{self.state.global_step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: value for name, value in inputs.items() if torch.is_tensor(value)}, path)
+        return (
+            f"the loss is {loss} at step {self.state.global_step}; the batch is in {path}. Lower learning_rate "
+            f"({self.args.learning_rate}) or set dtype=float32 to find the cause."
+        )
+
+
+class EpochEndEvaluation(TrainerCallback):
+    """At each epoch's end: the watch metric, a checkpoint, and a greedy pass over dev."""
+
+    def __init__(self) -> None:
+        self.trainer: NerTrainer | None = None
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        evaluated = any(
+            entry["step"] == state.global_step and WATCH_METRIC in entry for entry in state.log_history
+        )
+        control.should_evaluate = not evaluated
+        control.should_save = not evaluated
+        if self.trainer.parameters.fast_metrics:
+            evaluate_greedily(self.trainer, "greedy_dev")
+        return control
+
+
+def evaluate_greedily(trainer: NerTrainer, prefix: str) -> dict[str, Any]:
+    """``trainer.evaluate`` with generation switched on just for this pass."""
+    before = trainer.args.predict_with_generate
+    trainer.args.predict_with_generate = True
+    try:
+        return trainer.evaluate(metric_key_prefix=prefix)
+    finally:
+        trainer.args.predict_with_generate = before
+
+
+def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel:
+    """The prepared backbone with a fresh adapter (and token head), as the parameters ask."""
+    return load_lora_model(
+        backbone_folder,
+        backend=parameters.backend,
+        dtype=parameters.dtype,
+        lora_rank=parameters.lora_rank,
+        lora_alpha=parameters.lora_alpha,
+        lora_dropout=parameters.lora_dropout,
+        token_head=parameters.fast_metrics,
+        head_loss_weight=parameters.head_loss_weight,
+        gradient_checkpointing=parameters.gradient_checkpointing,
+        max_length=parameters.max_input_tokens + parameters.max_target_tokens,
+        seed=parameters.seed,
+    )
+
+
+def build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    records: dict[str, list[Record]],
+    parameters: Parameters,
+    *,
+    checkpoints: Path | str,
+) -> NerTrainer:
+    """Wire model, data and parameters into a Trainer.
+
+    Args:
+        records: the splits ``train`` and ``dev`` (and ``test`` when ``run_test_eval``).
+        checkpoints: folder of ``checkpoint-<step>`` folders.
+
+    Raises:
+        DataError: dev has no records or no entity (no metric could be computed).
+    """
+    if not any(record.spans for record in records["dev"]):
+        raise DataError(
+            "the dev records hold no entity: there is nothing to measure. Check dev.jsonl or eval_limit."
+        )
+    datasets = {
+        split: build_dataset(
+            records[split],
+            tokenizer,
+            offset_anchors=parameters.offset_anchors,
+            corpus_cue=parameters.corpus_cue,
+            max_input_tokens=parameters.max_input_tokens,
+            max_target_tokens=parameters.max_target_tokens,
+        )
+        for split in ("train", "dev")
+    }
+    epoch_end = EpochEndEvaluation()
+    trainer = NerTrainer(
+        records=records,
+        parameters=parameters,
+        model=model,
+        args=training_arguments(parameters, checkpoints),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["dev"],
+        data_collator=SpanCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        compute_metrics=head_metrics if parameters.fast_metrics else None,
+        callbacks=[
+            EarlyStoppingCallback(parameters.early_stopping_patience, parameters.early_stopping_threshold),
+            epoch_end,
+        ],
+    )
+    epoch_end.trainer = trainer
+    return trainer
+
+
+def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTrainingArguments:
+    """The Trainer's arguments for a set of parameters."""
+    on_cpu = not torch.cuda.is_available()
+    if parameters.wandb_mode != "disabled":
+        os.environ.setdefault("WANDB_PROJECT", parameters.wandb_project)
+        os.environ.setdefault("WANDB_MODE", parameters.wandb_mode)
+    return NerTrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=parameters.per_device_train_batch_size,
+        per_device_eval_batch_size=parameters.per_device_eval_batch_size,
+        gradient_accumulation_steps=parameters.gradient_accumulation_steps,
+        num_train_epochs=parameters.num_train_epochs,
+        learning_rate=parameters.learning_rate,
+        lr_scheduler_type=parameters.lr_scheduler_type,
+        warmup_steps=parameters.warmup_ratio,
+        bf16=parameters.dtype == "bfloat16",
+        gradient_checkpointing=False,  # the model has it already, or not
+        logging_steps=parameters.logging_steps,
+        eval_strategy="steps",
+        eval_steps=parameters.eval_steps,
+        save_strategy="steps",
+        save_steps=parameters.save_steps,
+        save_total_limit=parameters.save_total_limit,
+        load_best_model_at_end=True,
+        metric_for_best_model=WATCH_METRIC,
+        greater_is_better=True,
+        train_sampling_strategy="group_by_length",
+        length_column_name="length",
+        dataloader_num_workers=parameters.num_workers,
+        dataloader_pin_memory=parameters.pin_memory and not on_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        deepspeed=parameters.deepspeed,
+        report_to=[] if parameters.wandb_mode == "disabled" else ["wandb"],
+        run_name=parameters.run_name,
+        seed=parameters.seed,
+        use_cpu=on_cpu,
+        predict_with_generate=not parameters.fast_metrics,
+        generation_max_new_tokens=parameters.max_new_tokens,
+    )
+
+
+def head_metrics(prediction) -> dict[str, float]:
+    """seqeval scores of the token head; ``prediction`` holds (N, T) label ids, IGNORE where there is no word."""
+    kept = [row != IGNORE for row in prediction.label_ids]
+    gold = [row[keep].tolist() for row, keep in zip(prediction.label_ids, kept, strict=True)]
+    pred = [row[keep].tolist() for row, keep in zip(np.asarray(prediction.predictions), kept, strict=True)]
+    return score_word_labels(gold, pred)
+
+
+def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
+    """Train (or go on from the newest checkpoint), reload the best checkpoint, score dev greedily, keep it all.
+
+    Writes ``training.json`` (the returned metrics) and ``log_history.json`` to the run folder; when
+    ``training.json`` exists the run is finished and its metrics are returned at once.
+    """
+    done = run_folder / "training.json"
+    if done.is_file():
+        print(f"{run_folder.name} is trained already; existing_run=replace trains it anew.")
+        return json.loads(done.read_text(encoding="utf-8"))
+    checkpoints = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    if last:
+        print(f"going on from {last}")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.time()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.time() - started
+    best = Path(trainer.state.best_model_checkpoint or get_last_checkpoint(checkpoints)).name
+    step, greedy = trainer.last_greedy
+    if f"checkpoint-{step}" != best or "greedy_dev_ner_f1" not in greedy:
+        greedy = evaluate_greedily(trainer, "greedy_dev")
+    metrics = {
+        "eval_ner_f1": trainer.state.best_metric,
+        "train_loss": next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry),
+        **greedy,
+        "steps": trainer.state.global_step,
+        "train_seconds": round(seconds, 2),
+        "train_tokens_per_second": round(trainer.tokens_seen / seconds, 1),
+        "train_sentences_per_second": round(trainer.examples_seen / seconds, 2),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "best_checkpoint": best,
+    }
+    if torch.cuda.is_available():
+        metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    if trainer.parameters.run_test_eval:
+        metrics |= {f"test_{name}": value for name, value in trainer.score_greedily("test").items()}
+    write_json(run_folder / "log_history.json", trainer.state.log_history)
+    write_json(done, metrics)
+    return metrics
+
+
+def explain_gap(metrics: dict[str, Any]) -> str:
+    """Say whether the fast and the greedy F1 agree within 0.01, and if not, what the greedy answers show."""
+    fast, greedy = metrics["eval_ner_f1"], metrics["greedy_dev_ner_f1"]
+    if abs(fast - greedy) <= 0.01:
+        return f"fast {fast:.3f} and greedy {greedy:.3f} agree within 0.01."
+    faults = {
+        "answers that are not spans (format)": metrics["greedy_dev_unreadable_rate"],
+        "answers cut at max_new_tokens (no EOS)": metrics["greedy_dev_truncated_rate"],
+        "offsets outside the text": metrics["greedy_dev_out_of_text_rate"],
+        "offsets out of order": metrics["greedy_dev_unsorted_rate"],
+    }
+    seen = [f"{name}: {rate:.1%} of sentences" for name, rate in faults.items() if rate > 0.005]
+    snapped = metrics["greedy_dev_ner_f1_snapped"]
+    if snapped - greedy > 0.01:
+        seen.append(f"offsets inside the right words but not at their edges (snapped F1 {snapped:.3f})")
+    cause = "; ".join(seen) or (
+        "the answers are well-formed, so the two readings differ in kind: the head tags each word from its left "
+        "context, the answer is written after the whole sentence"
+    )
+    return f"fast {fast:.3f} and greedy {greedy:.3f} differ by {abs(fast - greedy):.3f}: {cause}."
+
+
+def best_checkpoint(run_folder: Path, metrics: dict[str, Any]) -> Path:
+    """The folder of the best checkpoint.
+
+    Raises:
+        ModelError: it is gone.
+    """
+    folder = run_folder / "checkpoints" / metrics["best_checkpoint"]
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: the best checkpoint is gone; existing_run=replace trains it anew.")
+    return folder

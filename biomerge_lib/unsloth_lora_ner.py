@@ -1,0 +1,331 @@
+"""Knows the model: a causal LM with LoRA and an optional token head; knows nothing of data sets or training loops.
+
+    loss = cross-entropy(target tokens) + head_loss_weight * cross-entropy(B/I/O of each word)
+
+Both backends give the same PEFT model: LoRA on every linear layer of attention and MLP, the five added embedding
+rows, and the head as a ``modules_to_save`` module of the adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import shutil
+import types
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biomerge_lib.errors import ModelError
+from biomerge_lib.prompt import IGNORE
+from biomerge_lib.runs import write_json
+from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LABELS = 3  # O, B, I
+log = logging.getLogger("biomerge")
+
+
+def import_backend(backend: str) -> None:
+    """Import Unsloth, if it is the backend, before transformers and peft (it patches both).
+
+    Raises:
+        ModelError: Unsloth is not installed.
+    """
+    if backend == "unsloth":
+        try:
+            importlib.import_module("unsloth")
+        except ImportError as error:
+            raise ModelError(
+                f"backend=unsloth cannot be imported ({error}). Run `make env`, or set backend=peft."
+            ) from error
+
+
+def load_lora_model(
+    folder: Path | str,
+    *,
+    backend: str,
+    dtype: str,
+    lora_rank: int,
+    lora_alpha: int,
+    lora_dropout: float,
+    token_head: bool,
+    head_loss_weight: float,
+    gradient_checkpointing: bool,
+    max_length: int,
+    seed: int,
+) -> PeftModel:
+    """A prepared backbone with a fresh adapter, ready to train.
+
+    ``max_length`` is the longest sequence in tokens (Unsloth sizes its rotary cache by it and truncates beyond).
+
+    Raises:
+        ModelError: the folder holds no model, or the backend cannot load it.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(folder)
+    adapter = {
+        "r": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "target_modules": list(LINEAR_LAYERS),
+        "trainable_token_indices": tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)),
+        "modules_to_save": ["token_head"] if token_head else None,
+    }
+    if backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), max_seq_length=max_length, load_in_4bit=False
+        )
+        _attach_token_head(model, token_head)
+        model = FastLanguageModel.get_peft_model(
+            model,
+            **adapter,
+            bias="none",
+            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+            random_state=seed,
+        )
+    else:
+        model = load_causal_lm(folder, dtype=dtype)
+        _attach_token_head(model, token_head)
+        model = get_peft_model(model, LoraConfig(**adapter, task_type="CAUSAL_LM"))
+        if gradient_checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    _install_forward(model.get_base_model(), head_loss_weight=head_loss_weight)
+    return model
+
+
+def load_causal_lm(folder: Path | str, *, dtype: str) -> PreTrainedModel:
+    """A causal LM from a local folder (a prepared backbone or a merged model), in evaluation mode.
+
+    Raises:
+        ModelError: the folder holds no model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no model here (config.json is missing). notebooks/03_train.ipynb writes one."
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+
+
+def load_adapter(folder: Path | str, checkpoint: Path | str, *, dtype: str) -> PeftModel:
+    """A prepared backbone with a checkpoint's adapter, for decoding or merging (no backend needed).
+
+    Raises:
+        ModelError: the checkpoint is not an adapter of this backbone.
+    """
+    from peft import PeftModel
+
+    checkpoint = Path(checkpoint)
+    try:
+        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{checkpoint}: no adapter here (adapter_config.json is missing).") from None
+    model = load_causal_lm(folder, dtype=dtype)
+    _attach_token_head(model, bool(config.get("modules_to_save")))
+    try:
+        return PeftModel.from_pretrained(model, checkpoint).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{checkpoint} is no adapter of the backbone in {folder}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class MergeCheck:
+    """How the merged model differs from backbone + adapter: largest logit difference, share of equal argmax."""
+
+    max_logit_difference: float
+    argmax_agreement: float
+
+
+def merge_adapter(
+    folder: Path | str,
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    dtype: str,
+    rendering: dict[str, Any],
+    probe_ids,
+) -> MergeCheck:
+    """Write backbone + adapter as one plain causal LM folder that vLLM serves; compare both before it is final.
+
+    ``rendering`` (``offset_anchors``, ``corpus_cue`` and the token limits) goes into ``biomerge.json`` beside the
+    weights, so that whoever serves the folder can build the right prompts. ``probe_ids`` are the token ids of a
+    prompt on which adapter and merged model must agree.
+
+    Raises:
+        ModelError: the merged model's argmax differs from the adapter's where the margin is not rounding; or the
+            disk is full. An earlier merged folder stays as it is.
+    """
+    import torch
+
+    out = Path(out)
+    model = load_adapter(folder, checkpoint, dtype=dtype)
+    probe = torch.tensor([probe_ids], device=model.device)
+    with torch.inference_mode():
+        before = model(input_ids=probe).logits.float()
+    merged = model.merge_and_unload()
+    if hasattr(merged, "token_head"):
+        del merged.token_head
+    with torch.inference_mode():
+        after = merged(input_ids=probe).logits.float()
+    check = MergeCheck(
+        max_logit_difference=float((before - after).abs().max()),
+        argmax_agreement=float((before.argmax(-1) == after.argmax(-1)).float().mean()),
+    )
+    # bfloat16 has 8 bits of mantissa: logits of about 20 round by 0.1 a layer; a lost adapter differs by far more.
+    allowed = 1e-2 if dtype == "float32" else 2.0
+    if check.max_logit_difference > allowed:
+        raise ModelError(
+            f"merging {checkpoint} changed logits by {check.max_logit_difference:.3f}; not written."
+        )
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        merged.save_pretrained(partial)
+        load_tokenizer(folder).save_pretrained(partial)
+        write_json(partial / "biomerge.json", rendering)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ModelError(
+            f"{out}: the merged model cannot be written ({error}); checkpoint {checkpoint} is safe."
+        ) from error
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return check
+
+
+@contextmanager
+def decoding_mode(model: PreTrainedModel | PeftModel):
+    """Evaluation mode with a KV cache inside the block; training mode and flags as before after it."""
+    was_training = model.training
+    unsloth = _unsloth_of(model)
+    if unsloth:
+        unsloth.for_inference(model)
+    model.eval()
+    try:
+        yield model
+    finally:
+        if unsloth:
+            unsloth.for_training(model, use_gradient_checkpointing=_checkpointing(model))
+        model.train(was_training)
+
+
+def _unsloth_of(model):
+    """Unsloth's FastLanguageModel if the model was loaded through it."""
+    if not hasattr(model, "max_seq_length"):
+        return None
+    from unsloth import FastLanguageModel
+
+    return FastLanguageModel
+
+
+def _checkpointing(model) -> bool:
+    return bool(getattr(model.get_base_model(), "_biomerge_checkpointing", False))
+
+
+def _attach_token_head(model: PreTrainedModel, wanted: bool) -> None:
+    import torch
+
+    if wanted:
+        # float32: three rows cost nothing, and bfloat16 would round their updates away.
+        model.token_head = torch.nn.Linear(model.config.hidden_size, LABELS).to(model.device, torch.float32)
+
+
+def _install_forward(model: PreTrainedModel, *, head_loss_weight: float) -> None:
+    """Give the causal LM a forward with labels that projects to the vocabulary only where a label is.
+
+    Without ``labels`` (decoding) the model's own forward runs, unchanged.
+    """
+    own_forward = model.forward
+
+    @functools.wraps(own_forward)
+    def forward(
+        self,
+        *args,
+        labels=None,
+        token_labels=None,
+        num_items_in_batch=None,
+        num_words_in_batch=None,
+        **kwargs,
+    ):
+        if labels is None:
+            return own_forward(*args, **kwargs)
+        return _labelled_forward(
+            self,
+            *args,
+            labels=labels,
+            token_labels=token_labels,
+            num_items_in_batch=num_items_in_batch,
+            num_words_in_batch=num_words_in_batch,
+            head_loss_weight=head_loss_weight,
+            **kwargs,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _labelled_forward(
+    model,
+    input_ids=None,
+    *,
+    labels,
+    token_labels,
+    num_items_in_batch,
+    num_words_in_batch,
+    head_loss_weight,
+    attention_mask=None,
+    position_ids=None,
+    **_ignored,
+) -> dict[str, torch.Tensor]:
+    """Loss of a batch; ``input_ids``, ``labels`` and ``token_labels`` are (B, T).
+
+    ``num_items_in_batch`` and ``num_words_in_batch`` count the target tokens and labelled words of the whole
+    optimiser step, so that accumulation gives the mean over the step.
+    """
+    import torch.nn.functional as F
+
+    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)[
+        0
+    ]  # (B, T, H)
+    targets = labels[:, 1:]
+    is_target = targets != IGNORE
+    logits = model.lm_head(hidden[:, :-1][is_target]).float()  # (targets, V)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * (logits / cap).tanh()
+    loss = _mean_loss(
+        F.cross_entropy(logits, targets[is_target], reduction="sum"), num_items_in_batch, is_target
+    )
+    output = {"loss": loss, "lm_loss": loss.detach()}
+    if token_labels is not None and hasattr(model, "token_head"):
+        token_logits = model.token_head(hidden.float())  # (B, T, 3)
+        summed = F.cross_entropy(
+            token_logits.reshape(-1, LABELS), token_labels.reshape(-1), ignore_index=IGNORE, reduction="sum"
+        )
+        head_loss = _mean_loss(summed, num_words_in_batch, token_labels != IGNORE)
+        output |= {"loss": loss + head_loss_weight * head_loss, "head_loss": head_loss.detach()}
+        output["token_logits"] = token_logits.detach()
+    return output
+
+
+def _mean_loss(summed: torch.Tensor, count: torch.Tensor | int | None, mask: torch.Tensor) -> torch.Tensor:
+    if count is None:
+        count = mask.sum().clamp(min=1)
+    return summed / count
