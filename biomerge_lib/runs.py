@@ -143,7 +143,7 @@ def prepare_run_folder(run: Run) -> None:
         changed = _differences(stored, parameters, PARAMETERS_OF_TRAINING)
         if changed:
             raise ParameterError(
-                f"run {folder.name} exists with {changed}. Choose another run_id, or existing_run=replace to start anew."
+                f"run {folder.name} exists with {changed}. Choose another run_id, or set existing_run=replace."
             )
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(parameters.model_dump() | {"run_id": folder.name}, sort_keys=False)
