@@ -79,7 +79,8 @@ def highlight_errors(
     examples = {}
     for kind in ERROR_KINDS:
         errors = by_kind[kind]
-        chosen = errors[:: max(1, -(-len(errors) // most))]
+        firsts = list({error.index: error for error in reversed(errors)}.values())[::-1]  # one a sentence
+        chosen = firsts[:: max(1, -(-len(firsts) // most))]
         examples[kind] = len(errors), [_highlight_error(by_index[error.index], error) for error in chosen]
     return examples
 

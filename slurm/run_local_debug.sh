@@ -10,7 +10,7 @@ set -euo pipefail
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
-export BIOMERGE_DEVICE=cpu CUDA_VISIBLE_DEVICES="" PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false
+export CUDA_VISIBLE_DEVICES="" PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false
 
 with_vllm=false
 arguments=()

@@ -1,0 +1,58 @@
+# BioMerge: `make help` says what there is. Nothing is assumed but Python 3.11+ and make.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env debug test lint format lab requirements clean
+
+VENV ?= .venv
+PYTEST_ARGS ?=
+NBMAKE_TIMEOUT ?= 900
+BIN := $(abspath $(VENV))/bin
+
+# The scripts and kernels that a target starts find the environment's programs first, with no activation.
+export VENV := $(abspath $(VENV))
+export PATH := $(BIN):$(PATH)
+export PYTHONUTF8 := 1
+export TOKENIZERS_PARALLELISM := false
+
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch .ci/run)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+env: ## the environment (.venv) from nothing; returns at once when it is there (BIOMERGE_DEVICE=cpu|cuda)
+	@bash slurm/setup_env.sh
+
+debug: env ## environment, then the whole pipeline 01 to 06 on the CPU with the embedded model and corpus
+	@bash slurm/run_local_debug.sh --with-vllm
+
+test: env lint ## environment, lint, then every test and every notebook (PYTEST_ARGS=-x, NBMAKE_TIMEOUT=900)
+	@$(BIN)/pytest -q tests $(PYTEST_ARGS)
+	@$(BIN)/pytest -q --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) --timeout=0 notebooks $(PYTEST_ARGS)
+
+lint: env ## ruff, notebooks without outputs, shellcheck where it is installed; changes nothing
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
+	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_SCRIPTS); else echo "shellcheck is not installed: skipped"; fi
+
+format: env ## ruff's fixes and layout, outputs stripped from notebooks
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
+
+lab: env ## JupyterLab in notebooks/ (LAB_ARGS=--no-browser)
+	@$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)
+
+requirements: env ## new pins: requirements/*.in -> requirements/*.txt
+	@bash slurm/setup_env.sh --compile
+
+# Only what git ignores can go, whatever stands in these folders.
+GENERATED := runs data tokenizers backbones logs wandb outputs
+clean: ## remove what runs made (runs/ data/ tokenizers/ backbones/ ...), after naming it; CONFIRM=yes does not ask
+	@found=$$(git clean -ndX -- $(GENERATED)); \
+	if [[ -z $$found ]]; then echo "nothing to remove in: $(GENERATED)"; exit; fi; \
+	echo "$$found"; \
+	if [[ "$(CONFIRM)" != yes ]]; then read -rp "Remove these? Runs and trained models are lost [y/N] " answer || true; [[ $$answer == [yY]* ]] || exit 0; fi; \
+	git clean -fdXq -- $(GENERATED)
