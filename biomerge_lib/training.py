@@ -81,7 +81,7 @@ class NerTrainer(Trainer):
         )
         loss, _ = result
         if not torch.isfinite(loss.detach()):
-            raise ModelError(self._save_bad_batch(inputs, float(loss)))
+            raise ModelError(self._save_bad_batch(inputs, float(loss.detach())))
         return result if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

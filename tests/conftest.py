@@ -1,0 +1,117 @@
+"""A tiny random Llama with a small byte-level BPE tokenizer: unit tests in seconds, no weights to load."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["WANDB_MODE"] = "disabled"
+
+from biomerge_lib.records import Record
+from biomerge_lib.runs import quiet_libraries
+
+quiet_libraries()
+ASPIRIN = Record(
+    text="Aspirin can trigger asthma attacks .", spans=((0, 7), (20, 34)), doc_id="example", dataset="example"
+)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer():
+    """A byte-level BPE tokenizer trained on the bundled corpus, without the five tokens; EOS is ``</s>``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from biomerge_lib.readers import read_corpus
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator((record.text for record in read_corpus("sample")["train"]), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(plain_tokenizer, tmp_path_factory) -> Path:
+    """A folder with a random two-layer Llama and the plain tokenizer, as a user would name it in ``backbone``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(plain_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=1024,
+        eos_token_id=plain_tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    plain_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_prepared(tiny_backbone, tmp_path_factory) -> Path:
+    """The tiny backbone after 01_tokenizer and the embedding resize: what training loads."""
+    from biomerge_lib.backbones import build_tokenizer, prepare_backbone
+
+    folder = tmp_path_factory.mktemp("prepared")
+    build_tokenizer(str(tiny_backbone), folder / "tok")
+    return prepare_backbone(str(tiny_backbone), folder / "tok", folder / "backbones")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_prepared):
+    from biomerge_lib.tokenizer import load_tokenizer
+
+    return load_tokenizer(tiny_prepared)
+
+
+@pytest.fixture
+def tiny_parameters(tmp_path):
+    """Parameters of a run of seconds on the tiny backbone; a function that takes overrides."""
+    from biomerge_lib.parameters import check_parameters, compose_parameters
+
+    def make(**overrides):
+        values = compose_parameters([]).model_dump()
+        values |= {
+            "runs_dir": str(tmp_path / "runs"),
+            "run_id": "tiny",
+            "eval_limit": 4,
+            "num_train_epochs": 1.0,
+            "max_new_tokens": 64,
+            "max_target_tokens": 64,
+        }
+        return check_parameters(values | overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample_records():
+    from biomerge_lib.readers import read_corpus
+
+    return read_corpus("sample")
+
+
+def notebook_cells(name: str) -> list[dict]:
+    """Cells of one of the project's notebooks."""
+    path = Path(__file__).parent.parent / "notebooks" / name
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]

@@ -1,0 +1,96 @@
+"""Greedy decoding gives proper tag strings, whatever the batch."""
+
+import pytest
+import torch
+
+from biomerge_lib.decoding import greedy_decode, read_answer
+from biomerge_lib.ner_span import SpanCollator, encode_example
+from biomerge_lib.predictions import build_prompts, collect_predictions
+from biomerge_lib.records import Record
+from biomerge_lib.spans import format_spans, parse_spans
+from biomerge_lib.unsloth_lora_ner import load_lora_model
+
+RECORDS = [
+    Record("Aspirin can trigger asthma attacks .", ((0, 7), (20, 34)), "d1", "x"),
+    Record("Nausea followed .", ((0, 6),), "d2", "x"),
+    Record("Nothing was found .", (), "d3", "x"),
+]
+RENDERING = {"offset_anchors": "start", "corpus_cue": False}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_prepared, tokenizer):
+    """The tiny model, all of its weights trained until it knows three sentences by heart (some seconds)."""
+    model = load_lora_model(
+        tiny_prepared,
+        backend="peft",
+        dtype="float32",
+        lora_rank=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        token_head=True,
+        head_loss_weight=0.1,
+        gradient_checkpointing=False,
+        max_length=256,
+        seed=1,
+    )
+    batch = SpanCollator(tokenizer.pad_token_id)([encode_example(r, tokenizer, **RENDERING) for r in RECORDS])
+    model.requires_grad_(True)  # LoRA alone cannot move a random backbone far enough
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = model(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_trained_model_writes_its_sentences_spans(trained, tokenizer, batch_size):
+    prompts = build_prompts(RECORDS, tokenizer, **RENDERING, max_input_tokens=200)
+    answers = greedy_decode(
+        trained, tokenizer, prompts, max_new_tokens=40, batch_size=batch_size, progress=None
+    )
+    assert [answer.finish for answer in answers] == ["eos"] * 3
+    assert [f"<TAG>{answer.text}" for answer in answers] == ["<TAG> 0-7 ; 20-34", "<TAG> 0-6", "<TAG>"]
+    predictions = collect_predictions(RECORDS, prompts, answers)
+    assert [format_spans(p.pred) for p in predictions] == [record.target for record in RECORDS]
+    assert [parse_spans(record.target) for record in RECORDS] == [p.pred for p in predictions]
+
+
+def test_decoding_leaves_the_model_in_training_mode(trained, tokenizer):
+    trained.train()
+    prompts = build_prompts(RECORDS[:1], tokenizer, **RENDERING, max_input_tokens=200)
+    greedy_decode(trained, tokenizer, prompts, max_new_tokens=4, batch_size=1, progress=None)
+    assert trained.training
+
+
+def test_an_answer_without_eos_is_reported_as_cut(trained, tokenizer):
+    prompts = build_prompts(RECORDS[:1], tokenizer, **RENDERING, max_input_tokens=200)
+    [answer] = greedy_decode(trained, tokenizer, prompts, max_new_tokens=3, batch_size=1, progress=None)
+    assert answer.finish == "length" and len(answer.token_ids) == 3
+
+
+def test_the_answer_ends_at_the_first_eos(tokenizer):
+    ids = tokenizer(" 0-7", add_special_tokens=False)["input_ids"]
+    answer = read_answer([*ids, tokenizer.eos_token_id, tokenizer.eos_token_id, *ids], tokenizer)
+    assert (answer.text, answer.finish, answer.token_ids) == (" 0-7", "eos", ids)
+
+
+def test_chunks_are_answered_apart_and_mapped_back(trained, tokenizer):
+    text = " ".join(record.text for record in RECORDS) * 1
+    gold = ((0, 7), (20, 34), (37, 43))
+    assert [text[start:end] for start, end in gold] == ["Aspirin", "asthma attacks", "Nausea"]
+    record = Record(text, gold, "long", "x")
+    prompts = build_prompts([record], tokenizer, **RENDERING, max_input_tokens=60)
+    assert len(prompts) > 1
+    answers = [read_answer([], tokenizer) for _ in prompts]
+    shifted = [
+        type(answer)(token_ids=[], text=format_spans(prompt.chunk.record.spans), finish="eos")
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    [prediction] = collect_predictions([record], prompts, shifted)
+    assert prediction.pred == sorted(set(gold) & set(prediction.pred)) and len(prediction.finish) == len(
+        prompts
+    )

@@ -1,0 +1,129 @@
+"""Three evaluations with rising F1 leave only the highest checkpoint; then training goes on and can be resumed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from biomerge_lib.errors import DataError, ModelError
+from biomerge_lib.training import NerTrainer, build_model, build_trainer, explain_gap, train
+
+
+@pytest.fixture
+def make_trainer(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_path):
+    def make(records=None, **overrides):
+        values = {
+            "eval_steps": 2,
+            "save_steps": 2,
+            "save_total_limit": 1,
+            "num_train_epochs": 1.0,
+            "per_device_train_batch_size": 2,
+            "backend": "peft",
+        }
+        parameters = tiny_parameters(**values | overrides)
+        model = build_model(parameters, tiny_prepared)
+        short = [record for record in sample_records["train"] if len(record.text) < 90 and record.spans]
+        records = records or {"train": short[:12], "dev": short[12:16]}
+        return build_trainer(
+            model, tokenizer, records, parameters, checkpoints=tmp_path / "runs/tiny/checkpoints"
+        )
+
+    return make
+
+
+def test_only_the_best_checkpoint_remains(make_trainer, monkeypatch):
+    scores = iter([0.1, 0.2, 0.3])
+
+    def rising(self, *args, metric_key_prefix="eval", **kwargs):
+        metrics = {f"{metric_key_prefix}_ner_f1": next(scores)}
+        self.log(metrics)
+        return metrics
+
+    monkeypatch.setattr(NerTrainer, "evaluate", rising)
+    monkeypatch.setattr("biomerge_lib.training.evaluate_greedily", lambda trainer, prefix: {})
+    trainer = make_trainer()
+    trainer.train()
+    kept = [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")]
+    assert kept == ["checkpoint-6"]
+    assert trainer.state.best_metric == 0.3
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+
+
+def test_the_best_checkpoint_stays_when_later_ones_are_worse(make_trainer, monkeypatch):
+    scores = iter([0.3, 0.2, 0.1])
+    weights = {}
+
+    def falling(self, *args, metric_key_prefix="eval", **kwargs):
+        step = self.state.global_step
+        weights[step] = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        metrics = {f"{metric_key_prefix}_ner_f1": next(scores)}
+        self.log(metrics)
+        return metrics
+
+    monkeypatch.setattr(NerTrainer, "evaluate", falling)
+    monkeypatch.setattr("biomerge_lib.training.evaluate_greedily", lambda trainer, prefix: {})
+    trainer = make_trainer()
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter, weights[2][name], msg=name)
+
+
+def test_training_writes_metrics_and_a_finished_run_is_not_trained_again(make_trainer, tmp_path):
+    trainer = make_trainer()
+    metrics = train(trainer, tmp_path / "runs/tiny")
+    assert metrics["steps"] == 6 and metrics["best_checkpoint"].startswith("checkpoint-")
+    assert {"eval_ner_f1", "greedy_dev_ner_f1", "train_tokens_per_second"} <= metrics.keys()
+    history = json.loads((tmp_path / "runs/tiny/log_history.json").read_text())
+    assert [entry["step"] for entry in history if "eval_ner_f1" in entry] == [2, 4, 6]
+    # Once at the epoch's end; once more when the best checkpoint is an earlier one.
+    passes = 1 if metrics["best_checkpoint"] == "checkpoint-6" else 2
+    assert [entry["step"] for entry in history if "greedy_dev_ner_f1" in entry] == [6] * passes
+
+    class Untouchable:
+        args = trainer.args
+
+        def train(self, **_):
+            raise AssertionError("trained again")
+
+    assert train(Untouchable(), tmp_path / "runs/tiny") == metrics
+
+
+def test_a_checkpoint_is_an_adapter_not_a_copy_of_the_backbone(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    from safetensors import safe_open
+
+    [checkpoint] = (tmp_path / "runs/tiny/checkpoints").glob("checkpoint-*")
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
+        names = list(tensors.keys())
+    assert any("lora_A" in name for name in names) and any("token_head" in name for name in names)
+    assert not any(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in names)
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 200_000
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_the_batch(make_trainer, tmp_path):
+    trainer = make_trainer()
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(ModelError, match="bad_batch_step0.pt"):
+        trainer.train()
+    saved = torch.load(tmp_path / "runs/tiny/checkpoints/bad_batch_step0.pt")
+    assert {"input_ids", "labels"} <= saved.keys()
+
+
+def test_dev_without_an_entity_is_refused(make_trainer, sample_records):
+    empty = [record for record in sample_records["train"] if not record.spans][:3]
+    with pytest.raises(DataError, match="no entity"):
+        make_trainer(records={"train": sample_records["train"][:4], "dev": empty})
+
+
+def test_a_gap_between_fast_and_greedy_is_explained():
+    metrics = {"eval_ner_f1": 0.8, "greedy_dev_ner_f1": 0.795, "greedy_dev_ner_f1_snapped": 0.8}
+    rates = ("unreadable_rate", "truncated_rate", "out_of_text_rate", "unsorted_rate")
+    metrics |= {f"greedy_dev_{name}": 0.0 for name in rates}
+    assert "agree within 0.01" in explain_gap(metrics)
+    cut = metrics | {"greedy_dev_ner_f1": 0.5, "greedy_dev_truncated_rate": 0.25}
+    assert "max_new_tokens (no EOS): 25.0% of sentences" in explain_gap(cut)
