@@ -184,6 +184,7 @@ class Parameters(BaseModel):
 
 
 PARAMETER_NAMES = frozenset(Parameters.model_fields)
+_GROUPS = frozenset(path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir())
 
 
 def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
@@ -269,9 +270,15 @@ def _compose_cached(overrides: tuple[str, ...]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    # Hydra would take deepspeed=FILE for a choice of the folder parameters/deepspeed.
+    named_as_group = [word for word in overrides if word.partition("=")[0] in _GROUPS & PARAMETER_NAMES]
     try:
         with initialize_config_dir(str(PARAMETERS_DIR), version_base="1.3"):
-            return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+            config = compose("config", overrides=[word for word in overrides if word not in named_as_group])
+        OmegaConf.set_struct(config, False)
+        return OmegaConf.to_container(
+            OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group)), resolve=True
+        )
     except (HydraException, OmegaConfBaseException) as error:
         raise ParameterError(str(error).strip().splitlines()[0]) from None
 
@@ -289,8 +296,7 @@ def _normalise_overrides(overrides: Sequence[str]) -> list[str]:
         name, separator, _ = word.partition("=")
         if not separator:
             raise ParameterError(f"{word!r} is no override; write name=value or group=choice.")
-        groups = {path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir()}
-        if name in groups and name not in PARAMETER_NAMES:
+        if name in _GROUPS - PARAMETER_NAMES:
             _check_choice(name, word.partition("=")[2])
         else:
             check_names([name])

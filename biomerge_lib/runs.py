@@ -182,12 +182,12 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
     parameters = compose_parameters(overrides)
     listed = notebook_parameter_names(notebook)
     explicit = override_names(overrides)
-    values = parameters.model_dump()
+    values, defaults = parameters.model_dump(), compose_parameters([]).model_dump()
     if notebook.stem in SCORING_STAGES:
         # These take from the run what they are not told.
         chosen = {name: values[name] for name in values if name in explicit}
     else:
-        chosen = {name: values[name] for name in listed}
+        chosen = {name: values[name] for name in values if name in listed or values[name] != defaults[name]}
     chosen |= {"run_id": parameters.run_name}
     folder = (
         parameters.run_folder if parameters.run_folder.is_absolute() else PROJECT_DIR / parameters.run_folder
@@ -283,8 +283,10 @@ def quiet_libraries() -> None:
     for noisy in ("torchao", "torch.utils._pytree", "httpx", "unsloth"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("papermill", "hydra", "datasets", "accelerate"):
+    for chatty in ("hydra", "datasets", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Its warnings are about names that a notebook's parameters cell does not list; they are checked here.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
 
 
 PARAMETERS_OF_TRAINING = frozenset(Parameters.model_fields) - NOT_IDENTITY

@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_and_saves_the_batch(make_trainer, tmp_p
     trainer = make_trainer()
     with torch.no_grad():
         next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(ModelError, match="bad_batch_step0.pt"):
+    with pytest.raises(ModelError, match=r"bad_batch_step0\.pt"):
         trainer.train()
     saved = torch.load(tmp_path / "runs/tiny/checkpoints/bad_batch_step0.pt")
     assert {"input_ids", "labels"} <= saved.keys()

@@ -1,0 +1,148 @@
+"""Backbones are prepared once, merged models equal their adapters, and a wrong folder is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ASPIRIN
+
+from biomerge_lib.backbones import build_tokenizer, prepare_backbone
+from biomerge_lib.errors import ModelError
+from biomerge_lib.prompt import encode
+from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
+from biomerge_lib.unsloth_lora_ner import load_adapter, load_causal_lm, load_lora_model, merge_adapter
+
+
+def test_the_five_tokens_are_added_once(tiny_backbone, tmp_path):
+    tokenizer, added = build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    again, added_again = build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    assert (added, added_again) == (5, 0)
+    assert len(tokenizer) == len(again) == 605
+    assert all(len(tokenizer(token, add_special_tokens=False)["input_ids"]) == 1 for token in ADDED_TOKENS)
+    ids = tokenizer("<NER> x<TAG>")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<NER> x<TAG>"
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_a_tokenizer_folder_of_another_backbone_is_refused(tiny_backbone, tmp_path):
+    build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    with pytest.raises(ModelError, match="set another tokenizer_dir"):
+        build_tokenizer("smollm2-135m", tmp_path / "tok")
+
+
+def test_the_prepared_backbone_keeps_the_old_rows_and_has_room_for_the_new(tiny_backbone, tiny_prepared):
+    old = load_causal_lm(tiny_backbone, dtype="bfloat16").get_input_embeddings().weight
+    new = load_causal_lm(tiny_prepared, dtype="bfloat16").get_input_embeddings().weight
+    assert new.shape[0] == 640 and new.shape[0] % 64 == 0
+    torch.testing.assert_close(new[: old.shape[0]], old)
+
+
+def test_preparing_again_changes_nothing(tiny_backbone, tmp_path):
+    build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    folder = prepare_backbone(str(tiny_backbone), tmp_path / "tok", tmp_path / "backbones")
+    before = (folder / "model.safetensors").read_bytes(), (folder / "model.safetensors").stat().st_mtime_ns
+    assert prepare_backbone(str(tiny_backbone), tmp_path / "tok", tmp_path / "backbones") == folder
+    assert (
+        (folder / "model.safetensors").read_bytes(),
+        (folder / "model.safetensors").stat().st_mtime_ns,
+    ) == before
+    # Made anew elsewhere it is the same file: the new rows are drawn with a fixed seed.
+    other = prepare_backbone(str(tiny_backbone), tmp_path / "tok", tmp_path / "elsewhere")
+    assert (other / "model.safetensors").read_bytes() == before[0]
+
+
+def test_wrong_folders_are_named(tiny_backbone, tmp_path):
+    with pytest.raises(ModelError, match="01_tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match=r"no tokenizer_config\.json or tokenizer\.json"):
+        build_tokenizer(str(tmp_path), tmp_path / "tok")
+    without_tokens = tmp_path / "without"
+    shutil.copytree(tiny_backbone, without_tokens)
+    with pytest.raises(ModelError, match="<NER>, <TAG>, <O>, <B>, <I> are missing"):
+        load_tokenizer(without_tokens)
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        load_causal_lm(tmp_path, dtype="float32")
+    with pytest.raises(ModelError, match="not loadable as a folder or from the hub"):
+        build_tokenizer("no-such/backbone", tmp_path / "tok2")
+
+
+@pytest.fixture
+def checkpoint(tiny_prepared, tmp_path):
+    """A checkpoint whose adapter, new rows and head all differ from their initial values."""
+    model = load_lora_model(
+        tiny_prepared,
+        backend="peft",
+        dtype="float32",
+        lora_rank=4,
+        lora_alpha=8,
+        lora_dropout=0.0,
+        token_head=True,
+        head_loss_weight=1.0,
+        gradient_checkpointing=False,
+        max_length=256,
+        seed=3,
+    )
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_the_merged_model_is_a_plain_llama_equal_to_the_adapter(
+    tiny_prepared, tokenizer, checkpoint, tmp_path
+):
+    ids = encode(ASPIRIN, tokenizer, offset_anchors="start", corpus_cue=False).prompt_ids
+    check = merge_adapter(
+        tiny_prepared, checkpoint, tmp_path / "merged", dtype="float32", rendering={"x": 1}, probe_ids=ids
+    )
+    assert check.max_logit_difference < 1e-3 and check.argmax_agreement == 1.0
+    adapter = load_adapter(tiny_prepared, checkpoint, dtype="float32")
+    merged = load_causal_lm(tmp_path / "merged", dtype="float32")
+    base = load_causal_lm(tiny_prepared, dtype="float32")
+    with torch.inference_mode():
+        logits = [model(input_ids=torch.tensor([ids])).logits for model in (adapter, merged, base)]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-3, rtol=1e-3)
+    assert (logits[0] - logits[2]).abs().max() > 0.5
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not any("token_head" in name for name, _ in merged.named_parameters())
+    assert json.loads((tmp_path / "merged/biomerge.json").read_text()) == {"x": 1}
+    assert len(load_tokenizer(tmp_path / "merged")) == len(tokenizer)
+
+
+def test_one_merged_row_is_the_weight_plus_the_scaled_product(tiny_prepared, tokenizer, checkpoint, tmp_path):
+    merge_adapter(
+        tiny_prepared, checkpoint, tmp_path / "m", dtype="float32", rendering={}, probe_ids=[1, 2, 3]
+    )
+    adapter = load_adapter(tiny_prepared, checkpoint, dtype="float32")
+    layer = adapter.base_model.model.model.layers[1].mlp.up_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    merged = load_causal_lm(tmp_path / "m", dtype="float32").model.layers[1].mlp.up_proj.weight
+    torch.testing.assert_close(merged, layer.base_layer.weight + (8 / 4) * b @ a, atol=1e-5, rtol=1e-4)
+
+
+def test_no_space_for_the_merged_model_keeps_the_earlier_one(
+    tiny_prepared, checkpoint, tmp_path, monkeypatch
+):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/keep").write_text("earlier")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(ModelError, match="No space left on device"):
+        merge_adapter(
+            tiny_prepared, checkpoint, tmp_path / "merged", dtype="float32", rendering={}, probe_ids=[1, 2]
+        )
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["keep"]
+    assert not (tmp_path / "merged.partial").exists()
+
+
+def test_a_folder_that_is_no_adapter_is_named(tiny_prepared, tmp_path):
+    with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
+        load_adapter(tiny_prepared, tmp_path, dtype="float32")

@@ -1,0 +1,93 @@
+"""Scores of hand-made answers, to four digits."""
+
+import pytest
+
+from biomerge_lib.ner_metrics import (
+    bootstrap_f1,
+    find_errors,
+    score_by_length,
+    score_predictions,
+    score_spans,
+    score_word_labels,
+)
+from biomerge_lib.predictions import Prediction, read_predictions, write_predictions
+
+
+def prediction(index, gold, pred, text="Aspirin can trigger asthma attacks .", **fields):
+    values = {"doc_id": "d", "dataset": "x", "answers": [""], "answer_ids": [[]], "finish": ["eos"]}
+    faults = {"unreadable": 0, "out_of_text": 0, "unsorted": 0}
+    return Prediction(index=index, text=text, gold=gold, pred=pred, **values | faults | fields)
+
+
+def test_micro_scores_of_three_sentences():
+    score = score_spans([([(0, 7), (20, 34)], [(0, 7), (20, 26)]), ([(3, 5)], []), ([], [(1, 2)])])
+    assert (score.true_positives, score.false_positives, score.false_negatives) == (1, 2, 2)
+    assert score.precision == pytest.approx(1 / 3) and score.recall == pytest.approx(1 / 3)
+    assert score.f1 == pytest.approx(0.3333, abs=5e-5)
+
+
+def test_nothing_predicted_and_nothing_there_scores_zero_not_an_error():
+    assert score_spans([([], [])]).f1 == 0.0
+
+
+def test_all_scores_of_a_split():
+    predictions = [
+        prediction(0, [(0, 7), (20, 34)], [(0, 7), (19, 33)]),
+        prediction(1, [(0, 7)], [(0, 7)], dataset="y"),
+        prediction(2, [], [(0, 99)], out_of_text=1, finish=["length"], unreadable=2, unsorted=1),
+        prediction(3, [(20, 34)], []),
+    ]
+    scores = score_predictions(predictions)
+    assert scores["ner_precision"] == pytest.approx(2 / 4)
+    assert scores["ner_recall"] == pytest.approx(2 / 4)
+    assert scores["ner_f1"] == pytest.approx(0.5)
+    # (19, 33) touches "trigger", "asthma" and "attacks"? It starts at the blank before "asthma".
+    assert scores["ner_f1_snapped"] == pytest.approx(2 * 3 / (4 + 4))
+    assert scores["unreadable_rate"] == scores["out_of_text_rate"] == scores["unsorted_rate"] == 0.25
+    assert scores["truncated_rate"] == 0.25
+    assert scores["dataset/y/ner_f1"] == 1.0 and scores["dataset/x/ner_f1"] == pytest.approx(1 / 3)
+    assert (scores["records"], scores["gold_spans"], scores["pred_spans"]) == (4, 4, 4)
+    assert scores["ner_f1_low"] <= 0.5 <= scores["ner_f1_high"]
+
+
+def test_the_bootstrap_is_certain_of_what_never_varies_and_reproducible():
+    perfect = [([(0, 7)], [(0, 7)])] * 30
+    assert bootstrap_f1(perfect) == (1.0, 1.0)
+    mixed = perfect + [([(0, 7)], [(1, 7)])] * 30
+    low, high = bootstrap_f1(mixed)
+    assert (low, high) == bootstrap_f1(mixed)
+    assert 0.35 < low < 0.5 < high < 0.65
+
+
+def test_word_labels_are_scored_by_entity():
+    # gold: [B I] O [B];  predicted: [B I] O O, then a lone I, which seqeval reads as an entity of its own
+    scores = score_word_labels([[1, 2, 0, 1], [0, 0]], [[1, 2, 0, 0], [0, 2]])
+    assert scores["ner_precision"] == pytest.approx(0.5)
+    assert scores["ner_recall"] == pytest.approx(0.5)
+    assert scores["ner_f1"] == pytest.approx(0.5)
+
+
+def test_errors_are_named_by_what_overlaps():
+    predictions = [
+        prediction(0, [(0, 7), (20, 34)], [(0, 7), (20, 26)]),  # boundary
+        prediction(1, [(0, 7)], [(20, 26)]),  # missed and spurious
+        prediction(2, [(0, 7), (8, 11)], [(0, 11)]),  # merged
+        prediction(3, [(20, 34)], [(20, 26), (27, 34)]),  # split
+    ]
+    found = [(error.index, error.kind) for error in find_errors(predictions)]
+    assert found == [(0, "boundary"), (1, "missed"), (1, "spurious"), (2, "merged"), (3, "split")]
+
+
+def test_length_buckets_count_words():
+    long = " ".join(["word"] * 61)
+    rows = score_by_length([prediction(0, [(0, 7)], [(0, 7)]), prediction(1, [(0, 4)], [], text=long)])
+    assert rows == [
+        {"words": "1-10", "records": 1, "ner_f1": 1.0},
+        {"words": ">60", "records": 1, "ner_f1": 0.0},
+    ]
+
+
+def test_predictions_survive_writing_and_reading(tmp_path):
+    predictions = [prediction(0, [(0, 7)], [(20, 34)], text="α β"), prediction(1, [], [])]
+    write_predictions(tmp_path / "p.jsonl", predictions)
+    assert read_predictions(tmp_path / "p.jsonl") == predictions

@@ -1,0 +1,33 @@
+"""Notebooks are narrative and calls: small cells, no definitions, no outputs, one parameters cell."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+STAGES = ["01_tokenizer", "02_data", "03_train", "04_greedy_dev", "05_vllm_eval", "06_report"]
+
+
+def test_the_six_notebooks_are_there():
+    assert [path.stem for path in NOTEBOOKS] == STAGES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_keeps_the_house_rules(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert 8 <= len(notebook["cells"]) <= 27
+    tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1 and tagged[0]["source"][0].startswith("# Parameters")
+    for cell in code:
+        assert not cell["outputs"] and cell["execution_count"] is None
+        if cell is not tagged[0]:
+            source = "".join(cell["source"])
+            assert len(source.splitlines()) <= 20, source
+            assert "\ndef " not in f"\n{source}" and "\nclass " not in f"\n{source}"
+    assert f'open_notebook("{path.stem}", globals())' in "".join(code[1]["source"])
+    assert "run.finish(" in "".join(code[-1]["source"])
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    assert notebook["cells"][0]["source"][0].startswith(f"# {path.stem[:2]} ")
