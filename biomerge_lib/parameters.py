@@ -14,7 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
 from biomerge_lib.errors import ParameterError, nearest
 
@@ -58,12 +66,23 @@ NOT_IDENTITY = SCORING | frozenset(
         "pin_memory",
         "logging_steps",
         "corpora",
+        "corpus_weights",
+        "max_per_corpus",
+        "drop_leaks",
+        "deduplicate",
+        "conflicts",
+        "cache_dir",
     ]
 )
 
 
 def _split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_numbers(value: Any) -> Any:
+    parts = _split_commas(value)
+    return [float(part) for part in parts] if isinstance(value, str) else parts
 
 
 class Parameters(BaseModel):
@@ -74,6 +93,19 @@ class Parameters(BaseModel):
     corpora: Annotated[list[str], BeforeValidator(_split_commas)] = Field(
         description="Corpus folders that 02_data converts; 'sample' is the bundled corpus"
     )
+    corpus_weights: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
+        description="Proportions of the corpora's training sentences, in the order of corpora; [] = all there is"
+    )
+    max_per_corpus: int | None = Field(
+        gt=0, description="Draw documents up to so many training sentences of each corpus; null = all"
+    )
+    drop_leaks: Literal["none", "train"] = Field(
+        description="train: sentences that also stand in dev or test are taken out of train"
+    )
+    deduplicate: bool = Field(description="Keep a training sentence with the same gold only once")
+    conflicts: Literal["keep", "first"] = Field(
+        description="One training sentence with different gold: keep all, or only the first corpus's (see corpora)"
+    )
     data_dir: str = Field(min_length=1, description="Folder of train.jsonl, dev.jsonl and test.jsonl")
     subsample: float = Field(gt=0, le=1, description="Share of the training documents, drawn with the seed")
     eval_limit: int | None = Field(gt=0, description="Score at most this many records of a split; null = all")
@@ -81,6 +113,13 @@ class Parameters(BaseModel):
         description="Which offsets the prompt shows beside each word"
     )
     corpus_cue: bool = Field(description="Name the record's corpus in the prompt")
+    default_cue: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,40}$",
+        description="The cue of a corpus that the training data lack: a trained corpus's name, or a name for 'any'",
+    )
+    cue_dropout: float = Field(
+        ge=0, lt=1, description="Share of the training records with default_cue, so that it is learnt"
+    )
     max_input_tokens: int = Field(ge=16, description="Longest prompt in tokens; longer texts are chunked")
     max_target_tokens: int = Field(ge=8, description="Longest target in tokens, EOS included")
     max_new_tokens: int = Field(ge=8, description="Longest answer in tokens when decoding")
@@ -91,6 +130,7 @@ class Parameters(BaseModel):
     early_stopping_patience: int = Field(ge=1, description="Evaluations without improvement before stopping")
     early_stopping_threshold: float = Field(ge=0, description="Smallest F1 gain that counts as improvement")
     seed: int = Field(ge=0, description="Seed of sampling, initialisation, order and dropout")
+    cache_dir: str | None = Field(description="Folder of tokenised data; null = tokenise anew every time")
     num_workers: int = Field(ge=0, description="Data loader processes")
     pin_memory: bool = Field(description="Pin host memory in the data loader (CUDA)")
 
@@ -145,6 +185,10 @@ class Parameters(BaseModel):
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Parameters:
         problems = []
+        if self.corpus_weights and len(self.corpus_weights) != len(self.corpora):
+            problems.append(
+                f"corpus_weights has {len(self.corpus_weights)} values and corpora has {len(self.corpora)}: one each"
+            )
         if self.max_new_tokens < self.max_target_tokens:
             problems.append(
                 f"max_new_tokens={self.max_new_tokens} is below max_target_tokens={self.max_target_tokens}: "
