@@ -1,10 +1,12 @@
 """Knows how corpora become one data set: the three JSONL files and their data card. Knows nothing of formats.
 
-corpora --[readers]--> records --[write_corpus]--> {train,dev,test}.jsonl + data_card.json
+corpora --[readers]--> records --[union]--> {train,dev,test}.jsonl + data_card.json + conflicts.jsonl
 """
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,40 +14,92 @@ from typing import Any
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.readers import SAMPLE, SAMPLE_DIR, find_splits, read_corpus
-from biomerge_lib.records import SPLITS, Record, file_sha256, write_records
+from biomerge_lib.records import SPLITS, Record, file_sha256, iter_records, write_records
 from biomerge_lib.runs import write_json
+from biomerge_lib.union import Union, build_union
 
 
-def write_corpus(sources: Sequence[str], data_dir: Path | str) -> dict[str, Any]:
+def write_corpus(sources: Sequence[str], data_dir: Path | str, **options: Any) -> dict[str, Any]:
     """Convert corpora to ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``; return (and write) the data card.
 
+    Also writes ``conflicts.jsonl``: the sentences that the corpora annotate differently.
+
+    Args:
+        sources: corpus folders, or ``sample``; the first has the highest priority.
+        options: of :func:`~biomerge_lib.union.build_union`; without any the corpora are merged as they are.
+
     Raises:
-        DataError: no source is named, or one cannot be read; then nothing is written.
+        DataError: no source is named, one cannot be read, or the union is refused; then nothing is written.
     """
     if not sources:
         raise DataError(
             "no corpus named: set corpora=[folder, ...], or corpora=[sample] for the bundled one."
         )
-    corpora = [(source, read_corpus(source)) for source in sources]
-    data_dir = Path(data_dir)
+    corpora: dict[str, dict[str, list[Record]]] = {}
     card: dict[str, Any] = {"sources": {}, "splits": {}}
-    for source, splits in corpora:
-        folder = SAMPLE_DIR if source == SAMPLE else Path(source).expanduser()
+    for source in sources:
+        splits = read_corpus(source)
         dataset = splits["train"][0].dataset
-        if dataset in card["sources"]:
+        if dataset in corpora:
             raise DataError(f"two corpora are called {dataset!r}; rename one of the folders.")
-        files = {path.name: file_sha256(path) for path in find_splits(folder).values()}
+        corpora[dataset] = splits
+        folder = SAMPLE_DIR if source == SAMPLE else Path(source).expanduser()
         card["sources"][dataset] = {
-            "files": files,
+            "files": {path.name: file_sha256(path) for path in find_splits(folder).values()},
             "splits": {split: describe_records(records) for split, records in splits.items()},
         }
+    union = build_union(corpora, **options)
+    data_dir = Path(data_dir)
     for split in SPLITS:
-        records = [record for _, splits in corpora for record in splits[split]]
+        records = [item.record for item in union.splits[split]]
         path = data_dir / f"{split}.jsonl"
         write_records(path, records)
-        card["splits"][split] = describe_records(records) | {"file": path.name, "sha256": file_sha256(path)}
+        card["splits"][split] = {
+            **describe_records(records),
+            "datasets": {dataset: _sizes(records, dataset) for dataset in corpora},
+            "file": path.name,
+            "sha256": file_sha256(path),
+        }
+    card["union"] = {"options": options, **union.report}
+    write_conflicts(data_dir / "conflicts.jsonl", union)
     write_json(data_dir / "data_card.json", card)
     return card
+
+
+def write_conflicts(path: Path, union: Union) -> None:
+    """One sentence a line with what each corpus says about it: split, data set, document, target, kept or not."""
+    kept = {id(item) for items in union.splits.values() for item in items}
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as out:
+        for group in union.conflicts:
+            versions = [
+                {
+                    "split": split,
+                    "dataset": item.record.dataset,
+                    "doc_id": item.record.doc_id,
+                    "text": item.record.text,
+                    "target": item.record.target,
+                    "kept": id(item) in kept,
+                }
+                for split, item in group
+            ]
+            out.write(json.dumps(versions, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def train_datasets(data_dir: Path | str) -> frozenset[str]:
+    """The data sets of the training records: from the data card while it fits ``train.jsonl``, else by reading.
+
+    Raises:
+        DataError: ``train.jsonl`` is missing or broken.
+    """
+    path = Path(data_dir) / "train.jsonl"
+    card_path = Path(data_dir) / "data_card.json"
+    if path.is_file() and card_path.is_file():
+        card = json.loads(card_path.read_text(encoding="utf-8"))["splits"]["train"]
+        if "datasets" in card and card["sha256"] == file_sha256(path):
+            return frozenset(dataset for dataset, sizes in card["datasets"].items() if sizes["sentences"])
+    return frozenset(record.dataset for record in iter_records(path))
 
 
 def describe_records(records: Iterable[Record]) -> dict[str, Any]:
@@ -82,3 +136,27 @@ def data_card_table(card: Mapping[str, Any]):
         for split, counts in source["splits"].items()
     ]
     return pd.DataFrame(rows).set_index(["dataset", "split"])
+
+
+def union_table(card: Mapping[str, Any]):
+    """What each step of the union left of each corpus's training sentences: one row a step, one column a corpus."""
+    import pandas as pd
+
+    steps = card["union"]["steps"]
+    table = pd.DataFrame([step["left"] for step in steps], index=[step["step"] for step in steps])
+    table["all"] = table.sum(axis=1)
+    table["removed"] = [sum(step["removed"].values()) for step in steps]
+    return table
+
+
+def leak_table(card: Mapping[str, Any], when: str = "before"):
+    """Which sentences train, dev and test share: one row a pair of corpora and splits. ``when``: before, after."""
+    import pandas as pd
+
+    columns = ["from", "into", "sentences", "verbatim", "short", "documents", "source_sentences"]
+    return pd.DataFrame(card["union"]["leaks"][when], columns=columns)
+
+
+def _sizes(records: Sequence[Record], dataset: str) -> dict[str, int]:
+    own = [record for record in records if record.dataset == dataset]
+    return {"sentences": len(own), "spans": sum(len(record.spans) for record in own)}

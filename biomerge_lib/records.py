@@ -24,13 +24,15 @@ class Record:
     """One sentence (or passage) with its gold spans.
 
     ``spans`` are offsets in ``text``, the input without its ``<NER> `` prefix. ``doc_id`` names the
-    document inside ``dataset``: splitting and sampling go by document.
+    document inside ``dataset``: splitting and sampling go by document. ``cue`` names the annotation policy that is
+    wanted, where it is not the data set's own (the key ``cue`` of a JSONL line, which may be left out).
     """
 
     text: str
     spans: tuple[Span, ...]
     doc_id: str
     dataset: str
+    cue: str | None = None
 
     @property
     def input(self) -> str:
@@ -48,6 +50,8 @@ class Record:
             "doc_id": self.doc_id,
             "dataset": self.dataset,
         }
+        if self.cue is not None:
+            fields["cue"] = self.cue
         return json.dumps(fields, ensure_ascii=False)
 
 
@@ -70,6 +74,9 @@ def parse_record(line: str, where: str) -> Record:
             raise DataError(
                 f"{where}: key {key!r} {problem}. A record has task, input, target, doc_id, dataset."
             )
+    cue = fields.get("cue")
+    if cue is not None and not (isinstance(cue, str) and cue.strip()):
+        raise DataError(f"{where}: cue must be a name; leave the key out to use the data set's.")
     if fields.get("task", "NER") != "NER":
         raise DataError(f"{where}: task {fields['task']!r} is not 'NER'.")
     if not fields["input"].startswith(NER_PREFIX):
@@ -85,7 +92,9 @@ def parse_record(line: str, where: str) -> Record:
     if answer.out_of_text:
         start, end = answer.out_of_text[0]
         raise DataError(f"{where}: span {start}-{end} is not inside the text of {len(text)} characters.")
-    return Record(text=text, spans=tuple(answer.spans), doc_id=fields["doc_id"], dataset=fields["dataset"])
+    return Record(
+        text=text, spans=tuple(answer.spans), doc_id=fields["doc_id"], dataset=fields["dataset"], cue=cue
+    )
 
 
 def iter_records(path: Path | str) -> Iterator[Record]:
