@@ -24,7 +24,7 @@ from biomerge_lib.leakage import (
     key_of,
 )
 from biomerge_lib.records import SPLITS, Record
-from biomerge_lib.sampling import document_of, draw_sentences
+from biomerge_lib.draws import document_of, draw_sentences
 
 Corpus = Mapping[str, Sequence[Record]]  # split -> records
 log = logging.getLogger("biomerge")
