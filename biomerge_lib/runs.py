@@ -91,7 +91,8 @@ class Run:
         stage["started"] = datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds")
         everything["run_id"] = self.folder.name
         everything["stages"][self.stage] = stage
-        if self.stage not in SCORING_STAGES:
+        # What a run was trained with is 03's to say; the notebooks before it only announce it.
+        if self.stage == "03_train" or ("parameters" not in everything and self.stage in ("01_tokenizer", "02_data")):
             everything["parameters"] = self.parameters.model_dump()
             everything["data"] = data_hashes(self.parameters.data_dir)
         write_json(self.folder / "metrics.json", everything)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from biomerge_lib.checkpoints import find_resumable_checkpoint
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import DataError, ModelError
 from biomerge_lib.ner_metrics import score_predictions, score_word_labels
@@ -27,6 +28,7 @@ from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.prompt import IGNORE
 from biomerge_lib.records import Record
 from biomerge_lib.runs import write_json
+from biomerge_lib.training_order import LengthGroupedSampler
 from biomerge_lib.unsloth_lora_ner import load_lora_model
 
 if TYPE_CHECKING:
@@ -73,6 +75,12 @@ class NerTrainer(Trainer):
         self.examples_seen += sum(len(batch["input_ids"]) for batch in batches)
         return batches, items
 
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(dataset["length"], step_size=step_size, seed=args.seed)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if num_items_in_batch is not None:
             inputs = {**inputs, "num_words_in_batch": self._words_in_step}
@@ -113,14 +121,18 @@ class NerTrainer(Trainer):
             corpus_cue=parameters.corpus_cue,
             max_input_tokens=parameters.max_input_tokens,
         )
+        rank, processes = self.args.process_index, self.args.world_size
         answers = greedy_decode(
             self.accelerator.unwrap_model(self.model),
             tokenizer,
-            prompts,
+            prompts[rank::processes],
             max_new_tokens=self.args.generation_max_new_tokens,
             batch_size=self.args.per_device_eval_batch_size,
-            progress=f"greedy {split}",
+            progress=f"greedy {split}" if rank == 0 else None,
         )
+        if processes > 1:
+            shares = gather_object([answers])
+            answers = [shares[index % processes][index // processes] for index in range(len(prompts))]
         scores = score_predictions(collect_predictions(self.records[split], prompts, answers))
         return scores | {"seconds": round(time.time() - started, 2)}
 
@@ -256,8 +268,6 @@ def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTr
         load_best_model_at_end=True,
         metric_for_best_model=WATCH_METRIC,
         greater_is_better=True,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
         dataloader_num_workers=parameters.num_workers,
         dataloader_pin_memory=parameters.pin_memory and not on_cpu,
         remove_unused_columns=False,
@@ -292,15 +302,15 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         print(f"{run_folder.name} is trained already; existing_run=replace trains it anew.")
         return json.loads(done.read_text(encoding="utf-8"))
     checkpoints = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    last = find_resumable_checkpoint(checkpoints)
     if last:
         print(f"going on from {last}")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.time()
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     seconds = time.time() - started
-    best = Path(trainer.state.best_model_checkpoint or get_last_checkpoint(checkpoints)).name
+    best = Path(trainer.state.best_model_checkpoint or find_resumable_checkpoint(checkpoints)).name
     step, greedy = trainer.last_greedy
     if f"checkpoint-{step}" != best or "greedy_dev_ner_f1" not in greedy:
         greedy = evaluate_greedily(trainer, "greedy_dev")
@@ -310,8 +320,8 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         **greedy,
         "steps": trainer.state.global_step,
         "train_seconds": round(seconds, 2),
-        "train_tokens_per_second": round(trainer.tokens_seen / seconds, 1),
-        "train_sentences_per_second": round(trainer.examples_seen / seconds, 2),
+        "train_tokens_per_second": round(trainer.tokens_seen * trainer.args.world_size / seconds, 1),
+        "train_sentences_per_second": round(trainer.examples_seen * trainer.args.world_size / seconds, 2),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "best_checkpoint": best,
     }
@@ -319,8 +329,9 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     if trainer.parameters.run_test_eval:
         metrics |= {f"test_{name}": value for name, value in trainer.score_greedily("test").items()}
-    write_json(run_folder / "log_history.json", trainer.state.log_history)
-    write_json(done, metrics)
+    if trainer.is_world_process_zero():
+        write_json(run_folder / "log_history.json", trainer.state.log_history)
+        write_json(done, metrics)
     return metrics
 
 
@@ -344,15 +355,3 @@ def explain_gap(metrics: dict[str, Any]) -> str:
         "context, the answer is written after the whole sentence"
     )
     return f"fast {fast:.3f} and greedy {greedy:.3f} differ by {abs(fast - greedy):.3f}: {cause}."
-
-
-def best_checkpoint(run_folder: Path, metrics: dict[str, Any]) -> Path:
-    """The folder of the best checkpoint.
-
-    Raises:
-        ModelError: it is gone.
-    """
-    folder = run_folder / "checkpoints" / metrics["best_checkpoint"]
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: the best checkpoint is gone; existing_run=replace trains it anew.")
-    return folder

@@ -104,6 +104,7 @@ def load_lora_model(
         if gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
+    _initialise_adapter(model, seed)
     _install_forward(model.get_base_model(), head_loss_weight=head_loss_weight)
     return model
 
@@ -246,6 +247,23 @@ def _attach_token_head(model: PreTrainedModel, wanted: bool) -> None:
     if wanted:
         # float32: three rows cost nothing, and bfloat16 would round their updates away.
         model.token_head = torch.nn.Linear(model.config.hidden_size, LABELS).to(model.device, torch.float32)
+
+
+def _initialise_adapter(model: PeftModel, seed: int) -> None:
+    """Draw the adapter's start by name and seed, so that both backends begin with the same numbers.
+
+    LoRA A as PEFT does (Kaiming uniform), B zero, the head as ``nn.Linear`` does.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if not parameter.requires_grad or not (".lora_A." in name or "token_head" in name):
+            continue
+        fan_in = parameter.shape[-1] if parameter.ndim == 2 else model.config.hidden_size
+        drawn = torch.rand(parameter.shape, generator=generator) * 2 - 1
+        with torch.no_grad():
+            parameter.copy_(drawn / fan_in**0.5)  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
 
 
 def _install_forward(model: PreTrainedModel, *, head_loss_weight: float) -> None:

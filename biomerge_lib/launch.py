@@ -1,0 +1,103 @@
+"""Knows how a run's training is started: in this process, or in several under torchrun.
+
+``python -m biomerge_lib.launch RUN_FOLDER`` is what each torchrun process executes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.backbones import prepare_backbone
+from biomerge_lib.errors import BioMergeError
+from biomerge_lib.ner_span import read_split
+from biomerge_lib.parameters import Parameters
+from biomerge_lib.records import Record
+from biomerge_lib.runs import PROJECT_DIR, load_run_parameters, quiet_libraries
+from biomerge_lib.unsloth_lora_ner import import_backend
+
+
+def read_records(parameters: Parameters) -> dict[str, list[Record]]:
+    """The records that a run trains on and is scored on, as its parameters choose them."""
+    chosen = {
+        "train": read_split(
+            parameters.data_dir, "train", subsample=parameters.subsample, seed=parameters.seed
+        ),
+        "dev": read_split(parameters.data_dir, "dev", limit=parameters.eval_limit),
+    }
+    if parameters.run_test_eval:
+        chosen["test"] = read_split(parameters.data_dir, "test", limit=parameters.eval_limit)
+    return chosen
+
+
+def train_run(folder: Path, parameters: Parameters) -> dict[str, Any]:
+    """Train the run in ``folder`` (or go on with it) and return its metrics; see :func:`training.train`.
+
+    With ``num_processes`` > 1 torchrun starts that many processes on this node, and their output is shown here.
+
+    Raises:
+        BioMergeError: a process failed; its last lines are in the message.
+    """
+    done = folder / "training.json"
+    if done.is_file():
+        print(f"{folder.name} is trained already; existing_run=replace trains it anew.")
+    elif parameters.num_processes == 1:
+        return _train_here(folder, parameters)
+    else:
+        # Prepared once, before the processes look for it all at the same time.
+        prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
+        _torchrun(folder, parameters.num_processes)
+    return json.loads(done.read_text(encoding="utf-8"))
+
+
+def _train_here(folder: Path, parameters: Parameters) -> dict[str, Any]:
+    import_backend(parameters.backend)
+    from biomerge_lib.tokenizer import load_tokenizer
+    from biomerge_lib.training import build_model, build_trainer, train
+
+    backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
+    model = build_model(parameters, backbone)
+    records = read_records(parameters)
+    trainer = build_trainer(
+        model, load_tokenizer(backbone), records, parameters, checkpoints=folder / "checkpoints"
+    )
+    if trainer.is_world_process_zero():
+        model.print_trainable_parameters()
+    return train(trainer, folder)
+
+
+def _torchrun(folder: Path, processes: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "biomerge_lib.launch", str(folder)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")])
+    }
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if "%|" not in line:  # progress bars are for terminals
+                print(line, end="")
+    if process.returncode:
+        raise BioMergeError(f"torchrun ended with {process.returncode}:\n{''.join(lines[-30:])}")
+
+
+def main() -> int:
+    quiet_libraries()
+    folder = Path(sys.argv[1])
+    try:
+        _train_here(folder, load_run_parameters(folder))
+    except BioMergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

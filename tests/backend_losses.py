@@ -1,0 +1,53 @@
+"""Run apart by test_backends.py (Unsloth patches transformers and peft on import): losses of a backend, as JSON.
+
+usage: backend_losses.py BACKEND PREPARED_BACKBONE OUT_DIR [ADAPTER_DIR]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from biomerge_lib.unsloth_lora_ner import import_backend, load_lora_model
+
+backend, prepared, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+import_backend(backend)
+
+import torch  # noqa: E402
+
+from biomerge_lib.ner_span import SpanCollator, encode_example  # noqa: E402
+from biomerge_lib.readers import read_corpus  # noqa: E402
+from biomerge_lib.tokenizer import load_tokenizer  # noqa: E402
+
+tokenizer = load_tokenizer(prepared)
+model = load_lora_model(
+    prepared,
+    backend=backend,
+    dtype="float32",
+    lora_rank=8,
+    lora_alpha=16,
+    lora_dropout=0.0,
+    token_head=True,
+    head_loss_weight=1.0,
+    gradient_checkpointing=False,
+    max_length=512,
+    seed=5,
+)
+if len(sys.argv) > 4:
+    model.load_adapter(sys.argv[4], adapter_name="default", is_trainable=True)
+model.train()
+records = [record for record in read_corpus("sample")["train"] if len(record.text) < 120][:8]
+examples = [encode_example(r, tokenizer, offset_anchors="start", corpus_cue=False) for r in records]
+batch = {name: t.to(model.device) for name, t in SpanCollator(tokenizer.pad_token_id)(examples).items()}
+trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+losses, heads = [], []
+for _ in range(4):
+    output = model(**batch)
+    losses.append(output["loss"].item())
+    heads.append(output["head_loss"].item())
+    optimizer.zero_grad()
+    output["loss"].backward()
+    optimizer.step()
+model.save_pretrained(out)
+shapes = sorted(tuple(p.shape) for p in trained.values())
+print(json.dumps({"losses": losses, "heads": heads, "shapes": shapes}))
