@@ -1,46 +1,103 @@
 """Knows how JSONL becomes batches of tensors: the data module. Knows nothing of models.
 
-{train,dev,test}.jsonl --[read_split]--> records --[encode_example]--> examples --[SpanCollator]--> batches
+{train,dev,test}.jsonl --[iter_split]--> records --[encode_example]--> examples --[SpanCollator]--> batches
+
+Everything streams: records come from the file one by one, examples go to the cache in batches, and a data set is a
+file that is mapped into memory.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biomerge_lib.prompt import IGNORE, encode, split_record, word_labels
-from biomerge_lib.records import Record, iter_records
+from biomerge_lib.corpora import train_datasets
+from biomerge_lib.prompt import IGNORE, Encoding, encode, encode_many, split_record, word_labels
+from biomerge_lib.records import Record, file_sha256, iter_records
+from biomerge_lib.draws import Document, document_of, draw_share, place_in_draw
+from biomerge_lib.token_cache import (
+    cache_path,
+    collect_examples,
+    hash_records,
+    hash_tokenizer,
+    open_examples,
+    write_examples,
+)
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerFast
 
+BATCH = 1000  # records tokenised at a time
 log = logging.getLogger("biomerge")
 
 
-def read_split(
-    data_dir: Path | str, split: str, *, subsample: float = 1.0, limit: int | None = None, seed: int = 42
-) -> list[Record]:
-    """Records of a split, checked line by line.
+def iter_split(
+    data_dir: Path | str,
+    split: str,
+    *,
+    subsample: float = 1.0,
+    limit: int | None = None,
+    seed: int = 42,
+    default_cue: str | None = None,
+    cue_dropout: float = 0.0,
+) -> Iterator[Record]:
+    """Records of a split, checked line by line; memory does not grow with the file.
 
-    ``subsample`` keeps that share of the documents (at least one), drawn with ``seed``; ``limit`` keeps so many
-    records, spread evenly over the split.
+    ``subsample`` keeps that share of each corpus's documents (at least one), drawn with ``seed``; ``limit`` keeps so
+    many records, spread evenly over the split. With ``default_cue`` the records of corpora that ``train.jsonl`` lacks,
+    and the share ``cue_dropout`` of all others, are cued with it.
 
     Raises:
         DataError: the file is missing, empty, or a line is bad.
     """
-    records = list(iter_records(Path(data_dir) / f"{split}.jsonl"))
-    if subsample < 1.0:
-        documents = sorted({(record.dataset, record.doc_id) for record in records})
-        keep = set(random.Random(seed).sample(documents, max(1, round(subsample * len(documents)))))
-        records = [record for record in records if (record.dataset, record.doc_id) in keep]
-    if limit is not None and limit < len(records):
-        records = [records[index * len(records) // limit] for index in range(limit)]
-    return records
+    path = Path(data_dir) / f"{split}.jsonl"
+    trained = None if default_cue is None else train_datasets(data_dir)
+    documents, total = None, 0
+    if path.is_file() and (subsample < 1.0 or limit is not None):
+        sizes = _count_documents(path)
+        documents = draw_share(sizes, subsample, seed)
+        total = sum(sizes[document] for document in documents)
+    index = -1
+    for record in iter_records(path):
+        if documents is not None and document_of(record) not in documents:
+            continue
+        index += 1
+        if limit is not None and limit < total and not _is_picked(index, limit, total):
+            continue
+        if trained is not None:
+            record = cue_record(
+                record, trained=trained, default_cue=default_cue, cue_dropout=cue_dropout, seed=seed
+            )
+        yield record
+
+
+def read_split(data_dir: Path | str, split: str, **options: Any) -> list[Record]:
+    """The records of :func:`iter_split`, all at once."""
+    return list(iter_split(data_dir, split, **options))
+
+
+def cue_record(
+    record: Record, *, trained: Collection[str], default_cue: str, cue_dropout: float = 0.0, seed: int = 42
+) -> Record:
+    """The record with ``default_cue`` if its corpus was not trained on, or by chance (always the same records).
+
+    A model learns what the default cue means from the records that get it by chance in training. A record that names
+    a cue of its own keeps it.
+    """
+    if record.cue is not None:
+        return record
+    unseen = record.dataset not in trained
+    if unseen or place_in_draw(f"{record.dataset}\0{record.doc_id}\0{record.text}", seed) < cue_dropout:
+        return replace(record, cue=default_cue)
+    return record
 
 
 def encode_example(
@@ -51,56 +108,122 @@ def encode_example(
     ``labels``: IGNORE on the prompt (``<NER>`` ... ``<TAG>``), the completion's ids up to and with EOS.
     ``token_labels``: B/I/O (0 = O, 1 = B, 2 = I) on the last token of each word, IGNORE elsewhere.
     """
-    encoding = encode(record, tokenizer, offset_anchors=offset_anchors, corpus_cue=corpus_cue)
-    input_ids = encoding.prompt_ids + encoding.completion_ids
-    token_labels = [IGNORE] * len(input_ids)
-    for position, label in zip(
-        encoding.word_last_tokens, word_labels(encoding.words, record.spans), strict=True
-    ):
+    return label_encoding(
+        record, encode(record, tokenizer, offset_anchors=offset_anchors, corpus_cue=corpus_cue)
+    )
+
+
+def label_encoding(record: Record, encoding: Encoding) -> dict[str, list[int]]:
+    """The example of :func:`encode_example` from a record's token ids."""
+    prompt_ids, completion_ids = encoding.prompt_ids, encoding.completion_ids
+    token_labels = [IGNORE] * (len(prompt_ids) + len(completion_ids))
+    labels = word_labels(encoding.words, record.spans)
+    for position, label in zip(encoding.word_last_tokens, labels, strict=True):
         token_labels[position] = label
     return {
-        "input_ids": input_ids,
-        "labels": [IGNORE] * len(encoding.prompt_ids)
-        + encoding.completion_ids,  # loss on completion + EOS only
+        "input_ids": prompt_ids + completion_ids,
+        "labels": [IGNORE] * len(prompt_ids) + completion_ids,  # loss on completion + EOS only
         "token_labels": token_labels,
     }
 
 
-def build_dataset(
-    records: Sequence[Record],
+def iter_examples(
+    records: Iterable[Record],
     tokenizer: PreTrainedTokenizerFast,
     *,
     offset_anchors: str,
     corpus_cue: bool,
     max_input_tokens: int,
     max_target_tokens: int,
-) -> Dataset:
-    """Tokenised examples of a split, with their ``length``; over-long records are chunked, never truncated.
+) -> Iterator[dict[str, Any]]:
+    """Tokenised examples, with their ``length`` and ``prompt_length``; over-long records are chunked, never truncated.
+
+    How many were chunked is logged at the end.
 
     Raises:
         DataError: a word or a gold span that fits no chunk.
     """
-    from datasets import Dataset
-
     rendering = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
-    examples, chunked = [], 0
-    for record in records:
-        chunks = split_record(
-            record,
-            tokenizer,
-            **rendering,
-            max_input_tokens=max_input_tokens,
-            max_target_tokens=max_target_tokens,
-        )
-        chunked += len(chunks) > 1
-        examples += [encode_example(chunk.record, tokenizer, **rendering) for chunk in chunks]
+    limits = {"max_input_tokens": max_input_tokens, "max_target_tokens": max_target_tokens}
+    seen = chunked = 0
+    for batch in _batches(records):
+        for record, encoding in zip(batch, encode_many(batch, tokenizer, **rendering), strict=True):
+            seen += 1
+            pieces = [(record, encoding)]
+            if (
+                len(encoding.prompt_ids) > max_input_tokens
+                or len(encoding.completion_ids) > max_target_tokens
+            ):
+                chunks = [chunk.record for chunk in split_record(record, tokenizer, **rendering, **limits)]
+                pieces = zip(chunks, encode_many(chunks, tokenizer, **rendering), strict=True)
+                chunked += 1
+            for piece, ids in pieces:
+                example = label_encoding(piece, ids)
+                sizes = {"length": len(example["input_ids"]), "prompt_length": len(ids.prompt_ids)}
+                yield {**example, **sizes}
     if chunked:
-        log.info(
-            "%d of %d records were over the token limits and were cut into chunks", chunked, len(records)
-        )
-    for example in examples:
-        example["length"] = len(example["input_ids"])
-    return Dataset.from_list(examples)
+        log.info("%d of %d records were over the token limits and were cut into chunks", chunked, seen)
+
+
+def build_dataset(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    cache_dir: Path | str | None = None,
+    data_hash: str | None = None,
+    **rendering: Any,
+) -> Dataset:
+    """The examples of :func:`iter_examples` as a data set; tokenised once and then read from ``cache_dir``.
+
+    Args:
+        records: a list; or an iterator, whose content ``data_hash`` names (:func:`hash_split`).
+        cache_dir: folder of tokenised data; None keeps them in memory.
+        rendering: ``offset_anchors``, ``corpus_cue``, ``max_input_tokens``, ``max_target_tokens``.
+
+    Raises:
+        DataError: a word or a gold span that fits no chunk.
+    """
+    batches = _batches(iter_examples(records, tokenizer, **rendering))
+    if cache_dir is None:
+        return collect_examples(batches)
+    path = cache_path(
+        cache_dir,
+        records=data_hash or hash_records(records),
+        tokenizer=hash_tokenizer(tokenizer),
+        rendering=rendering,
+    )
+    if path.is_file():
+        log.info("tokenised data from %s", path)
+        return open_examples(path)
+    return write_examples(path, batches)
+
+
+def stream_dataset(
+    data_dir: Path | str,
+    split: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    rendering: Mapping[str, Any],
+    **options: Any,
+) -> IterableDataset:
+    """The examples of a split as they are tokenised, without any file: for data that are read once.
+
+    Args:
+        rendering: of :func:`iter_examples`.
+        options: of :func:`iter_split`.
+    """
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(
+        lambda: iter_examples(iter_split(data_dir, split, **options), tokenizer, **rendering)
+    )
+
+
+def hash_split(data_dir: Path | str, split: str, **options: Any) -> str:
+    """A name of the content of :func:`iter_split` with these options, without reading it."""
+    trained = sorted(train_datasets(data_dir)) if options.get("default_cue") else []
+    content = file_sha256(Path(data_dir) / f"{split}.jsonl"), trained, sorted(options.items())
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -128,3 +251,27 @@ class SpanCollator:
             for name in ("input_ids", "labels", "token_labels"):
                 batch[name][row, :length] = torch.as_tensor(example[name])
         return batch
+
+
+def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
+    items = iter(items)
+    while batch := list(islice(items, BATCH)):
+        yield batch
+
+
+def _count_documents(path: Path) -> Counter[Document]:
+    """Records a document, from a pass that leaves the checks to the reading proper."""
+    sizes: Counter[Document] = Counter()
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                fields = json.loads(line)
+                sizes[fields["dataset"], fields["doc_id"]] += 1
+            except (ValueError, KeyError, TypeError):
+                continue
+    return sizes
+
+
+def _is_picked(index: int, limit: int, total: int) -> bool:
+    """Whether a record is one of the ``limit`` at the positions ``k * total // limit``."""
+    return (-(-index * limit // total)) * total // limit == index

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from biomerge_lib.errors import DataError
@@ -25,6 +26,7 @@ ANCHOR_STYLES = ("none", "start", "start_end", "start_colon", "echo_start")
 IGNORE = -100
 B_I_O = {"O": 0, "B": 1, "I": 2}
 _WORD = re.compile(r"\S+")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]}’”]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,12 @@ def find_words(text: str) -> list[Span]:
 def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Rendering:
     """Write a text as the model sees it (without the closing ``<TAG>``).
 
-    ``none`` is the plain sentence, to the character. ``start`` writes each word's start offset before it,
-    so that the model copies offsets instead of counting characters; ``start_end`` also writes the end
-    after it, ``start_colon`` spells the start with a colon. ``echo_start`` writes the plain sentence first and the
-    anchored one after it: a causal model then reads every anchored word knowing the whole sentence (the echo of
-    Springer et al. 2024, "Repetition improves language model embeddings"). ``cue`` names the corpus whose
-    annotation policy is wanted.
+    ``none`` is the plain sentence, to the character (but for white space at its end). ``start`` writes each
+    word's start offset before it, so that the model copies offsets instead of counting characters; ``start_end``
+    also writes the end after it, ``start_colon`` spells the start with a colon. ``echo_start`` writes the plain
+    sentence first and the anchored one after it: a causal model then reads every anchored word knowing the whole
+    sentence (the echo of Springer et al. 2024, "Repetition improves language model embeddings"). ``cue`` names the
+    corpus whose annotation policy is wanted.
 
     >>> render("Aspirin can", offset_anchors="start", cue="bc5cdr").prompt
     '<NER> bc5cdr | 0 Aspirin 8 can'
@@ -81,11 +83,12 @@ def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Renderi
         raise ValueError(f"offset_anchors must be one of {ANCHOR_STYLES}, not {offset_anchors!r}")
     words = find_words(text)
     head = NER_PREFIX + (f"{cue} | " if cue else "")
+    plain = text.rstrip()  # a chunk ends where the next word starts, a sentence ends with its last word
     if offset_anchors == "none":
         shift = len(head)
-        return Rendering(head + text, words, [(start + shift, end + shift) for start, end in words])
+        return Rendering(head + plain, words, [(start + shift, end + shift) for start, end in words])
     if offset_anchors == "echo_start":
-        head += f"{text} | "
+        head += f"{plain} | "
     parts, rendered, position = [head], [], len(head)
     for index, (start, end) in enumerate(words):
         gap = " " if index else ""
@@ -98,8 +101,8 @@ def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Renderi
 
 
 def cue_of(record: Record, *, corpus_cue: bool) -> str | None:
-    """The corpus name to put into the prompt, or None when cues are off."""
-    return record.dataset if corpus_cue else None
+    """The name to put into the prompt: the record's cue, else its data set; None when cues are off."""
+    return (record.cue or record.dataset) if corpus_cue else None
 
 
 def encode_prompt(
@@ -115,7 +118,7 @@ def encode_prompt(
 
 def encode_completion(spans: Iterable[Span], tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Token ids of what the model must write after ``<TAG>``: `` 0-7 ; 20-34`` and EOS."""
-    completion = format_spans(spans).removeprefix(TAG)
+    completion = _completion(spans)
     ids = tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
     return [*ids, tokenizer.eos_token_id]
 
@@ -123,11 +126,35 @@ def encode_completion(spans: Iterable[Span], tokenizer: PreTrainedTokenizerFast)
 def encode(
     record: Record, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
 ) -> Encoding:
-    """Token ids of a record; the one place where prompts are tokenised."""
+    """Token ids of a record; training, greedy decoding and vLLM all get them here."""
     prompt_ids, words, last_tokens = encode_prompt(
         record.text, tokenizer, offset_anchors=offset_anchors, cue=cue_of(record, corpus_cue=corpus_cue)
     )
     return Encoding(prompt_ids, encode_completion(record.spans, tokenizer), words, last_tokens)
+
+
+def encode_many(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
+) -> list[Encoding]:
+    """What :func:`encode` gives for each record, in two calls of the tokenizer."""
+    if not records:
+        return []
+    renderings = [
+        render(record.text, offset_anchors=offset_anchors, cue=cue_of(record, corpus_cue=corpus_cue))
+        for record in records
+    ]
+    prompts = tokenizer([rendering.prompt for rendering in renderings], return_offsets_mapping=True)
+    # A record without spans still gets an (empty) completion, so that no index moves.
+    completions = tokenizer([_completion(record.spans) for record in records], add_special_tokens=False)
+    tag, eos = tokenizer.convert_tokens_to_ids(TAG), tokenizer.eos_token_id
+    return [
+        Encoding(
+            [*ids, tag], [*answer, eos], rendering.words, _last_tokens(offsets, rendering.rendered_words)
+        )
+        for rendering, ids, offsets, answer in zip(
+            renderings, prompts["input_ids"], prompts["offset_mapping"], completions["input_ids"], strict=True
+        )
+    ]
 
 
 def word_labels(words: Sequence[Span], spans: Iterable[Span]) -> list[int]:
@@ -166,7 +193,9 @@ def split_record(
     max_input_tokens: int,
     max_target_tokens: int | None = None,
 ) -> list[Chunk]:
-    """Cut a record whose prompt is over ``max_input_tokens`` at word boundaries; otherwise ``[record]``.
+    """Cut a record whose prompt is over ``max_input_tokens`` between words; otherwise ``[record]``.
+
+    Cuts fall after a full stop where there is one near the middle, so that chunks are sentences where they can be.
 
     With ``max_target_tokens`` (training: the gold is known) the completion is held to its limit too and
     no cut goes through a gold span. Without it (evaluation) the gold does not influence the cuts.
@@ -199,6 +228,15 @@ def split_record(
     return pieces
 
 
+def find_cut_spans(record: Record, chunks: Sequence[Chunk]) -> list[Span]:
+    """The record's gold spans that no chunk holds whole: evaluation cuts without looking at the gold.
+
+    They stay in the record's gold, so an answer cannot find them.
+    """
+    cuts = [chunk.offset for chunk in chunks[1:]]
+    return [(start, end) for start, end in record.spans if any(start < cut < end for cut in cuts)]
+
+
 def merge_chunks(chunks: Sequence[Chunk], spans_per_chunk: Sequence[Iterable[Span]]) -> list[Span]:
     """Map spans found in chunks back to the offsets of the text they were cut from, sorted."""
     found = {
@@ -209,20 +247,31 @@ def merge_chunks(chunks: Sequence[Chunk], spans_per_chunk: Sequence[Iterable[Spa
     return sorted(found)
 
 
+def _completion(spans: Iterable[Span]) -> str:
+    return format_spans(spans).removeprefix(TAG)
+
+
 def _middle_cut(record: Record, words: list[Span], *, keep_spans: bool) -> int | None:
-    """The word start nearest to the middle that cuts no gold span (halving keeps chunks of even length)."""
-    cuts = [start for start, _ in words[1:]]
-    if keep_spans:
-        cuts = [cut for cut in cuts if not any(start < cut < end for start, end in record.spans)]
-    middle = len(record.text) / 2
-    return min(cuts, key=lambda cut: abs(cut - middle), default=None)
+    """The word start nearest to the middle that cuts no gold span (halving keeps chunks of even length).
+
+    A start after a sentence's end is taken if there is one in the middle half.
+    """
+    text = record.text
+    middle, quarter = len(text) / 2, len(text) / 4
+    cuts, after_sentence = [], []
+    for (before, before_end), (start, _) in pairwise(words):
+        if keep_spans and any(first < start < last for first, last in record.spans):
+            continue
+        cuts.append(start)
+        if abs(start - middle) <= quarter and _SENTENCE_END.search(text, before, before_end):
+            after_sentence.append(start)
+    return min(after_sentence or cuts, key=lambda cut: abs(cut - middle), default=None)
 
 
 def _slice(chunk: Chunk, start: int, end: int) -> Chunk:
     record = chunk.record
     inside = tuple((s - start, e - start) for s, e in record.spans if start <= s and e <= end)
-    part = Record(text=record.text[start:end], spans=inside, doc_id=record.doc_id, dataset=record.dataset)
-    return Chunk(part, chunk.offset + start)
+    return Chunk(replace(record, text=record.text[start:end], spans=inside), chunk.offset + start)
 
 
 def _last_tokens(token_offsets: Sequence[Span], rendered_words: Sequence[Span]) -> list[int]:
