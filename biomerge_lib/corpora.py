@@ -14,7 +14,7 @@ from typing import Any
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.readers import SAMPLE, SAMPLE_DIR, find_splits, read_corpus
-from biomerge_lib.records import SPLITS, Record, file_sha256, iter_records, write_records
+from biomerge_lib.records import SPLITS, Record, file_sha256, write_records
 from biomerge_lib.runs import write_json
 from biomerge_lib.union import Union, build_union
 
@@ -85,21 +85,6 @@ def write_conflicts(path: Path, union: Union) -> None:
             ]
             out.write(json.dumps(versions, ensure_ascii=False) + "\n")
     os.replace(partial, path)
-
-
-def train_datasets(data_dir: Path | str) -> frozenset[str]:
-    """The data sets of the training records: from the data card while it fits ``train.jsonl``, else by reading.
-
-    Raises:
-        DataError: ``train.jsonl`` is missing or broken.
-    """
-    path = Path(data_dir) / "train.jsonl"
-    card_path = Path(data_dir) / "data_card.json"
-    if path.is_file() and card_path.is_file():
-        card = json.loads(card_path.read_text(encoding="utf-8"))["splits"]["train"]
-        if "datasets" in card and card["sha256"] == file_sha256(path):
-            return frozenset(dataset for dataset, sizes in card["datasets"].items() if sizes["sentences"])
-    return frozenset(record.dataset for record in iter_records(path))
 
 
 def describe_records(records: Iterable[Record]) -> dict[str, Any]:

@@ -18,10 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biomerge_lib.corpora import train_datasets
+from biomerge_lib.draws import Document, document_of, draw_share, place_in_draw
 from biomerge_lib.prompt import IGNORE, Encoding, encode, encode_many, split_record, word_labels
 from biomerge_lib.records import Record, file_sha256, iter_records
-from biomerge_lib.draws import Document, document_of, draw_share, place_in_draw
 from biomerge_lib.token_cache import (
     cache_path,
     collect_examples,
@@ -82,6 +81,21 @@ def iter_split(
 def read_split(data_dir: Path | str, split: str, **options: Any) -> list[Record]:
     """The records of :func:`iter_split`, all at once."""
     return list(iter_split(data_dir, split, **options))
+
+
+def train_datasets(data_dir: Path | str) -> frozenset[str]:
+    """The data sets of the training records: from the data card while it fits ``train.jsonl``, else by reading.
+
+    Raises:
+        DataError: ``train.jsonl`` is missing or broken.
+    """
+    path = Path(data_dir) / "train.jsonl"
+    card_path = Path(data_dir) / "data_card.json"
+    if path.is_file() and card_path.is_file():
+        card = json.loads(card_path.read_text(encoding="utf-8"))["splits"]["train"]
+        if "datasets" in card and card["sha256"] == file_sha256(path):
+            return frozenset(dataset for dataset, sizes in card["datasets"].items() if sizes["sentences"])
+    return frozenset(record.dataset for record in iter_records(path))
 
 
 def cue_record(

@@ -100,6 +100,22 @@ def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Renderi
     return Rendering("".join(parts), words, rendered)
 
 
+def prompt_bytes(text: str, *, offset_anchors: str, cue: str | None = None) -> int:
+    """At least as many as the rendered prompt has bytes, without rendering it: a bound of its tokens (but for BOS).
+
+    >>> prompt_bytes("Aspirin can", offset_anchors="none")
+    17
+    """
+    plain = len(text) if text.isascii() else len(text.encode())
+    size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + plain
+    if offset_anchors == "none":
+        return size
+    anchor = len(str(len(text))) + 2
+    anchors = {"start": 1, "start_colon": 1, "start_end": 2, "echo_start": 1}[offset_anchors]
+    echo = plain + 3 if offset_anchors == "echo_start" else 0
+    return size + echo + len(text.split()) * anchor * anchors
+
+
 def cue_of(record: Record, *, corpus_cue: bool) -> str | None:
     """The name to put into the prompt: the record's cue, else its data set; None when cues are off."""
     return (record.cue or record.dataset) if corpus_cue else None
@@ -114,6 +130,15 @@ def encode_prompt(
     prompt_ids = [*encoded["input_ids"], tokenizer.convert_tokens_to_ids(TAG)]
     last_tokens = _last_tokens(encoded["offset_mapping"], rendering.rendered_words)
     return prompt_ids, rendering.words, last_tokens
+
+
+def count_tokens(
+    record: Record, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
+) -> tuple[int, int]:
+    """The lengths of the prompt's and the completion's token ids, in half the time of :func:`encode`."""
+    cue = cue_of(record, corpus_cue=corpus_cue)
+    prompt = render(record.text, offset_anchors=offset_anchors, cue=cue).prompt
+    return len(tokenizer(prompt)["input_ids"]) + 1, len(encode_completion(record.spans, tokenizer))
 
 
 def encode_completion(spans: Iterable[Span], tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -1,0 +1,146 @@
+"""Knows what a split holds, in one pass over its records: counts, repeated sentences, token lengths.
+
+Knows nothing of files or training. Texts are not kept, so that millions of records can be scanned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from biomerge_lib.draws import Document, document_of
+from biomerge_lib.errors import DataError
+from biomerge_lib.leakage import key_of
+from biomerge_lib.prompt import count_tokens, cue_of, find_cut_spans, prompt_bytes, split_record
+from biomerge_lib.records import Record
+
+if TYPE_CHECKING:
+    from biomerge_lib.plain_tokenizer import PlainTokenizer
+
+SAMPLE_SIZE = 1000
+# What a prompt's tokens can be more than its bytes: <TAG>, BOS and the like.
+EXTRA_TOKENS = 4
+
+
+@dataclass
+class Scan:
+    """What a split's records are.
+
+    ``gold``: sentence key and cue -> the first gold key, i.e. what a model would learn to answer to this prompt.
+    ``repeated`` and ``contradicting`` count the records whose prompt came before, with the same and with other gold.
+    ``reserved``: texts that hold a token of the tokenizer literally (``<B>`` in HTML, say).
+    ``examples``: records and chunks; ``chunked``: records that are cut; ``cut_spans``: mentions that the cuts of
+    evaluation go through. ``prompt_tokens`` and ``target_tokens`` are totals, estimated unless ``is_exact``.
+    ``impossible``: why some records fit no limit.
+    """
+
+    records: int = 0
+    spans: int = 0
+    empty: int = 0
+    datasets: Counter[str] = field(default_factory=Counter)
+    cues: Counter[str | None] = field(default_factory=Counter)
+    documents: set[Document] = field(default_factory=set)
+    gold: dict[tuple[bytes, str | None], bytes] = field(default_factory=dict)
+    repeated: int = 0
+    contradicting: int = 0
+    reserved: int = 0
+    long_prompts: int = 0
+    long_targets: int = 0
+    chunked: int = 0
+    examples: int = 0
+    cut_spans: int = 0
+    prompt_tokens: float = 0
+    target_tokens: float = 0
+    is_exact: bool = True
+    impossible: list[str] = field(default_factory=list)
+    sample: list[Record] = field(default_factory=list)
+
+    def sentences(self) -> set[bytes]:
+        return {sentence for sentence, _ in self.gold}
+
+
+def scan_records(
+    records: Iterable[Record],
+    tokenizer: PlainTokenizer,
+    *,
+    offset_anchors: str,
+    corpus_cue: bool,
+    max_input_tokens: int,
+    max_target_tokens: int,
+    for_training: bool,
+    reserved: Sequence[str] = (),
+) -> Scan:
+    """Count a split. ``for_training`` holds the targets to their limit too and cuts no mention.
+
+    A token is at least a byte long, so only a record with more bytes than ``max_input_tokens`` (or a target with more
+    than ``max_target_tokens``) has to be tokenised to count those over the limits exactly.
+    """
+    rendering = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
+    limits = {"max_input_tokens": max_input_tokens}
+    if for_training:
+        limits["max_target_tokens"] = max_target_tokens
+    scan, chance, short = Scan(), random.Random(0), 0
+    for record in records:
+        count_record(scan, record, corpus_cue=corpus_cue, reserved=reserved)
+        cue = cue_of(record, corpus_cue=corpus_cue)
+        most = prompt_bytes(record.text, offset_anchors=offset_anchors, cue=cue) + EXTRA_TOKENS
+        if most > max_input_tokens or len(record.target) > max_target_tokens:
+            _measure(scan, record, tokenizer, rendering, limits, max_target_tokens)
+            continue
+        scan.examples += 1
+        short += 1
+        if len(scan.sample) < SAMPLE_SIZE:
+            scan.sample.append(record)
+        elif (place := chance.randrange(short)) < SAMPLE_SIZE:
+            scan.sample[place] = record
+    lengths = [count_tokens(record, tokenizer, **rendering) for record in scan.sample]
+    if lengths:
+        share = short / len(lengths)
+        scan.is_exact = share == 1
+        scan.prompt_tokens += share * sum(prompt for prompt, _ in lengths)
+        scan.target_tokens += share * sum(target for _, target in lengths)
+    return scan
+
+
+def count_record(scan: Scan, record: Record, *, corpus_cue: bool, reserved: Sequence[str] = ()) -> None:
+    """Count a record in: everything but its tokens."""
+    scan.records += 1
+    scan.spans += len(record.spans)
+    scan.empty += not record.spans
+    scan.datasets[record.dataset] += 1
+    scan.documents.add(document_of(record))
+    scan.reserved += any(token in record.text for token in reserved)
+    cue = cue_of(record, corpus_cue=corpus_cue)
+    scan.cues[cue] += 1
+    keyed = key_of(record)
+    prompt = keyed.sentence, cue
+    if prompt in scan.gold:
+        same = scan.gold[prompt] == keyed.annotated
+        scan.repeated += same
+        scan.contradicting += not same
+    else:
+        scan.gold[prompt] = keyed.annotated
+
+
+def _measure(
+    scan: Scan, record: Record, tokenizer, rendering: dict, limits: dict, max_target_tokens: int
+) -> None:
+    prompt, target = count_tokens(record, tokenizer, **rendering)
+    scan.prompt_tokens += prompt
+    scan.target_tokens += target
+    scan.long_prompts += prompt > limits["max_input_tokens"]
+    scan.long_targets += target > max_target_tokens
+    if prompt <= limits["max_input_tokens"] and target <= limits.get("max_target_tokens", target):
+        scan.examples += 1
+        return
+    try:
+        chunks = split_record(record, tokenizer, **rendering, **limits)
+    except DataError as error:
+        scan.impossible.append(str(error))
+        return
+    scan.examples += len(chunks)
+    scan.chunked += len(chunks) > 1
+    scan.cut_spans += len(find_cut_spans(record, chunks))
