@@ -83,20 +83,23 @@ def scan_records(
     if for_training:
         limits["max_target_tokens"] = max_target_tokens
     scan, chance, short = Scan(), random.Random(0), 0
+    sample: list[tuple[Record, bool]] = []
     for record in records:
         count_record(scan, record, corpus_cue=corpus_cue, reserved=reserved)
         cue = cue_of(record, corpus_cue=corpus_cue)
         most = prompt_bytes(record.text, offset_anchors=offset_anchors, cue=cue) + EXTRA_TOKENS
-        if most > max_input_tokens or len(record.target) > max_target_tokens:
+        is_short = most <= max_input_tokens and len(record.target) <= max_target_tokens
+        if is_short:
+            scan.examples += 1
+            short += 1
+        else:
             _measure(scan, record, tokenizer, rendering, limits, max_target_tokens)
-            continue
-        scan.examples += 1
-        short += 1
-        if len(scan.sample) < SAMPLE_SIZE:
-            scan.sample.append(record)
-        elif (place := chance.randrange(short)) < SAMPLE_SIZE:
-            scan.sample[place] = record
-    lengths = [count_tokens(record, tokenizer, **rendering) for record in scan.sample]
+        if len(sample) < SAMPLE_SIZE:
+            sample.append((record, is_short))
+        elif (place := chance.randrange(scan.records)) < SAMPLE_SIZE:
+            sample[place] = record, is_short
+    scan.sample = [record for record, _ in sample]
+    lengths = [count_tokens(record, tokenizer, **rendering) for record, is_short in sample if is_short]
     if lengths:
         share = short / len(lengths)
         scan.is_exact = share == 1
