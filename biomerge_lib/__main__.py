@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from biomerge_lib.errors import BioMergeError
 from biomerge_lib.parameters import Parameters, compose_parameters
@@ -12,6 +13,7 @@ from biomerge_lib.parameters import Parameters, compose_parameters
 EXAMPLES = """examples:
   python -m biomerge_lib run 03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4
   python -m biomerge_lib run 02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner
+  python -m biomerge_lib preflight data_dir=data/bc5cdr/ner corpus_cue=true
   python -m biomerge_lib report runs
 """
 
@@ -28,14 +30,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     show = commands.add_parser("parameters", help="list every parameter with its value and meaning")
     show.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
+    preflight = commands.add_parser(
+        "preflight", help="say in seconds whether these data, tokenizer and parameters can train"
+    )
+    preflight.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
     report = commands.add_parser("report", help="write one report page from run folders")
     report.add_argument("runs", nargs="+", help="run folders, or folders of run folders")
     report.add_argument(
         "--out", default="reports/report.html", help="the page to write (default: %(default)s)"
     )
+    publish = commands.add_parser(
+        "publish", help="copy finished runs to reports/ and rewrite the README's table"
+    )
+    publish.add_argument("runs", nargs="*", help="run folders (none: only rewrite the table)")
     options = parser.parse_args(arguments)
+    verbs = {
+        "run": _run,
+        "parameters": _parameters,
+        "preflight": _preflight,
+        "report": _report,
+        "publish": _publish,
+    }
     try:
-        return {"run": _run, "parameters": _parameters, "report": _report}[options.command](options)
+        return verbs[options.command](options)
     except BioMergeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,10 +73,31 @@ def _parameters(options: argparse.Namespace) -> int:
     return 0
 
 
+def _preflight(options: argparse.Namespace) -> int:
+    from biomerge_lib.preflight import PreflightError, check_training
+
+    try:
+        print(check_training(compose_parameters(options.overrides)))
+    except PreflightError as error:
+        print(error.preflight)
+        raise
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from biomerge_lib.report import write_report
 
     print(write_report(options.runs, options.out))
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from biomerge_lib.published import publish_run, write_results
+    from biomerge_lib.runs import PROJECT_DIR
+
+    for folder in options.runs:
+        print(publish_run(Path(folder)))
+    write_results(PROJECT_DIR / "README.md")
     return 0
 
 

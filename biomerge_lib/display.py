@@ -86,7 +86,8 @@ def highlight_errors(
 
 
 def _highlight_error(prediction: Prediction, error: SpanError, *, around: int = 240) -> str:
-    text, spans = prediction.text, error.gold + error.pred
+    text = prediction.text
+    spans = [span for span in error.gold + error.pred if is_inside(span, len(text))] or [(0, 0)]
     start = max(0, min(span[0] for span in spans) - around)
     end = min(len(text), max(span[1] for span in spans) + around)
     inside = lambda found: [(a - start, b - start) for a, b in found if start <= a < b <= end]  # noqa: E731
@@ -95,7 +96,7 @@ def _highlight_error(prediction: Prediction, error: SpanError, *, around: int = 
         for word, found in (("gold", error.gold), ("predicted", error.pred))
         if found
     ]
-    cut = ["… is cut out of a longer text"] if (start, end) != (0, len(text)) else []
+    cut = [f"cut out of {len(text)} characters"] if (start, end) != (0, len(text)) else []
     note = "; ".join([f"{prediction.doc_id}: " + ", ".join(said), *cut])
     return highlight(text[start:end], inside(prediction.gold), inside(prediction.pred), note)
 

@@ -1,0 +1,96 @@
+"""Knows ``reports/``: publishes a run there and writes the README's results table from what is there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.errors import DataError
+from biomerge_lib.runs import PROJECT_DIR, read_metrics
+
+REPORTS_DIR = PROJECT_DIR / "reports"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# Numbers, parameters and executed notebooks; no weights and no corpus text beyond what the notebooks show.
+PUBLISHED = ("metrics.json", "parameters.yaml", "log_history.json", "report.html")
+
+
+def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:
+    """Copy a finished run's metrics, parameters and executed notebooks to ``reports/<run_id>/``.
+
+    Raises:
+        DataError: the folder is no run, or its training has not finished (a partial run is not a result).
+    """
+    stages = read_metrics(folder).get("stages", {})
+    if stages.get("03_train", {}).get("status") != "finished":
+        raise DataError(f"{folder}: 03_train has not finished here; only finished runs are published.")
+    out = reports_dir / folder.name
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for path in [*(folder / name for name in PUBLISHED), *sorted(folder.glob("0*.ipynb"))]:
+        if path.is_file():
+            shutil.copy2(path, out / path.name)
+    return out
+
+
+def results_table(reports_dir: Path = REPORTS_DIR) -> str:
+    """A Markdown table of the published runs, best first; every figure comes from a ``metrics.json``."""
+    rows = [(folder, read_metrics(folder)) for folder in sorted(reports_dir.glob("*")) if folder.is_dir()]
+    rows = [(folder, metrics) for folder, metrics in rows if "03_train" in metrics.get("stages", {})]
+    rows.sort(key=lambda row: -_metric(row[1], "03_train", "greedy_dev_ner_f1"))
+    header = (
+        "| run | data | training | device, seconds | dev F1, Trainer | dev F1, 04 greedy | dev F1, 05 vLLM |\n"
+        "|---|---|---|---|---|---|---|\n"
+    )
+    return header + "".join(_row(folder, metrics) for folder, metrics in rows)
+
+
+def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
+    """Write the table between the markers of the README.
+
+    Raises:
+        DataError: the markers are missing.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise DataError(f"{readme}: the markers {BEGIN} and {END} are missing.")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    readme.write_text(f"{before}{BEGIN}\n{results_table(reports_dir)}{END}{after}", encoding="utf-8")
+
+
+def _row(folder: Path, metrics: Mapping[str, Any]) -> str:
+    parameters, stages = metrics["parameters"], metrics["stages"]
+    training = stages["03_train"]
+    split = parameters["split"]
+    sentences = stages.get("02_data", {}).get("metrics", {}).get("train_sentences")
+    share = parameters["subsample"]
+    data = f"{Path(parameters['data_dir']).parent.name}, {share:.0%} of {sentences:,}" if sentences else "—"
+    how = (
+        f"{parameters['backbone']}, r = {parameters['lora_rank']}, {parameters['num_train_epochs']:g} epochs, "
+        f"anchors {parameters['offset_anchors']}"
+    )
+    provenance = training["provenance"]
+    cells = [
+        f"[{folder.name}](reports/{folder.name}/03_train.ipynb)",
+        data,
+        how,
+        f"{provenance['device']}, {training['metrics']['train_seconds']:,.0f}",
+        _score(training["metrics"], "greedy_dev"),
+        _score(stages.get("04_greedy_dev", {}).get("metrics", {}), f"greedy_{split}"),
+        _score(stages.get("05_vllm_eval", {}).get("metrics", {}), f"vllm_{split}"),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _score(metrics: Mapping[str, Any], prefix: str) -> str:
+    if f"{prefix}_ner_f1" not in metrics:
+        return "—"
+    f1, low, high = (metrics[f"{prefix}_ner_f1{end}"] for end in ("", "_low", "_high"))
+    records = metrics.get(f"{prefix}_records")
+    return f"**{f1:.3f}** [{low:.3f}, {high:.3f}]" + (f", {records:,} sentences" if records else "")
+
+
+def _metric(metrics: Mapping[str, Any], stage: str, name: str) -> float:
+    return metrics["stages"][stage].get("metrics", {}).get(name, 0.0)

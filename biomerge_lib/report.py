@@ -1,0 +1,247 @@
+"""Knows the page that compares runs; reads run folders through ``report_runs``, draws with ``report_figures``.
+
+runs/ --[collect_runs]--> ReportedRun --[write_page]--> report.html (one file, loads nothing)
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from biomerge_lib import __version__
+from biomerge_lib import report_figures as figures
+from biomerge_lib.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
+from biomerge_lib.errors import DataError
+from biomerge_lib.ner_metrics import score_spans
+from biomerge_lib.parameters import compose_parameters
+from biomerge_lib.predictions import Prediction, read_predictions
+from biomerge_lib.prompt import find_words
+from biomerge_lib.records import SPLITS
+from biomerge_lib.report_runs import (
+    COST_COLUMNS,
+    F1_COLUMNS,
+    ReportedRun,
+    collect_runs,
+    is_number,
+    read_file,
+    varying_parameters,
+)
+
+CURVES = {
+    "Training loss": "loss",
+    "Dev loss": "eval_loss",
+    "Watch F1 on dev (token head)": "eval_ner_f1",
+    "Greedy F1 on dev": "greedy_dev_ner_f1",
+}
+PREDICTION_FILES = [f"predictions-{split}-{way}.jsonl" for split in SPLITS[1:] for way in ("greedy", "vllm")]
+LENGTHS = ((0, 10), (11, 20), (21, 30), (31, 40), (41, 60), (61, 10**9))  # words, as score_by_length has them
+COMPARED = figures.STYLES  # runs that curves and tables set side by side
+
+
+def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> Path:
+    """Write the page about the runs in ``paths``; see :func:`collect_runs`."""
+    return write_page(collect_runs(paths), out)
+
+
+def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
+    """Write the page about collected runs, atomically, as one HTML file that loads nothing else."""
+    from jinja2 import Environment, FileSystemLoader
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ranked = [run for run in runs if run.rank]
+    answers = read_answers(ranked)
+    curves = draw_curves(ranked)
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    page.globals |= {"F1_COLUMNS": F1_COLUMNS, "COST_COLUMNS": COST_COLUMNS, "ERROR_KINDS": ERROR_KINDS}
+    page.filters |= {"show": show_value, "ranks": _ranges}
+    html = page.get_template("report.html.j2").render(
+        ranked=ranked,
+        others=[run for run in runs if not run.rank],
+        varying=varying_parameters(ranked),
+        command=_command(ranked[0]) if ranked else "",
+        style=STYLE + figures.FIGURE_STYLE,
+        legend=LEGEND,
+        curves=curves,
+        scores=draw_scores(ranked),
+        sweep=draw_sweep(ranked),
+        links={run: _links(run, out) for run in runs},
+        environments=_group(ranked, lambda run: run.provenance),
+        data=_group(ranked, lambda run: {"data_dir": run.parameters.get("data_dir"), **run.data}),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        notes=_page_notes(ranked),  # reading answers and curves adds to the runs' notes
+        **answers,
+    )
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, out)
+    return out
+
+
+def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[str]:
+    """A figure a quantity: the five best runs carry their rank, ``background`` more are drawn faintly."""
+    lines = defaultdict(list)
+    for run in ranked[: COMPARED + background]:
+        style = run.rank - 1 if run.rank <= COMPARED else None
+        history = read_file(run.folder / "log_history.json", list, run.notes)
+        for title, key in CURVES.items():
+            entries = [entry for entry in history if isinstance(entry, dict) and is_number(entry.get(key))]
+            points = [(entry["step"], entry[key]) for entry in entries if is_number(entry.get("step"))]
+            stride = len(points) // 200 + 1
+            if points:
+                lines[title].append(figures.Series(str(run.rank), points[::stride] + points[-1:], style))
+    drawn = [title for title in CURVES if lines[title]]
+    return [figures.line_chart(title, lines[title], x_label="optimiser step") for title in drawn]
+
+
+def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> str:
+    """Token head, greedy, vLLM and test F1 of the best runs side by side, with the greedy F1's interval."""
+    rows, marks = [], []
+    for run in ranked[:most]:
+        scores = {name: run.value(sources) for name, sources in F1_COLUMNS.items()}
+        named = {name: score for name, score in scores.items() if score is not None}
+        marks = [name for name in F1_COLUMNS if name in marks or name in named]
+        short = run.name if len(run.name) <= 16 else f"…{run.name[-14:]}"  # names differ at their end
+        rows.append((f"{run.rank}  {short}", named, run.interval()))
+    return figures.dot_plot(rows, marks, title="F1 with 95 % interval") if rows else ""
+
+
+def draw_sweep(ranked: Sequence[ReportedRun]) -> list[str]:
+    """A heat map where two numeric hyperparameters vary, parallel coordinates where more do; nothing below 4 runs."""
+    varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
+    numeric = [name for name, values in varying.items() if all(map(is_number, values))]
+    varying = {name: v if name in numeric else [str(x) for x in v] for name, v in varying.items()}
+    drawn = []
+    if len(ranked) >= 4 and len(numeric) == 2:
+        cells = defaultdict(list)
+        x_values, y_values = (varying[name] for name in numeric)
+        for x, y, run in zip(x_values, y_values, ranked, strict=True):
+            cells[x, y].append(run.score)
+        if max(len(set(x_values)), len(set(y_values))) <= 25:
+            drawn.append(figures.heat_map(*numeric, cells, score="greedy dev F1"))
+    if len(ranked) >= 4 and (len(varying) > 2 or (len(numeric) == 2 and not drawn)):
+        scores = [run.score for run in ranked]
+        drawn.append(figures.parallel_coordinates(varying, scores, score="greedy dev F1"))
+    return drawn
+
+
+def show_value(value: Any) -> str:
+    """A parameter or cost as people write it: ``2e-3``, ``1,234``, ``–`` for nothing."""
+    if value is None:
+        return "–"
+    if not is_number(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
+    """Predictions of the best runs: per corpus, per length, and the errors of the best run that has any."""
+    compared: list[tuple[ReportedRun, list[Prediction]]] = []
+    file, texts, examples = None, None, {}
+    for run in ranked[:COMPARED]:
+        names = [file] if file else [name for name in PREDICTION_FILES if (run.folder / name).is_file()]
+        for name in names[:1]:
+            if not (run.folder / name).is_file():
+                continue
+            try:
+                predictions = read_predictions(run.folder / name)
+                found = highlight_errors(predictions)
+            except (DataError, ValueError, TypeError, AttributeError, OSError) as error:
+                reason = str(error).replace(f"{run.folder}/", "").rstrip(".")
+                run.notes.append(f"{name} cannot be read and is left out ({reason})")
+                continue
+            texts = texts or [prediction.text for prediction in predictions]
+            if texts != [prediction.text for prediction in predictions]:
+                run.notes.append(f"{name} holds other sentences than the best run's and is left out")
+                continue
+            file, examples = name, examples or found
+            compared.append((run, predictions))
+    first = compared[0][1] if compared else []
+    datasets = sorted({prediction.dataset for prediction in first})
+    groups = {name: [p.dataset == name for p in first] for name in datasets} if len(datasets) > 1 else {}
+    words = [len(find_words(prediction.text)) for prediction in first]
+    buckets = {
+        f"{max(low, 1)}–{high}" if high < 10**9 else f"over {low - 1}": [
+            low <= count <= high for count in words
+        ]
+        for low, high in LENGTHS
+    }
+    return {
+        "compared": [run for run, _ in compared],
+        "answers_file": file,
+        "sentences": len(first),
+        "by_corpus": _score_groups(groups, compared),
+        "by_length": _score_groups(buckets, compared),
+        "examples": examples,
+    }
+
+
+def _score_groups(groups: Mapping[str, list[bool]], compared: Sequence[tuple[ReportedRun, list[Prediction]]]):
+    rows = []
+    for name, mask in groups.items():
+        chosen = [[p for p, wanted in zip(found, mask, strict=True) if wanted] for _, found in compared]
+        if any(mask):
+            scores = [score_spans((p.gold, p.pred) for p in part).f1 for part in chosen]
+            rows.append((name, len(chosen[0]), sum(len(p.gold) for p in chosen[0]), scores))
+    return rows
+
+
+def _page_notes(ranked: Sequence[ReportedRun]) -> list[str]:
+    """What a reader must know before comparing the runs' numbers."""
+    notes = []
+    if len({run.data.get("dev") for run in ranked}) > 1:
+        notes.append(
+            "The runs were scored on different dev files (see Provenance): do not compare their F1s."
+        )
+    if len({run.parameters.get("eval_limit") for run in ranked}) > 1:
+        notes.append("The runs scored different shares of dev (eval_limit): do not compare their F1s.")
+    notes += [f"Run {run.rank}: {note}." for run in ranked for note in run.notes]
+    return list(dict.fromkeys(notes))  # a notebook that draws before it writes reads, and notes, twice
+
+
+def _command(run: ReportedRun) -> str:
+    """The command that trains the run: every parameter that differs from the defaults."""
+    defaults = compose_parameters().model_dump() | {"existing_run": run.parameters.get("existing_run")}
+    values = {**run.parameters, "run_id": run.name}
+    given = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    words = [shlex.quote(f"{name}={_override(value)}") for name, value in given.items()]
+    return " \\\n  ".join(["python -m biomerge_lib run 03_train", *words])
+
+
+def _override(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _links(run: ReportedRun, out: Path) -> list[tuple[str, str]]:
+    """``(name, relative address)`` of the run's executed notebooks, rendered as HTML where that exists."""
+    base = quote(Path(os.path.relpath(run.folder.resolve(), out.parent.resolve())).as_posix())
+    files = sorted(file for file in run.folder.glob("0*") if file.suffix in (".ipynb", ".html"))
+    return [(file.name.removesuffix(".ipynb"), f"{base}/{quote(file.name)}") for file in files]
+
+
+def _group(runs: Sequence[ReportedRun], key: Callable[[ReportedRun], dict]) -> list[tuple[list[int], dict]]:
+    groups: dict[str, tuple[list[int], dict]] = {}
+    for run in runs:
+        value = key(run)
+        groups.setdefault(str(value), ([], value))[0].append(run.rank)
+    return list(groups.values())
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """``[1, 2, 3, 7]`` as ``1–3, 7``."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][1] + 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in parts)

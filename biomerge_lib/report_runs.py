@@ -1,0 +1,253 @@
+"""Knows what run folders say, whole or broken, and in which order runs rank; knows nothing of pages or figures.
+
+runs/<run_id>/{metrics.json, parameters.yaml, *.ipynb} --[collect_runs]--> ReportedRun
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from biomerge_lib.errors import DataError
+from biomerge_lib.parameters import NOT_IDENTITY
+
+TRAIN, GREEDY, VLLM = "03_train", "04_greedy_dev", "05_vllm_eval"
+# Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
+HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
+SCRAPS = ("application/scrapbook", "application/papermill")  # what scrapbook and its forerunner glue
+SCORE = (TRAIN, "greedy_dev_ner_f1"), (GREEDY, "greedy_dev_ner_f1")
+F1_COLUMNS = {
+    "greedy dev F1": SCORE,
+    "token head F1": ((TRAIN, "eval_ner_f1"),),
+    "04 greedy dev F1": ((GREEDY, "greedy_dev_ner_f1"),),
+    "05 vLLM dev F1": ((VLLM, "vllm_dev_ner_f1"),),
+    "test F1": ((TRAIN, "test_ner_f1"), (GREEDY, "greedy_test_ner_f1"), (VLLM, "vllm_test_ner_f1")),
+}
+COST_COLUMNS = {
+    "training s": ((TRAIN, "train_seconds"),),
+    "steps": ((TRAIN, "steps"),),
+    "tokens/s": ((TRAIN, "train_tokens_per_second"),),
+    "sentences/s": ((TRAIN, "train_sentences_per_second"),),
+    "peak memory GB": ((TRAIN, "peak_memory_gb"),),
+    "trainable weights": ((TRAIN, "trainable_parameters"),),
+    "greedy decoding s": ((GREEDY, "decode_seconds"), (TRAIN, "greedy_dev_seconds")),
+    "vLLM sentences/s": ((VLLM, "vllm_sentences_per_second"),),
+    "vLLM start-up s": ((VLLM, "vllm_startup_seconds"),),
+}
+
+
+@dataclass(eq=False)
+class ReportedRun:
+    """What a run folder says. ``rank`` counts from 1 and is None unless ``status`` is ``finished``."""
+
+    folder: Path
+    status: Literal["finished", "partial", "failed"]
+    reason: str
+    parameters: dict[str, Any]
+    data: dict[str, str]
+    stages: dict[str, dict[str, Any]]
+    metrics: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return _object(self.stages.get(TRAIN, {}).get("provenance"))
+
+    @property
+    def score(self) -> float | None:
+        return self.value(SCORE)
+
+    def value(self, sources: Iterable[tuple[str, str]]) -> float | None:
+        """The first finite number among (stage, metric) pairs."""
+        for stage, name in sources:
+            value = self.metrics.get(stage, {}).get(name)
+            if is_number(value):
+                return value
+        return None
+
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the score, from the stage that the score comes from."""
+        for stage, name in SCORE:
+            if self.value([(stage, name)]) is not None:
+                low, high = (self.value([(stage, f"{name}_{edge}")]) for edge in ("low", "high"))
+                return None if low is None or high is None else (low, high)
+        return None
+
+
+def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
+    """Read run folders, or folders of run folders: the finished runs first, best first, then the others.
+
+    A run is ranked by its greedy dev F1, if its 03_train finished. F1s come from the executed notebooks
+    (scrapbook), all else from ``metrics.json``; a disagreement between the two becomes one of the run's ``notes``.
+
+    Raises:
+        DataError: a path does not exist, or there is no run in any of them.
+    """
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    for path in paths:
+        if not path.is_dir():
+            raise DataError(
+                f"{path}: no such folder. Give run folders, or the folder that holds them (runs)."
+            )
+    folders = {folder.resolve(): folder for path in paths for folder in _run_folders(path)}
+    runs = [run for run in map(_read_run, folders.values()) if run]
+    if not runs:
+        where = ", ".join(map(str, paths))
+        raise DataError(f"{where}: no run here. Train one first: python -m biomerge_lib run 03_train")
+    ranked = sorted((run for run in runs if run.status == "finished"), key=lambda run: (-run.score, run.name))
+    for rank, run in enumerate(ranked, start=1):
+        run.rank = rank
+    return ranked + sorted((run for run in runs if run.rank is None), key=lambda run: (run.status, run.name))
+
+
+def runs_table(runs: Sequence[ReportedRun]):
+    """The ranked runs as a pandas table: the parameters that vary, then every F1 that some run has."""
+    import pandas as pd
+
+    ranked = [run for run in runs if run.rank]
+    rows = [
+        {"rank": run.rank, "run": run.name}
+        | {name: run.parameters.get(name) for name in varying_parameters(ranked)}
+        | {column: run.value(sources) for column, sources in F1_COLUMNS.items()}
+        for run in ranked
+    ]
+    return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["rank", "run"]).dropna(axis=1, how="all")
+
+
+def varying_parameters(runs: Sequence[ReportedRun]) -> dict[str, list[Any]]:
+    """The hyperparameters that differ between runs, each with its values in the runs' order (None = not recorded)."""
+    names = dict.fromkeys(name for run in runs for name in run.parameters if name not in HIDDEN)
+    columns = {name: [run.parameters.get(name) for run in runs] for name in names}
+    return {
+        name: values
+        for name, values in columns.items()
+        if len({str(run.parameters[name]) for run in runs if name in run.parameters}) > 1
+    }
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def read_file(path: Path, kind: Callable[[], Any], notes: list[str]) -> Any:
+    """A JSON or YAML file's list or object; an empty one where it is missing, or broken (that becomes a note)."""
+    if not path.is_file():
+        return kind()
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.load(text, Loader=YAML_LOADER) if path.suffix == ".yaml" else json.loads(text)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} is half-written or broken ({' '.join(str(error).split())})")
+        return kind()
+    if isinstance(value, kind):
+        return value
+    notes.append(f"{path.name} holds a {type(value).__name__}, not a {kind.__name__}")
+    return kind()
+
+
+def _run_folders(path: Path) -> list[Path]:
+    marks = ("metrics.json", "parameters.yaml", f"{TRAIN}.ipynb")
+    folders = [path, *sorted(path.glob("[!.]*"))]
+    found = [folder for folder in folders if any((folder / mark).is_file() for mark in marks)]
+    return found[:1] if path in found else found
+
+
+def _read_run(folder: Path) -> ReportedRun | None:
+    """A run folder's report, or None where nothing but a report was made in it."""
+    notes: list[str] = []
+    recorded = read_file(folder / "metrics.json", dict, notes)
+    stages = {name: _object(stage) for name, stage in _object(recorded.get("stages")).items()}
+    if set(stages) == {"06_report"} and not (folder / "parameters.yaml").is_file():
+        return None
+    # parameters.yaml is written by the training alone; later notebooks rewrite metrics.json.
+    parameters = read_file(folder / "parameters.yaml", dict, notes) or _object(recorded.get("parameters"))
+    run = ReportedRun(folder, "partial", "", parameters, _object(recorded.get("data")), stages, {}, notes)
+    status = stages.get(TRAIN, {}).get("status")
+    if status == "finished":
+        for stage in (TRAIN, GREEDY, VLLM):
+            run.metrics[stage] = _stage_metrics(run, stage)
+        run.status = "finished" if run.score is not None else "partial"
+        run.reason = "" if run.score is not None else "03_train finished, but no greedy dev F1 was recorded"
+        for stage in (GREEDY, VLLM):
+            if stages.get(stage, {}).get("status", "finished") != "finished":
+                run.notes.append(
+                    f"{stage} did not finish: {stages[stage].get('error', 'no reason recorded')}"
+                )
+        return run
+    error = stages.get(TRAIN, {}).get("error") or _notebook_error(folder / f"{TRAIN}.ipynb")
+    if status == "failed" or error:
+        run.status, run.reason = "failed", error or "03_train failed; no reason was recorded"
+    elif status == "running":
+        run.reason = f"03_train is running, or was killed (started {stages[TRAIN].get('started', 'unknown')})"
+    elif notes or not recorded:
+        run.reason = "; ".join(notes) or "no metrics.json: stopped before it began, or copied incompletely"
+    else:
+        run.reason = f"03_train has not run (found: {', '.join(sorted(stages)) or 'no stage'})"
+    return run
+
+
+def _stage_metrics(run: ReportedRun, stage: str) -> dict[str, Any]:
+    values = dict(_object(run.stages.get(stage, {}).get("metrics")))
+    notebook = run.folder / f"{stage}.ipynb"
+    if stage not in run.stages or not notebook.is_file():
+        return values
+    try:
+        scraps = _read_scraps(notebook)
+    except Exception as error:  # nbformat, papermill and scrapbook raise many kinds on a foreign or cut file
+        run.notes.append(
+            f"{notebook.name} is no readable notebook ({type(error).__name__}); metrics.json is shown"
+        )
+        return values
+    for name, glued in scraps.items():
+        if "_f1" in name and is_number(glued):
+            if is_number(values.get(name)) and abs(values[name] - glued) > 1e-6:
+                run.notes.append(
+                    f"{name} disagrees: {notebook.name} says {glued:.4f}, metrics.json {values[name]:.4f}; "
+                    "the notebook's is shown"
+                )
+            values[name] = glued
+    return values
+
+
+def _read_scraps(notebook: Path) -> dict[str, Any]:
+    """The F1s glued into an executed notebook; scrapbook is handed nothing else, for it validates every output."""
+    import nbformat
+    import scrapbook
+    from scrapbook.models import Notebook
+
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    if content["nbformat"] != 4:
+        return scrapbook.read_notebook(str(notebook)).scraps.data_dict
+    glued = [
+        output
+        for cell in content["cells"]
+        for output in cell.get("outputs", [])
+        if any(key.startswith(SCRAPS) and "_f1" in str(data) for key, data in output.get("data", {}).items())
+    ]
+    return Notebook(nbformat.from_dict({**content, "cells": [{"outputs": glued}]})).scraps.data_dict
+
+
+def _notebook_error(notebook: Path) -> str:
+    """The error that an executed notebook stopped at; empty where there is none."""
+    cells = read_file(notebook, dict, []).get("cells")
+    for cell in cells if isinstance(cells, list) else []:
+        for output in _object(cell).get("outputs") or []:
+            if _object(output).get("output_type") == "error":
+                return f"{output.get('ename')}: {output.get('evalue')}"
+    return ""
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
