@@ -1,131 +1,193 @@
-"""Knows corpus formats and turns their files into records; knows nothing of prompts, tokenizers or models.
+"""Knows how a corpus becomes records and what every reader must refuse; knows nothing of prompts or models.
 
-Reads CoNLL-style TSV (``token<TAB>tag``, blank line between sentences, IOB2 tags). Sentences are their tokens
-joined by one space; entity types are merged.
+source --[sources]--> files of each split --[readers_*]--> documents --[documents, sentences]--> records
+
+``sources`` says how a corpus is spelled and found, ``documents`` what is done with mentions, ``sentences`` how
+documents are cut, ``readers_iob``, ``readers_standoff`` and ``readers_hub`` what each format is.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from biomerge_lib.errors import DataError
-from biomerge_lib.records import Record
-from biomerge_lib.spans import Span
+from biomerge_lib.documents import DISCONTINUOUS, Document, ReadCounts, read_spans
+from biomerge_lib.errors import DataError, ParameterError, nearest
+from biomerge_lib.readers_hub import read_hub
+from biomerge_lib.readers_iob import read_iob
+from biomerge_lib.readers_standoff import read_bioc, read_brat, read_pubtator
+from biomerge_lib.records import SPLITS, Record, iter_records
+from biomerge_lib.sentences import SPLITTERS, split_document
+from biomerge_lib.sources import SAMPLE, SAMPLE_DIR, Source, find_source, find_splits
 
-SAMPLE = "sample"
-SAMPLE_DIR = Path(__file__).parent / "sample_corpus"
-# File name stems a split is known by; JNLPBA's train.tsv is distributed as train.reconstructed.tsv.
-SPLIT_STEMS = {"train": ("train",), "dev": ("devel", "dev", "valid", "validation"), "test": ("test",)}
-_TAG = re.compile(r"O|([BI])-?(.*)")
-_DOCSTART = re.compile(r"-DOCSTART-(?: \((.+)\))?")
+__all__ = [
+    "SAMPLE",
+    "SAMPLE_DIR",
+    "Corpus",
+    "Source",
+    "find_source",
+    "find_splits",
+    "read_corpus",
+    "read_iob",
+    "read_split",
+]
 
 
-def read_corpus(source: str) -> dict[str, list[Record]]:
-    """Read the splits of one corpus: a folder of TSV files, or ``sample`` for the bundled corpus.
+class Corpus(dict[str, list[Record]]):
+    """The records of each split, with the ``source`` that they came from and each split's ``counts``."""
 
-    The data set's name is the folder's, without ``_iob``.
+    def __init__(self, source: Source, records: Mapping[str, list[Record]], counts: Mapping[str, ReadCounts]):
+        super().__init__(records)
+        self.source = source
+        self.counts = dict(counts)
+
+    @property
+    def types(self) -> Counter[str]:
+        """The entity types in the files and how many mentions each has (before a filter)."""
+        return sum((counts.types for counts in self.counts.values()), Counter())
+
+
+def read_corpus(
+    source: str | Path,
+    *,
+    types: Collection[str] | None = None,
+    splits: Sequence[str] = SPLITS,
+    dataset: str | None = None,
+    sentence_split: str = "segtok",
+    discontinuous: str = "skip",
+) -> Corpus:
+    """Read a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
+
+    Args:
+        types: the entity types to keep; None or nothing keeps all. A sentence without any stays, as a negative one.
+        splits: the splits to read, each of which must be there.
+        dataset: the records' data set; without it the folder's name less its format (``anatem_brat``: anatem).
+        sentence_split: how documents become sentences: ``segtok``, ``lines`` or ``document`` (no cut).
+        discontinuous: ``skip`` or ``cover`` mentions of several parts.
 
     Raises:
-        DataError: the folder or a split's file is missing, or a line is bad (named as ``file:line``).
+        DataError: a split is missing or has two candidates, a file is malformed (named as ``file:line``), a document
+            is in two splits, a type is in none, or nothing is annotated.
+        ParameterError: an unknown ``sentence_split`` or ``discontinuous``.
     """
-    folder = SAMPLE_DIR if source == SAMPLE else Path(source).expanduser()
-    dataset = SAMPLE if source == SAMPLE else folder.resolve().name.removesuffix("_iob")
-    return {split: list(read_iob(path, dataset=dataset)) for split, path in find_splits(folder).items()}
-
-
-def find_splits(folder: Path) -> dict[str, Path]:
-    """The TSV file of each split in a corpus folder.
-
-    Raises:
-        DataError: the folder or one of the three files is missing, or a split has several.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such corpus folder. Set corpora=[folder, ...], or corpora=[sample].")
-    found = {}
-    for split, stems in SPLIT_STEMS.items():
-        paths = [path for path in sorted(folder.glob("*.tsv")) if path.name.split(".")[0] in stems]
-        if len(paths) != 1:
-            names = " or ".join(f"{stem}.tsv" for stem in stems)
-            problem = "no" if not paths else f"{len(paths)} files"
-            raise DataError(
-                f"{folder}: {problem} {names}; a corpus folder has one TSV file for each of train, dev, test."
+    found = find_source(source, splits=splits, dataset=dataset)
+    records: dict[str, list[Record]] = {}
+    counts = {split: ReadCounts() for split in splits}
+    split_of_document: dict[tuple[str, str], str] = {}
+    for split in splits:
+        records[split] = list(
+            read_split(
+                found,
+                split,
+                types=types,
+                sentence_split=sentence_split,
+                discontinuous=discontinuous,
+                counts=counts[split],
             )
-        found[split] = paths[0]
-    return found
+        )
+        for document in {(record.dataset, record.doc_id) for record in records[split]}:
+            other = split_of_document.setdefault(document, split)
+            if other != split:
+                raise DataError(
+                    f"{found.location}: document {document[1]!r} is in {other} and in {split}; "
+                    "a document belongs to one split (rename or remove one)."
+                )
+    corpus = Corpus(found, records, counts)
+    for name in types or ():
+        if name not in corpus.types:
+            raise DataError(
+                f"{found.location}: no mention has type {name!r}.{nearest(name, corpus.types)} "
+                f"Types: {', '.join(sorted(corpus.types))}."
+            )
+    if not any(split_counts.spans for split_counts in counts.values()):
+        raise DataError(f"{found.location}: no entity in {', '.join(splits)}; is this an annotated corpus?")
+    return corpus
 
 
-def read_iob(path: Path, *, dataset: str) -> Iterator[Record]:
-    """Read sentences of a TSV file with IOB tags (``O``, ``B-Type``, ``I-Type``, with or without a type).
-
-    A mention ends before ``O``, ``B-`` or an ``I-`` of another type; an ``I-`` that continues nothing begins a
-    mention, as in conlleval. Lines ``-DOCSTART- (id)`` begin a document; without them each sentence is its own.
+def read_split(
+    source: Source,
+    split: str,
+    *,
+    types: Collection[str] | None = None,
+    sentence_split: str = "segtok",
+    discontinuous: str = "skip",
+    counts: ReadCounts,
+) -> Iterator[Record]:
+    """Read one split record by record, counting into ``counts`` (memory holds a document at a time).
 
     Raises:
-        DataError: not UTF-8, a line without a tab, an unknown tag, or a file without sentences.
+        DataError: as :func:`read_corpus`, for what one split can show.
+        ParameterError: an unknown ``sentence_split`` or ``discontinuous``.
     """
-    stem = path.name.split(".")[0]
-    document: str | None = None
-    documents = sentences = 0
-    for start_line, rows in _blocks(path):
-        marker = _DOCSTART.fullmatch(rows[0][0])
-        if marker:
-            documents += 1
-            document = marker[1] or f"{dataset}_{stem}_{documents:05d}"
-            rows = rows[1:]
-            if not rows:
-                continue
-        sentences += 1
-        text, spans = _join_tokens(rows, path, start_line + (1 if marker else 0))
-        doc_id = document or f"{dataset}_{stem}_s{sentences:05d}"
-        yield Record(text=text, spans=tuple(spans), doc_id=doc_id, dataset=dataset)
-    if not sentences:
-        raise DataError(f"{path}: the file has no sentences.")
+    for name, value, valid in (
+        ("sentence_split", sentence_split, tuple(SPLITTERS)),
+        ("discontinuous", discontinuous, DISCONTINUOUS),
+    ):
+        if value not in valid:
+            raise ParameterError(
+                f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
+            )
+    wanted = frozenset(types) if types else None
+    if source.format == "iob":
+        yield from _iter_iob(source, split, wanted, counts)
+    elif source.format == "jsonl":
+        yield from _iter_jsonl(source, split, wanted, counts)
+    else:
+        doc_ids: set[str] = set()
+        for item in _iter_items(source, split, wanted, counts):
+            if isinstance(item, Record):
+                doc_ids.add(item.doc_id)
+                yield item
+            elif item.text.strip() or item.mentions:
+                doc_ids.add(item.doc_id)
+                spans = read_spans(item, types=wanted, discontinuous=discontinuous, counts=counts)
+                yield from split_document(
+                    item, spans, dataset=source.name, sentence_split=sentence_split, counts=counts
+                )
+            else:
+                counts.empty_documents += 1
+        counts.documents += len(doc_ids)
+    if not counts.sentences:
+        raise DataError(f"{source.location}: {split} has no text.")
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """The file's sentences: number of the first line, and ``(token, tag)`` rows."""
-    rows: list[tuple[str, str]] = []
-    first = 1
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line).") from None
-            if not line.strip():
-                if rows:
-                    yield first, rows
-                    rows = []
-                continue
-            columns = line.split("\t")
-            if len(columns) < 2 or not columns[0].strip():
-                raise DataError(f"{where}: expected token<TAB>tag, found {line[:60]!r}.")
-            if not rows:
-                first = number
-            rows.append((columns[0], columns[-1].strip()))
-    if rows:
-        yield first, rows
+def _iter_iob(
+    source: Source, split: str, types: Collection[str] | None, counts: ReadCounts
+) -> Iterator[Record]:
+    paths = source.files[split]
+    for path in paths:
+        # Files of a split's folder may have the same names in all folders.
+        prefix = f"{source.name}_{split}_{path.stem}" if len(paths) > 1 else None
+        yield from read_iob(path, dataset=source.name, types=types, doc_prefix=prefix, counts=counts)
 
 
-def _join_tokens(rows: Sequence[tuple[str, str]], path: Path, first: int) -> tuple[str, list[Span]]:
-    spans: list[Span] = []
-    current: str | None = None
-    position = 0
-    for offset, (token, tag) in enumerate(rows):
-        match = _TAG.fullmatch(tag)
-        if match is None:
-            raise DataError(f"{path}:{first + offset}: unknown tag {tag!r}; tags are O, B-Type and I-Type.")
-        prefix, kind = match[1], match[2]
-        end = position + len(token)
-        if prefix is None:
-            current = None
-        elif prefix == "I" and current == kind:
-            spans[-1] = (spans[-1][0], end)
-        else:
-            spans.append((position, end))
-            current = kind
-        position = end + 1
-    return " ".join(token for token, _ in rows), spans
+def _iter_jsonl(
+    source: Source, split: str, types: Collection[str] | None, counts: ReadCounts
+) -> Iterator[Record]:
+    if types:
+        raise DataError(f"{source.location}: the project's JSONL has no entity types to filter by.")
+    documents = set()
+    for path in source.files[split]:
+        for record in iter_records(path):
+            documents.add((record.dataset, record.doc_id))
+            counts.sentences += 1
+            counts.annotated += len(record.spans)
+            counts.spans += len(record.spans)
+            yield record
+    counts.documents += len(documents)
+
+
+def _iter_items(
+    source: Source, split: str, types: Collection[str] | None, counts: ReadCounts
+) -> Iterator[Record | Document]:
+    if source.format == "hub":
+        where = f"hub:{source.location} {split}"
+        stream = source.streams[split]
+        yield from read_hub(stream, where=where, dataset=source.name, split=split, types=types, counts=counts)
+    elif source.format == "brat":
+        yield from read_brat(source.files[split], counts)
+    else:
+        read = read_bioc if source.format == "bioc" else read_pubtator
+        for path in source.files[split]:
+            yield from read(path, counts)
