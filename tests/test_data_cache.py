@@ -1,0 +1,169 @@
+"""Splits stream, draws repeat, cues reach the prompt, and tokenised data are read again only when nothing changed."""
+
+import json
+
+import pytest
+from conftest import ASPIRIN
+
+from biomerge_lib import token_cache
+from biomerge_lib.corpora import write_corpus
+from biomerge_lib.errors import DataError
+from biomerge_lib.ner_span import (
+    build_dataset,
+    cue_record,
+    encode_example,
+    hash_split,
+    iter_examples,
+    iter_split,
+    read_split,
+    stream_dataset,
+    train_datasets,
+)
+from biomerge_lib.prompt import cue_of
+from biomerge_lib.records import Record, parse_record, read_records, write_records
+from biomerge_lib.token_cache import hash_records, hash_tokenizer
+
+RENDERING = {"offset_anchors": "start", "corpus_cue": True, "max_input_tokens": 300, "max_target_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_corpus(["sample"], folder)
+    return folder
+
+
+def test_a_subsample_is_a_share_of_the_documents(data_dir):
+    everything = read_split(data_dir, "train")
+    assert everything == read_records(data_dir / "train.jsonl")
+    half = read_split(data_dir, "train", subsample=0.5, seed=1)
+    assert len({record.doc_id for record in half}) == 28
+    chosen = {record.doc_id for record in half}
+    assert half == [record for record in everything if record.doc_id in chosen]
+    assert half == read_split(data_dir, "train", subsample=0.5, seed=1)
+    assert half != read_split(data_dir, "train", subsample=0.5, seed=2)
+    assert len({record.doc_id for record in read_split(data_dir, "train", subsample=0.001)}) == 1
+
+
+def test_a_limit_is_spread_evenly(data_dir):
+    everything = read_split(data_dir, "dev")
+    for limit in (1, 8, 85, 86, 1000):
+        expected = [everything[index * 86 // limit] for index in range(limit)] if limit < 86 else everything
+        assert read_split(data_dir, "dev", limit=limit) == expected
+    part = read_split(data_dir, "dev", subsample=0.5)
+    assert read_split(data_dir, "dev", subsample=0.5, limit=5) == [part[i * len(part) // 5] for i in range(5)]
+
+
+def test_a_split_is_read_as_it_is_asked_for_and_a_bad_line_stops_it(tmp_path):
+    (tmp_path / "train.jsonl").write_text(ASPIRIN.to_json() + "\n{broken\n")
+    records = iter_split(tmp_path, "train")
+    assert next(records) == ASPIRIN
+    with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON"):
+        next(records)
+    with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON"):
+        read_split(tmp_path, "train", subsample=0.5)
+    with pytest.raises(DataError, match=r"dev\.jsonl: no such file"):
+        read_split(tmp_path, "dev", limit=3)
+
+
+def test_a_records_cue_comes_from_its_line_or_its_corpus():
+    assert cue_of(ASPIRIN, corpus_cue=True) == "example" and cue_of(ASPIRIN, corpus_cue=False) is None
+    line = json.dumps(json.loads(ASPIRIN.to_json()) | {"cue": "bc5cdr"})
+    named = parse_record(line, "here:1")
+    assert cue_of(named, corpus_cue=True) == "bc5cdr" and named.dataset == "example"
+    assert json.loads(named.to_json())["cue"] == "bc5cdr" and "cue" not in ASPIRIN.to_json()
+    with pytest.raises(DataError, match="here:1: cue must be a name"):
+        parse_record(line.replace('"bc5cdr"', "7"), "here:1")
+
+
+def test_unseen_corpora_get_the_default_cue(tmp_path):
+    mine, other = Record("a b", (), "d", "mine"), Record("c d", (), "d", "other", cue="mine")
+    write_records(tmp_path / "train.jsonl", [ASPIRIN])
+    write_records(tmp_path / "dev.jsonl", [ASPIRIN, mine, other])
+    assert train_datasets(tmp_path) == {"example"}
+    records = read_split(tmp_path, "dev", default_cue="any")
+    assert [cue_of(record, corpus_cue=True) for record in records] == ["example", "any", "mine"]
+    assert [record.dataset for record in records] == ["example", "mine", "other"]
+    assert [record.cue for record in read_split(tmp_path, "dev")] == [None, None, "mine"]
+
+
+def test_the_data_sets_of_train_come_from_the_card_while_it_fits(data_dir, tmp_path):
+    assert train_datasets(data_dir) == {"sample"}
+    write_corpus(["sample"], tmp_path)
+    write_records(tmp_path / "train.jsonl", [ASPIRIN])
+    assert train_datasets(tmp_path) == {"example"}
+
+
+def test_some_training_records_learn_the_default_cue_and_always_the_same_ones(data_dir):
+    options = {"default_cue": "any", "cue_dropout": 0.25}
+    records = read_split(data_dir, "train", **options, seed=3)
+    dropped = [record.text for record in records if record.cue == "any"]
+    assert 80 < len(dropped) < 145 and len(records) == 448
+    assert records == read_split(data_dir, "train", **options, seed=3)
+    assert dropped != [r.text for r in read_split(data_dir, "train", **options, seed=4) if r.cue == "any"]
+    assert not any(r.cue for r in read_split(data_dir, "train", default_cue="any", cue_dropout=0.0))
+    assert cue_record(ASPIRIN, trained=["example"], default_cue="any") is ASPIRIN
+
+
+def test_a_data_set_is_its_records_examples_one_by_one(tokenizer, data_dir):
+    records = [record for record in read_split(data_dir, "train") if len(record.text) < 150]
+    dataset = build_dataset(records, tokenizer, **RENDERING)
+    assert len(dataset) == len(records) == 395
+    for record, example in zip(records, dataset, strict=True):
+        expected = encode_example(record, tokenizer, offset_anchors="start", corpus_cue=True)
+        assert {name: example[name] for name in expected} == expected
+        assert example["length"] == len(expected["input_ids"])
+        assert example["prompt_length"] == expected["labels"].count(-100)
+
+
+def test_memory_cache_and_stream_hold_the_same_examples(tokenizer, data_dir, tmp_path):
+    records = read_split(data_dir, "train")
+    in_memory = list(build_dataset(records, tokenizer, **RENDERING))
+    assert len(in_memory) > len(records)  # some are chunked
+    assert list(build_dataset(records, tokenizer, cache_dir=tmp_path, **RENDERING)) == in_memory
+    assert list(stream_dataset(data_dir, "train", tokenizer, rendering=RENDERING)) == in_memory
+    streamed = build_dataset(
+        iter_split(data_dir, "train"),
+        tokenizer,
+        cache_dir=tmp_path / "b",
+        data_hash=hash_split(data_dir, "train"),
+        **RENDERING,
+    )
+    assert list(streamed) == in_memory == list(iter_examples(records, tokenizer, **RENDERING))
+
+
+def test_tokenised_data_are_read_again_only_when_nothing_changed(tokenizer, data_dir, tmp_path, monkeypatch):
+    records = read_split(data_dir, "dev")
+
+    def files_after(records, **changed) -> int:
+        build_dataset(records, tokenizer, cache_dir=tmp_path, **{**RENDERING, **changed})
+        return len(list(tmp_path.iterdir()))
+
+    assert [files_after(records), files_after(records)] == [1, 1]
+    monkeypatch.setattr("biomerge_lib.ner_span.encode_many", lambda *a, **k: pytest.fail("tokenised again"))
+    assert len(build_dataset(records, tokenizer, cache_dir=tmp_path, **RENDERING)) >= len(records)
+    monkeypatch.undo()
+    assert files_after(records[:-1]) == 2
+    assert files_after(records, offset_anchors="none") == 3
+    assert files_after(records, corpus_cue=False) == 4
+    assert files_after(records, max_target_tokens=48) == 5
+    changed = Record(records[0].text, ((0, 3),), records[0].doc_id, records[0].dataset)
+    assert files_after([changed, *records[1:]]) == 6
+    monkeypatch.setattr(token_cache, "_code_hash", lambda: "other code")
+    assert files_after(records) == 7
+
+
+def test_an_interrupted_write_leaves_nothing_behind(tokenizer, data_dir, tmp_path):
+    word = Record("ACGT" * 400, (), "gene", "x")
+    with pytest.raises(DataError, match="cannot be cut"):
+        build_dataset([*read_split(data_dir, "dev"), word], tokenizer, cache_dir=tmp_path, **RENDERING)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_content_tell_differences(tokenizer, plain_tokenizer, data_dir):
+    a, b = Record("a b", ((0, 1),), "d", "x"), Record("a b", ((0, 3),), "d", "x")
+    assert len({hash_records([one]) for one in (a, b, Record("a b", ((0, 1),), "d", "x", cue="y"))}) == 3
+    assert hash_records([a, b]) != hash_records([b, a])
+    assert hash_tokenizer(tokenizer) == hash_tokenizer(tokenizer) != hash_tokenizer(plain_tokenizer)
+    assert hash_split(data_dir, "train") != hash_split(data_dir, "train", subsample=0.5)
+    assert hash_split(data_dir, "train") != hash_split(data_dir, "dev")
