@@ -12,20 +12,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from biomerge_lib.draws import draw_splits
 from biomerge_lib.errors import DataError
-from biomerge_lib.readers import SAMPLE, SAMPLE_DIR, find_splits, read_corpus
+from biomerge_lib.readers import Corpus, find_source, read_corpus
 from biomerge_lib.records import SPLITS, Record, file_sha256, write_records
 from biomerge_lib.runs import write_json
-from biomerge_lib.union import Union, build_union
+from biomerge_lib.union import SEED, Union, build_union
 
 
-def write_corpus(sources: Sequence[str], data_dir: Path | str, **options: Any) -> dict[str, Any]:
+def write_corpus(
+    sources: Sequence[str],
+    data_dir: Path | str,
+    *,
+    reading: Mapping[str, Any] | None = None,
+    split_shares: Sequence[float] = (),
+    seed: int = SEED,
+    **options: Any,
+) -> dict[str, Any]:
     """Convert corpora to ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``; return (and write) the data card.
 
     Also writes ``conflicts.jsonl``: the sentences that the corpora annotate differently.
 
     Args:
-        sources: corpus folders, or ``sample``; the first has the highest priority.
+        sources: corpora as :func:`~biomerge_lib.readers.read_corpus` takes them; the first has the highest priority.
+        reading: options of that function (``types``, ``sentence_split``, ``discontinuous``).
+        split_shares: of train, dev and test, for corpora that come without splits; drawn by document.
         options: of :func:`~biomerge_lib.union.build_union`; without any the corpora are merged as they are.
 
     Raises:
@@ -35,32 +46,37 @@ def write_corpus(sources: Sequence[str], data_dir: Path | str, **options: Any) -
         raise DataError(
             "no corpus named: set corpora=[folder, ...], or corpora=[sample] for the bundled one."
         )
-    corpora: dict[str, dict[str, list[Record]]] = {}
+    corpora: dict[str, Mapping[str, list[Record]]] = {}
     card: dict[str, Any] = {"sources": {}, "splits": {}}
     for source in sources:
-        splits = read_corpus(source)
-        dataset = splits["train"][0].dataset
-        if dataset in corpora:
-            raise DataError(f"two corpora are called {dataset!r}; rename one of the folders.")
-        corpora[dataset] = splits
-        folder = SAMPLE_DIR if source == SAMPLE else Path(source).expanduser()
-        card["sources"][dataset] = {
-            "files": {path.name: file_sha256(path) for path in find_splits(folder).values()},
-            "splits": {split: describe_records(records) for split, records in splits.items()},
+        corpus = _read(source, reading or {}, split_shares, seed)
+        name = corpus.source.name
+        if name in corpora:
+            raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
+        corpora[name] = corpus
+        card["sources"][name] = {
+            "format": corpus.source.format,
+            "files": corpus.source.file_hashes(),
+            "reading": {split: counts.to_dict() for split, counts in corpus.counts.items()},
+            "splits": {split: describe_records(records) for split, records in corpus.items()},
         }
-    union = build_union(corpora, **options)
+    union = build_union(corpora, seed=seed, **options)
     data_dir = Path(data_dir)
     for split in SPLITS:
         records = [item.record for item in union.splits[split]]
         path = data_dir / f"{split}.jsonl"
         write_records(path, records)
+        datasets = sorted({record.dataset for corpus in corpora.values() for record in corpus[split]})
         card["splits"][split] = {
             **describe_records(records),
-            "datasets": {dataset: _sizes(records, dataset) for dataset in corpora},
+            "datasets": {dataset: _sizes(records, dataset) for dataset in datasets},
             "file": path.name,
             "sha256": file_sha256(path),
         }
-    card["union"] = {"options": options, **union.report}
+    card["union"] = {
+        "options": {**(reading or {}), "split_shares": list(split_shares), "seed": seed, **options},
+        **union.report,
+    }
     write_conflicts(data_dir / "conflicts.jsonl", union)
     write_json(data_dir / "data_card.json", card)
     return card
@@ -140,6 +156,26 @@ def leak_table(card: Mapping[str, Any], when: str = "before"):
 
     columns = ["from", "into", "sentences", "verbatim", "short", "documents", "source_sentences"]
     return pd.DataFrame(card["union"]["leaks"][when], columns=columns)
+
+
+def _read(source: str, reading: Mapping[str, Any], split_shares: Sequence[float], seed: int) -> Corpus:
+    """The corpus with its own splits, or, where it has none, with splits drawn by document."""
+    if not split_shares or not _has_no_splits(source):
+        return read_corpus(source, **reading)
+    whole = read_corpus(source, splits=("train",), **reading)
+    parts = draw_splits(whole["train"], split_shares, seed)
+    if not all(parts):
+        raise DataError(f"{whole.source.location}: too few documents for split_shares={list(split_shares)}.")
+    return Corpus(whole.source, dict(zip(SPLITS, parts, strict=True)), whole.counts)
+
+
+def _has_no_splits(source: str) -> bool:
+    """Whether the source's names tell no split: then each split alone would be the same files."""
+    try:
+        files = [find_source(source, splits=(split,)).files[split] for split in SPLITS]
+    except (DataError, KeyError):
+        return False
+    return bool(files[0]) and files[0] == files[1] == files[2]
 
 
 def _sizes(records: Sequence[Record], dataset: str) -> dict[str, int]:

@@ -7,8 +7,9 @@ the same seed (0.1 of the data is inside 0.2), and a corpus's draw does not chan
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from biomerge_lib.records import Record
 
@@ -35,6 +36,24 @@ def draw_share(documents: Iterable[Document], share: float, seed: int) -> set[Do
         kept = _in_order(dataset, names, seed)[: max(1, round(share * len(names)))]
         chosen |= {(dataset, name) for name in kept}
     return chosen
+
+
+def draw_splits(records: Iterable[Record], shares: Sequence[float], seed: int) -> list[list[Record]]:
+    """Records in as many parts as there are shares, by document: no document is in two parts.
+
+    The shares need not add up to one. Every part gets a document, while there are as many.
+    """
+    records = list(records)
+    names = sorted({document_of(record) for record in records})
+    names.sort(key=lambda name: place_in_draw("\0".join(name), seed))
+    cuts = [round(len(names) * sum(shares[: index + 1]) / sum(shares)) for index in range(len(shares))]
+    for index in range(len(cuts) - 2, -1, -1):
+        cuts[index] = min(cuts[index], cuts[index + 1] - 1)
+    part_of = {name: bisect_right(cuts, place) for place, name in enumerate(names)}
+    parts: list[list[Record]] = [[] for _ in shares]
+    for record in records:
+        parts[part_of[document_of(record)]].append(record)
+    return parts
 
 
 def draw_sentences(records: Iterable[Record], sentences: int, seed: int) -> set[Document]:

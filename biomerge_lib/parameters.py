@@ -66,6 +66,10 @@ NOT_IDENTITY = SCORING | frozenset(
         "pin_memory",
         "logging_steps",
         "corpora",
+        "entity_types",
+        "sentence_split",
+        "discontinuous",
+        "split_shares",
         "corpus_weights",
         "max_per_corpus",
         "drop_leaks",
@@ -92,6 +96,18 @@ class Parameters(BaseModel):
 
     corpora: Annotated[list[str], BeforeValidator(_split_commas)] = Field(
         description="Corpus folders that 02_data converts; 'sample' is the bundled corpus"
+    )
+    entity_types: Annotated[list[str], BeforeValidator(_split_commas)] = Field(
+        description="Entity types that 02_data keeps, e.g. [Chemical]; [] = all"
+    )
+    sentence_split: Literal["segtok", "lines", "document"] = Field(
+        description="How 02_data cuts documents that come uncut"
+    )
+    discontinuous: Literal["skip", "cover"] = Field(
+        description="Mentions of several parts: leave out, or take from the first part's start to the last one's end"
+    )
+    split_shares: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
+        description="Shares of train, dev and test in the documents of a corpus without splits; [] = refuse such"
     )
     corpus_weights: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
         description="Proportions of the corpora's training sentences, in the order of corpora; [] = all there is"
@@ -189,6 +205,8 @@ class Parameters(BaseModel):
             problems.append(
                 f"corpus_weights has {len(self.corpus_weights)} values and corpora has {len(self.corpora)}: one each"
             )
+        if len(self.split_shares) not in (0, 3):
+            problems.append("split_shares has three values, for train, dev and test, or none")
         if self.max_new_tokens < self.max_target_tokens:
             problems.append(
                 f"max_new_tokens={self.max_new_tokens} is below max_target_tokens={self.max_target_tokens}: "

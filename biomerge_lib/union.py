@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from biomerge_lib.draws import document_of, draw_sentences
 from biomerge_lib.errors import DataError, ParameterError
 from biomerge_lib.leakage import (
     Keyed,
@@ -24,9 +25,9 @@ from biomerge_lib.leakage import (
     key_of,
 )
 from biomerge_lib.records import SPLITS, Record
-from biomerge_lib.draws import document_of, draw_sentences
 
 Corpus = Mapping[str, Sequence[Record]]  # split -> records
+SEED = 42
 log = logging.getLogger("biomerge")
 
 
@@ -53,7 +54,7 @@ def build_union(
     conflicts: str = "keep",
     corpus_weights: Sequence[float] = (),
     max_per_corpus: int | None = None,
-    seed: int = 42,
+    seed: int = SEED,
 ) -> Union:
     """Merge corpora in the order of their priority. Without options nothing is removed.
 

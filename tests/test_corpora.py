@@ -1,12 +1,13 @@
 """A union keeps its corpora's counts, does not leak into what is scored, and does not contradict itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from shared_corpora import shared_corpus
 
 from biomerge_lib.corpora import data_card_table, leak_table, union_table, unseen_share, write_corpus
-from biomerge_lib.draws import draw_sentences, draw_share
+from biomerge_lib.draws import draw_sentences, draw_share, draw_splits
 from biomerge_lib.errors import DataError, ParameterError
 from biomerge_lib.leakage import (
     check_documents,
@@ -16,7 +17,7 @@ from biomerge_lib.leakage import (
     key_of,
     normalise,
 )
-from biomerge_lib.records import Record, file_sha256, read_records
+from biomerge_lib.records import Record, file_sha256, read_records, write_records
 from biomerge_lib.union import build_union
 
 # corpora/README.md: sentences / spans of train, devel and test.
@@ -210,6 +211,27 @@ def test_the_data_card_tells_sources_splits_and_steps(tmp_path):
     assert card["union"]["options"]["drop_leaks"] == "train"
     assert list(union_table(card).index) == ["corpora as they are", "drop_leaks", "conflicts", "deduplicate"]
     assert leak_table(card).empty and len(data_card_table(card)) == 3
+
+
+def test_a_corpus_without_splits_is_split_by_document(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    records = documents("mine", 40)
+    write_records(folder / "records.jsonl", [replace(one, spans=((0, 4),)) for one in records])
+    with pytest.raises(DataError, match="train"):
+        write_corpus([str(folder)], tmp_path / "data")
+    card = write_corpus([str(folder)], tmp_path / "data", split_shares=[0.8, 0.1, 0.1], seed=1)
+    assert [card["splits"][split]["documents"] for split in ("train", "dev", "test")] == [32, 4, 4]
+    found = {split: read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")}
+    check_documents(found)
+    assert sum(map(len, found.values())) == 200
+    assert [len(part) for part in draw_splits(documents("a", 3, 1), [0.98, 0.01, 0.01], seed=1)] == [1, 1, 1]
+    with pytest.raises(DataError, match="too few documents"):
+        write_records(folder / "records.jsonl", [replace(one, spans=((0, 4),)) for one in records[:10]])
+        write_corpus([str(folder)], tmp_path / "data", split_shares=[0.8, 0.1, 0.1])
+    # A corpus with splits of its own keeps them.
+    card = write_corpus(["sample"], tmp_path / "data", split_shares=[1, 1, 1])
+    assert card["splits"]["train"]["sentences"] == 448
 
 
 def test_unseen_mentions_are_counted_by_string():
