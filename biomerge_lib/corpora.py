@@ -120,44 +120,6 @@ def describe_records(records: Iterable[Record]) -> dict[str, Any]:
     }
 
 
-def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
-    """Share of ``other``'s mentions whose text is no mention of ``train`` (compared in lower case)."""
-    seen = {record.text[start:end].lower() for record in train for start, end in record.spans}
-    mentions = [record.text[start:end].lower() for record in other for start, end in record.spans]
-    return sum(mention not in seen for mention in mentions) / max(len(mentions), 1)
-
-
-def data_card_table(card: Mapping[str, Any]):
-    """The data card's counts as a table: one row a source and split."""
-    import pandas as pd
-
-    rows = [
-        {"dataset": dataset, "split": split, **counts}
-        for dataset, source in card["sources"].items()
-        for split, counts in source["splits"].items()
-    ]
-    return pd.DataFrame(rows).set_index(["dataset", "split"])
-
-
-def union_table(card: Mapping[str, Any]):
-    """What each step of the union left of each corpus's training sentences: one row a step, one column a corpus."""
-    import pandas as pd
-
-    steps = card["union"]["steps"]
-    table = pd.DataFrame([step["left"] for step in steps], index=[step["step"] for step in steps])
-    table["all"] = table.sum(axis=1)
-    table["removed"] = [sum(step["removed"].values()) for step in steps]
-    return table
-
-
-def leak_table(card: Mapping[str, Any], when: str = "before"):
-    """Which sentences train, dev and test share: one row a pair of corpora and splits. ``when``: before, after."""
-    import pandas as pd
-
-    columns = ["from", "into", "sentences", "verbatim", "short", "documents", "source_sentences"]
-    return pd.DataFrame(card["union"]["leaks"][when], columns=columns)
-
-
 def _read(source: str, reading: Mapping[str, Any], split_shares: Sequence[float], seed: int) -> Corpus:
     """The corpus with its own splits, or, where it has none, with splits drawn by document."""
     if not split_shares or not _has_no_splits(source):

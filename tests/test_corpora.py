@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 from shared_corpora import shared_corpus
 
-from biomerge_lib.corpora import data_card_table, leak_table, union_table, unseen_share, write_corpus
+from biomerge_lib.corpora import write_corpus
+from biomerge_lib.data_card import (
+    conflict_table,
+    data_card_table,
+    leak_table,
+    read_conflicts,
+    reading_table,
+    seen_table,
+    union_table,
+    unseen_share,
+)
 from biomerge_lib.draws import draw_sentences, draw_share, draw_splits
 from biomerge_lib.errors import DataError, ParameterError
 from biomerge_lib.leakage import (
@@ -211,6 +221,8 @@ def test_the_data_card_tells_sources_splits_and_steps(tmp_path):
     assert card["union"]["options"]["drop_leaks"] == "train"
     assert list(union_table(card).index) == ["corpora as they are", "drop_leaks", "conflicts", "deduplicate"]
     assert leak_table(card).empty and len(data_card_table(card)) == 3
+    assert reading_table(card).loc[("sample", "dev"), "spans"] == 261
+    assert conflict_table(card)["groups"].tolist() == [0, 0, 0, 0] and read_conflicts(tmp_path) == []
 
 
 def test_a_corpus_without_splits_is_split_by_document(tmp_path):
@@ -239,6 +251,12 @@ def test_unseen_mentions_are_counted_by_string():
     other = [record("aspirin and ASA", (0, 7), (12, 15)), record("nothing")]
     assert unseen_share(train, other) == 0.5
     assert unseen_share(train, [record("nothing")]) == 0
+    both = [*train, record("ASA binds", (0, 3), dataset="b")]
+    table = seen_table(both, [*other, record("ASA", (0, 3), dataset="b")])
+    assert table.to_dict("index") == {
+        "a": {"mentions": 2, "a": 0.5, "b": 0.5, "any": 1.0},
+        "b": {"mentions": 1, "a": 0.0, "b": 1.0, "any": 1.0},
+    }
 
 
 @pytest.mark.slow
@@ -261,8 +279,7 @@ def test_the_union_of_the_five_has_the_published_counts_and_overlaps(tmp_path):
     assert not [row for row in card["union"]["leaks"]["after"] if " train" in row["from"]]
     assert card["union"]["conflicts"]["after"]["train"]["groups"] == 0
     assert card["splits"]["train"]["datasets"]["bionlp13cg"]["sentences"] == 0
-    lines = (tmp_path / "conflicts.jsonl").read_text().splitlines()
-    assert len(lines) == card["union"]["conflicts"]["before"]["all splits"]["groups"]
-    versions = json.loads(lines[0])
-    assert len({version["target"] for version in versions}) > 1
-    assert {"split", "dataset", "doc_id", "text", "target", "kept"} == versions[0].keys()
+    groups = read_conflicts(tmp_path)
+    assert len(groups) == card["union"]["conflicts"]["before"]["all splits"]["groups"]
+    assert len({version["target"] for version in groups[0]}) > 1
+    assert groups[0][0].keys() == {"split", "dataset", "doc_id", "text", "target", "kept"}
