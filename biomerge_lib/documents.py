@@ -57,7 +57,7 @@ class Document:
 
 @dataclass(slots=True)
 class ReadCounts:
-    """What reading a split found and did. ``annotated`` mentions = ``spans`` + the five ways not to be a span."""
+    """What reading a split found and did. ``annotated`` mentions = ``spans`` + the four ways not to be a span."""
 
     documents: int = 0
     sentences: int = 0
@@ -168,7 +168,7 @@ def _find_problem(document: Document, parts_of_mentions: list[tuple[Span, ...]])
                 length = f"the text of {len(text)} characters ({document.where})"
                 return f"{mention.where}: offsets {offsets} are not inside {length}."
         found = " ".join(text[start:end] for start, end in parts)
-        if not found.strip():
+        if not found.replace(BOM, "").strip():
             return f"{mention.where}: the mention at {offsets} is only white space."
         # Individual parts of composites are often cut a character short (BC5CDR), and are left out anyway.
         if mention.words is None or mention.is_composite_part or found == mention.words:

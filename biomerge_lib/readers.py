@@ -19,7 +19,7 @@ from biomerge_lib.readers_iob import read_iob
 from biomerge_lib.readers_standoff import read_bioc, read_brat, read_pubtator
 from biomerge_lib.records import SPLITS, Record, iter_records
 from biomerge_lib.sentences import SPLITTERS, split_document
-from biomerge_lib.sources import SAMPLE, SAMPLE_DIR, Source, find_source, find_splits
+from biomerge_lib.sources import SAMPLE, SAMPLE_DIR, Source, find_source, find_splits, split_of
 
 __all__ = [
     "SAMPLE",
@@ -62,7 +62,8 @@ def read_corpus(
     Args:
         types: the entity types to keep; None or nothing keeps all. A sentence without any stays, as a negative one.
         splits: the splits to read, each of which must be there.
-        dataset: the records' data set; without it the folder's name less its format (``anatem_brat``: anatem).
+        dataset: the records' data set; without it the folder's name less its format (``anatem_brat``: anatem). The
+            project's JSONL keeps its own.
         sentence_split: how documents become sentences: ``segtok``, ``lines`` or ``document`` (no cut).
         discontinuous: ``skip`` or ``cover`` mentions of several parts.
 
@@ -71,6 +72,7 @@ def read_corpus(
             is in two splits, a type is in none, or nothing is annotated.
         ParameterError: an unknown ``sentence_split`` or ``discontinuous``.
     """
+    types = [types] if isinstance(types, str) else types
     found = find_source(source, splits=splits, dataset=dataset)
     records: dict[str, list[Record]] = {}
     counts = {split: ReadCounts() for split in splits}
@@ -86,7 +88,7 @@ def read_corpus(
                 counts=counts[split],
             )
         )
-        for document in {(record.dataset, record.doc_id) for record in records[split]}:
+        for document in dict.fromkeys((record.dataset, record.doc_id) for record in records[split]):
             other = split_of_document.setdefault(document, split)
             if other != split:
                 raise DataError(
@@ -114,7 +116,7 @@ def read_split(
     discontinuous: str = "skip",
     counts: ReadCounts,
 ) -> Iterator[Record]:
-    """Read one split record by record, counting into ``counts`` (memory holds a document at a time).
+    """Read one split record by record, counting into ``counts`` (memory holds one document and all their names).
 
     Raises:
         DataError: as :func:`read_corpus`, for what one split can show.
@@ -157,8 +159,9 @@ def _iter_iob(
 ) -> Iterator[Record]:
     paths = source.files[split]
     for path in paths:
-        # Files of a split's folder may have the same names in all folders.
-        prefix = f"{source.name}_{split}_{path.stem}" if len(paths) > 1 else None
+        # Files of a split's folder may have the same names in all folders: documents without an id need the split's.
+        tells_split = len(paths) == 1 and split_of(path.name) == split
+        prefix = None if tells_split else f"{source.name}_{split}_{path.stem}"
         yield from read_iob(path, dataset=source.name, types=types, doc_prefix=prefix, counts=counts)
 
 

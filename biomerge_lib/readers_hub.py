@@ -54,7 +54,7 @@ def read_hub(
         tag_column = _column(row, TAG_COLUMNS, at)
         if make_tags is None:
             make_tags = _tag_maker(stream.features, tag_column)
-        tokens, tags = row[token_column], make_tags(row[tag_column], at)
+        tokens, tags = row[token_column] or [], make_tags(row[tag_column] or [], at)
         if len(tokens) != len(tags):
             raise DataError(f"{at}: {len(tokens)} {token_column} but {len(tags)} {tag_column}.")
         words = [str(token).strip() for token in tokens]

@@ -24,7 +24,7 @@ TAG = re.compile(r"O|([BIESLU])(?:-(.*))?")
 _BEGINS, _CONTINUES, _ENDS = frozenset("BSU"), frozenset("IEL"), frozenset("ESLU")
 # A document begins: CoNLL-2003 and JNLPBA, with an id in brackets or without; GENIA's original files.
 _DOCUMENT = re.compile(r"-DOCSTART-(?:\s+\((.+)\))?(?:\s+\S+)*\s*|###MEDLINE:(\S+)")
-_MARKERS = ("-DOCSTART-", "###MEDLINE:", "#")
+MARKERS = ("-DOCSTART-", "###MEDLINE:", "#")
 ParsedTag = tuple[str | None, str]
 OUTSIDE: ParsedTag = (None, "")
 
@@ -59,7 +59,7 @@ def read_iob(
     for number, line in enumerate(chain(_lines(path), [""]), start=1):  # "" ends the last sentence
         columns = line.split(separator)
         token = columns[token_column].strip() if len(columns) == width > 0 else ""
-        if not token or line.startswith(_MARKERS):
+        if not token or line.startswith(MARKERS):
             line = line.rstrip("\r\n")
             marker = _DOCUMENT.fullmatch(line)
             is_blank = not line.strip()
@@ -81,7 +81,7 @@ def read_iob(
             if line.startswith("#") and not has_tag:
                 counts.other_lines += 1
                 continue
-            width = width or max(len(columns), 2)
+            width = width or _check_columns(len(columns), token_column, tag_column, f"{path}:{number}")
             if len(columns) != width:
                 expected = f"{width} columns by {'tabs' if separator else 'white space'}, token<TAB>tag"
                 raise DataError(f"{path}:{number}: expected {expected}, found {line[:60]!r}.")
@@ -112,6 +112,14 @@ def parse_tag(tag: str, where: str) -> ParsedTag:
         tags = "tags are O, B-Type, I-Type, E-Type, S-Type (or L-, U-), with or without a type"
         raise DataError(f"{where}: unknown tag {tag.strip()!r}; {tags}.")
     return (match[1], match[2] or UNTYPED) if match[1] else OUTSIDE
+
+
+def _check_columns(found: int, token_column: int, tag_column: int, where: str) -> int:
+    """How many columns each line must have, from the first one's."""
+    for name, column in (("token_column", token_column), ("tag_column", tag_column)):
+        if found > 1 and not -found <= column < found:
+            raise DataError(f"{where}: {name} is {column}, but there are {found} columns (0 to {found - 1}).")
+    return max(found, 2)
 
 
 def make_record(

@@ -89,9 +89,14 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
         if not texts or columns[0] != doc_id or len(columns) < 4:
             expected = f"a line of document {doc_id!r}" if texts else "ID|t|title"
             raise DataError(f"{where}: expected {expected} (PubTator), found {line[:60]!r}.")
-        if not columns[1].isdecimal():
+        if columns[1][:1].isalpha():
             counts.other_lines += 1
-        elif len(columns) < 5 or not columns[2].isdecimal() or not columns[4].strip():
+        elif (
+            len(columns) < 5
+            or not columns[1].isdecimal()
+            or not columns[2].isdecimal()
+            or not columns[4].strip()
+        ):
             raise DataError(f"{where}: expected ID, START, END, mention, type by tabs, found {line[:60]!r}.")
         else:
             span = (int(columns[1]), int(columns[2]))

@@ -28,7 +28,7 @@ from typing import Any
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.readers_hub import TOKEN_COLUMNS, open_hub
-from biomerge_lib.readers_iob import TAG
+from biomerge_lib.readers_iob import MARKERS, TAG
 from biomerge_lib.records import SPLITS, file_sha256
 
 SAMPLE = "sample"
@@ -51,7 +51,7 @@ _SPLIT_PATTERNS = {
     for split, words in _SPLIT_WORDS.items()
 }
 _PUBTATOR_START = re.compile(r"[^|\t]+\|t\|")
-_NO_DOCUMENT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
+_ABOUT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,11 @@ class Source:
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of each split's file; of a split's folder, one over the names and hashes of its files."""
-        hashes = {}
-        for paths in self.files.values():
+        folder, hashes = Path(self.location), {}
+        for paths in filter(None, self.files.values()):
             if len(paths) == 1:
-                hashes[paths[0].name] = file_sha256(paths[0])
+                name = paths[0].relative_to(folder if folder.is_dir() else folder.parent).as_posix()
+                hashes[name] = file_sha256(paths[0])
             else:
                 lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
                 hashes[paths[0].parent.name + "/"] = hashlib.sha256(lines.encode()).hexdigest()
@@ -101,7 +102,7 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: 
     if not folder.exists():
         forms = f"a folder, FORMAT:folder ({', '.join(ENDINGS)}), hub:owner/name, or {SAMPLE}"
         raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
-    kind = forced or _find_format(folder, splits)
+    kind = forced or _find_format(folder)
     own_name = folder.stem if folder.is_file() else folder.resolve().name
     dataset = dataset or (SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}"))
     if kind == "hub":
@@ -136,7 +137,7 @@ def split_of(name: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _find_format(folder: Path, splits: Sequence[str]) -> str:
+def _find_format(folder: Path) -> str:
     """The one format that the folder's files have."""
     if folder.is_file():
         places = [folder]
@@ -148,8 +149,9 @@ def _find_format(folder: Path, splits: Sequence[str]) -> str:
         places = [path for path in entries if path.is_file()]
         places += [path for subfolder in subfolders for path in sorted(subfolder.iterdir())]
     formats = dict.fromkeys(filter(None, map(_sniff, places)))
-    if len(formats) > 1 and len(splits) > 1:  # a stray table or text beside the corpus names no split
-        formats = {kind: None for kind in formats if any(_find_candidates(folder, kind, splits)[0].values())}
+    if len(formats) > 1:  # a stray table or text beside the corpus names no split
+        named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS)[0].values())]
+        formats = dict.fromkeys(named) or formats
     if "brat" in formats:  # a .txt without its .ann would look like something else, or like nothing
         formats.pop("iob", None)
     if len(formats) == 1:
@@ -177,7 +179,8 @@ def _sniff(path: Path) -> str | None:
         return None
     with path.open("rb") as stream:
         start = stream.read(1 << 14).decode("utf-8-sig", errors="replace")
-    line = next((line for line in start.split("\n") if line.strip()), "").rstrip("\r")
+    lines = (line.rstrip("\r") for line in start.split("\n"))
+    line = next((line for line in lines if line.strip() and not line.startswith(MARKERS)), "")
     if ending in ENDINGS["hub"]:
         keys = _json_keys(line)
         if keys.isdisjoint(TOKEN_COLUMNS) and "passages" not in keys:
@@ -206,7 +209,7 @@ def _find_candidates(
         if path.suffix.lower() not in ENDINGS[kind] or not path.is_file():
             return False
         if kind == "brat":
-            return not _NO_DOCUMENT.match(path.stem)
+            return not _ABOUT.fullmatch(path.stem) or path.with_suffix(".ann").exists()
         return _sniff(path) in ((kind, None) if is_forced else (kind,))
 
     if folder.is_file():
