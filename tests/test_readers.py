@@ -248,6 +248,8 @@ def test_iob_documents(tmp_path):
 def test_iob_columns_can_be_chosen(tmp_path):
     (record,), _ = read_lines(tmp_path, "B-X\t0\t3\tIL2\nO\t4\t6\tis\n", token_column=3, tag_column=0)
     assert (record.text, record.spans) == ("IL2 is", ((0, 3),))
+    with pytest.raises(DataError, match=r"train.tsv:1: tag_column is 2, but there are 2 columns \(0 to 1\)"):
+        read_lines(tmp_path, GOOD_IOB, tag_column=2)
 
 
 # --- Sentences ------------------------------------------------------------------------------------------------
@@ -351,6 +353,18 @@ def test_offsets_in_other_units_are_found_out_and_counted(tmp_path, unit):
     records, counts = read_one(tmp_path, brat(text, f"T1\tGene {start} {end}\tIFN-γ"))
     assert mentions(records[-1]) == ["IFN-γ"] and records[-1].text[0] in "NI"
     assert counts.offset_units == ({} if unit == "code points" else {unit: 1})
+
+
+def test_crlf_counts_two_where_the_file_has_two(tmp_path):
+    files = brat("Title\r\nIFN-γ rose.\r\n") | {
+        "train/d1.ann": "T1\tGene 7 12\tIFN-γ\r\n\r\nT2\tX 0 5\tTitle\r\n"
+    }
+    records, counts = read_one(tmp_path, files)
+    assert [(record.text, record.spans) for record in records] == [
+        ("Title", ((0, 5),)),
+        ("IFN-γ rose.", ((0, 5),)),
+    ]
+    assert not counts.offset_units
 
 
 def test_pubtator_and_bioc_count_code_points_across_title_and_abstract(tmp_path):
@@ -492,6 +506,29 @@ def test_a_split_may_be_a_folder_and_a_corpus_a_file(tmp_path):
         read_corpus(folder / "train")
 
 
+def test_files_of_one_name_in_the_splits_folders_stay_apart(tmp_path):
+    folder = write_files(tmp_path / "x_iob", {f"{split}/data.conll": GOOD_IOB for split in SPLITS})
+    corpus = read_corpus(folder)
+    assert [records[0].doc_id for records in corpus.values()] == [
+        "x_train_data_s00001",
+        "x_dev_data_s00001",
+        "x_test_data_s00001",
+    ]
+    assert set(corpus.source.file_hashes()) == {"train/data.conll", "devel/data.conll", "test/data.conll"}
+
+
+def test_texts_about_a_corpus_are_no_documents(tmp_path):
+    files = brat("IL 2", GOOD_ANN) | {
+        "train/README.txt": "About.",
+        "train/source1.txt": "IL",
+        "train/source1.ann": "",
+    }
+    records, _ = read_one(tmp_path, files)
+    assert [record.doc_id for record in records] == ["d1", "source1"]
+    rows = "-DOCSTART- -X- O O\n\nIL NN O B-Gene\n"  # CoNLL-2003's ending
+    assert mentions(read_one(tmp_path / "t", {"eng.train.txt": rows, "README.txt": "About."})[0][0]) == ["IL"]
+
+
 def test_a_folder_in_two_formats_must_say_which(tmp_path):
     files = {
         f"{split}.txt": pubtator("Aspirin.", "", "0\t7\tAspirin\tX")
@@ -512,6 +549,7 @@ def test_types_are_named_and_filtered(tmp_path):
     folder = write_files(tmp_path, {f"{split}.tsv": rows for split in SPLITS})
     assert read_corpus(folder).types == {"Chemical": 3, "Disease": 3}
     corpus = read_corpus(folder, types=["Disease"])
+    assert dict(corpus) == dict(read_corpus(folder, types="Disease"))
     assert [(r.text, mentions(r)) for r in corpus["train"]] == [("Aspirin in asthma", ["asthma"]), ("No", [])]
     assert corpus.types == {"Chemical": 3, "Disease": 3} and corpus.counts["dev"].other_types == 1
     assert dict(read_corpus(folder, types=[])) == dict(read_corpus(folder))
@@ -611,8 +649,7 @@ def hub_strings(folder: Path) -> Path:
     return write_files(folder, {f"{split}.jsonl": json_lines(rows) for split in HUB_SPLITS})
 
 
-@pytest.mark.parametrize("make", [hub_parquet, hub_jsonl, hub_strings])
-@pytest.mark.parametrize("spelled", ["", "hub:"])
+@pytest.mark.parametrize(("make", "spelled"), [(hub_parquet, ""), (hub_jsonl, "hub:"), (hub_strings, "")])
 def test_hub_data_sets_are_streamed(tmp_path, make, spelled):
     folder = make(tmp_path / "chem_hub")
     corpus = read_corpus(f"{spelled}{folder}")
@@ -624,7 +661,6 @@ def test_hub_data_sets_are_streamed(tmp_path, make, spelled):
         ]
         assert corpus.counts[split].annotated == corpus.counts[split].spans == 2
     assert corpus.types == {"Chemical": 6}
-    assert dict(read_corpus(folder, types=["Chemical"])) == dict(corpus)
 
 
 def test_hub_documents_in_bigbio_columns(tmp_path):
@@ -754,6 +790,10 @@ BAD = {
     "pubtator: no title": ({"train.txt": GOOD_PUBTATOR + "\nIL 2\n"}, r"train.txt:5: expected ID\|t\|title"),
     "pubtator: no type": (
         {"train.txt": GOOD_PUBTATOR + "1\t3\t4\t2\n"},
+        r"train.txt:4: expected ID, START, END, mention, type",
+    ),
+    "pubtator: no number": (
+        {"train.txt": GOOD_PUBTATOR + "1\t-3\t4\t2\tX\n"},
         r"train.txt:4: expected ID, START, END, mention, type",
     ),
     "pubtator: not UTF-8": (
