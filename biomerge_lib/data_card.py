@@ -44,8 +44,9 @@ def leak_table(card: Mapping[str, Any], when: str = "before"):
     """Which sentences train, dev and test share: one row a pair of corpora and splits. ``when``: before, after."""
     import pandas as pd
 
-    columns = ["from", "into", "sentences", "verbatim", "short", "documents", "source_sentences"]
-    return pd.DataFrame(card["union"]["leaks"][when], columns=columns)
+    counts = ["sentences", "verbatim", "short", "documents", "source_sentences"]
+    table = pd.DataFrame(card["union"]["leaks"][when], columns=["from", "into", *counts])
+    return table.astype(dict.fromkeys(["from", "into"], str) | dict.fromkeys(counts, int))
 
 
 def reading_table(card: Mapping[str, Any]):

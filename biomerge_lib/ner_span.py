@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -199,7 +201,8 @@ def build_dataset(
     """
     batches = _batches(iter_examples(records, tokenizer, **rendering))
     if cache_dir is None:
-        return collect_examples(batches)
+        with _all_cores():
+            return collect_examples(batches)
     path = cache_path(
         cache_dir,
         records=data_hash or hash_records(records),
@@ -209,7 +212,8 @@ def build_dataset(
     if path.is_file():
         log.info("tokenised data from %s", path)
         return open_examples(path)
-    return write_examples(path, batches)
+    with _all_cores():
+        return write_examples(path, batches)
 
 
 def stream_dataset(
@@ -265,6 +269,17 @@ class SpanCollator:
             for name in ("input_ids", "labels", "token_labels"):
                 batch[name][row, :length] = torch.as_tensor(example[name])
         return batch
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the tokenizer use every core, and then no longer: a process that forks data loaders must not."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
 def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
