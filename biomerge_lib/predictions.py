@@ -7,10 +7,11 @@ Knows nothing of models, servers or scores.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -46,7 +47,8 @@ class Prediction:
     """A record's gold and predicted spans. Written one a line to ``predictions-<split>-<decoder>.jsonl``.
 
     ``answers``, ``answer_ids`` and ``finish`` have one entry a chunk (one, for all but very long records).
-    ``unreadable``, ``out_of_text`` and ``unsorted`` count what was wrong with the answers.
+    ``unreadable``, ``out_of_text`` and ``unsorted`` count what was wrong with the answers. ``prompt_hashes`` tell
+    whether two decoders read the same token ids.
     """
 
     index: int
@@ -61,6 +63,7 @@ class Prediction:
     unreadable: int
     out_of_text: int
     unsorted: int
+    prompt_hashes: list[str] = field(default_factory=list)
 
 
 def build_prompts(
@@ -93,8 +96,10 @@ def collect_predictions(
 ) -> list[Prediction]:
     """Parse the answers, map chunks back, and pair each record with its predicted spans."""
     by_record: dict[int, list[tuple[Chunk, RawAnswer]]] = {index: [] for index in range(len(records))}
+    hashes: dict[int, list[str]] = {index: [] for index in range(len(records))}
     for prompt, answer in zip(prompts, answers, strict=True):
         by_record[prompt.record_index].append((prompt.chunk, answer))
+        hashes[prompt.record_index].append(hash_ids(prompt.prompt_ids))
     predictions = []
     for index, record in enumerate(records):
         pairs = by_record[index]
@@ -113,9 +118,15 @@ def collect_predictions(
                 unreadable=sum(len(answer.unreadable) for answer in parsed),
                 out_of_text=sum(len(answer.out_of_text) for answer in parsed),
                 unsorted=sum(not answer.is_sorted for answer in parsed),
+                prompt_hashes=hashes[index],
             )
         )
     return predictions
+
+
+def hash_ids(token_ids: Sequence[int]) -> str:
+    """A short name of a sequence of token ids."""
+    return hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:12]
 
 
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:

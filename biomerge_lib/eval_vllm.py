@@ -1,0 +1,317 @@
+"""Knows how to score a split with a running vLLM server; needs the server and a tokenizer, no training stack.
+
+    python -m biomerge_lib.eval_vllm --split dev --port 8001 --data_dir data/union_span/ner
+
+Knows nothing of starting servers (``vllm_server``) or of comparing decoders (``parity``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from biomerge_lib.errors import BioMergeError, DataError, ModelError, ParameterError, ServerError
+from biomerge_lib.ner_metrics import score_predictions
+from biomerge_lib.ner_span import read_split
+from biomerge_lib.partial_answers import PartialAnswers
+from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
+from biomerge_lib.predictions import (
+    Prediction,
+    RawAnswer,
+    build_prompts,
+    collect_predictions,
+    write_predictions,
+)
+from biomerge_lib.prompt import ANCHOR_STYLES
+from biomerge_lib.records import SPLITS, Record, file_sha256
+from biomerge_lib.runs import load_run_parameters, write_json
+from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model, served_names
+
+RENDERING = ("offset_anchors", "corpus_cue", "max_input_tokens", "max_new_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A split's predictions and what they took: ``asked`` prompts in ``seconds``, after ``resumed`` earlier ones.
+
+    ``new_tokens`` counts the answers' tokens, EOS included; ``retries`` the requests sent again.
+    """
+
+    predictions: list[Prediction]
+    asked: int
+    resumed: int
+    seconds: float
+    new_tokens: int
+    retries: int
+
+    @property
+    def sentences_per_second(self) -> float:
+        return self.asked / self.seconds if self.asked else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.asked else 0.0
+
+    def speed(self) -> dict[str, float]:
+        """What to record of the way: seconds, sentences and tokens a second, retries."""
+        return {
+            "seconds": round(self.seconds, 3),
+            "sentences_per_second": round(self.sentences_per_second, 3),
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "retries": self.retries,
+        }
+
+
+def evaluate_split(
+    records: Sequence[Record],
+    tokenizer: PlainTokenizer,
+    *,
+    split: str,
+    out: Path | str,
+    base_url: str,
+    model_id: str,
+    api_key: str,
+    offset_anchors: str,
+    corpus_cue: bool,
+    max_input_tokens: int,
+    max_new_tokens: int,
+    concurrency: int = 64,
+    weights: str | None = None,
+    request_seconds: float = 120,
+    max_retries: int = 5,
+    progress: str | None = "vLLM",
+) -> Evaluation:
+    """Answer every record greedily through the server and write the predictions to ``out``.
+
+    Each answer is kept in ``<out>.partial.jsonl`` as it comes; the same call after a crash asks only for the rest.
+    ``weights`` (:func:`fingerprint_weights`) tells retrained models of one name apart. Time-outs, lost connections,
+    429 and 5xx are retried ``max_retries`` times with growing, random pauses.
+
+    Raises:
+        DataError: no records, or the partial file is broken or in use.
+        ServerError: the server cannot be reached, serves another model, refuses a prompt, or kept failing.
+    """
+    if not records:
+        raise DataError(f"{split}: no records to score.")
+    served = find_served_model(base_url, api_key, names=[model_id])
+    rendering = dict(offset_anchors=offset_anchors, corpus_cue=corpus_cue, max_input_tokens=max_input_tokens)
+    prompts = build_prompts(records, tokenizer, **rendering)
+    needed = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
+    if served.max_model_len and needed > served.max_model_len:
+        raise ServerError(
+            f"the longest prompt and {max_new_tokens} new tokens make {needed}, but {served.id!r} takes "
+            f"{served.max_model_len}. Start it with --max-model-len {needed}, or lower max_input_tokens."
+        )
+    all_ids = json.dumps([prompt.prompt_ids for prompt in prompts]).encode()
+    job = dict(split=split, model=served.id, weights=weights, max_new_tokens=max_new_tokens, **rendering)
+    job |= dict(prompts=len(prompts), prompts_sha256=hashlib.sha256(all_ids).hexdigest())
+    client = GreedyClient(
+        base_url=base_url,
+        api_key=api_key,
+        model_id=served.id,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        concurrency=concurrency,
+        request_seconds=request_seconds,
+        max_retries=max_retries,
+    )
+    with PartialAnswers(f"{out}.partial.jsonl", job) as partial:
+        resumed = len(partial.answers)
+        todo = {number: prompt for number, prompt in enumerate(prompts) if number not in partial.answers}
+        options = {"unit": "sentence", "mininterval": 2.0, "disable": progress is None}
+        bar = tqdm(total=len(prompts), initial=resumed, desc=progress, **options)
+
+        def keep(number: int, answer: RawAnswer) -> None:
+            partial.add(number, answer)
+            bar.update()
+
+        started = time.monotonic()
+        try:
+            with bar:
+                retries = client.answer_all(todo, keep)
+        except ServerError as error:
+            raise ServerError(
+                f"{error} {len(partial.answers)} of {len(prompts)} answers are kept in {partial.path}: "
+                "the same call again goes on from there."
+            ) from None
+        seconds = time.monotonic() - started
+        answers = [partial.answers[number] for number in range(len(prompts))]
+        predictions = collect_predictions(records, prompts, answers)
+        write_predictions(out, predictions)
+        partial.remove()
+    new_tokens = sum(len(answers[number].token_ids) + (answers[number].finish == "eos") for number in todo)
+    return Evaluation(predictions, len(todo), resumed, seconds, new_tokens, retries)
+
+
+def fingerprint_weights(model_dir: Path | str) -> str:
+    """A short name of a folder's weights, from sizes and times (reading 16 GB would take longer than scoring)."""
+    stats = [(path.name, path.stat()) for path in sorted(Path(model_dir).glob("*.safetensors"))]
+    facts = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def read_model_folder(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The merged model's folder of a run folder (or the folder itself), and the rendering it was trained with.
+
+    The rendering stands beside the weights (``biomerge.json``) and in the run's ``parameters.yaml``.
+
+    Raises:
+        ModelError: neither a run nor a model.
+    """
+    is_run = (path / "parameters.yaml").is_file()
+    model_dir = path / "merged" if is_run else path
+    if not (model_dir / "config.json").is_file():
+        raise ModelError(
+            f"{model_dir}: no model (config.json is missing). Name a run's folder or a merged model's."
+        )
+    note = model_dir / "biomerge.json"
+    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    if is_run and not set(RENDERING) <= set(stored):
+        parameters = load_run_parameters(path)
+        stored = {name: getattr(parameters, name) for name in RENDERING}
+    return model_dir, {name: stored[name] for name in RENDERING if name in stored}
+
+
+def choose_rendering(stored: Mapping[str, Any], given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """What was given (not None) wins over what the model was trained with; a contradiction is warned about.
+
+    Raises:
+        ParameterError: neither says it.
+    """
+    chosen = {**stored, **{name: value for name, value in given.items() if value is not None}}
+    for name in RENDERING:
+        flag = "--" + name.replace("_", "-")
+        if name not in chosen:
+            raise ParameterError(f"{where} does not say {name} (no run's model?): give {flag}.")
+        if name in stored and chosen[name] != stored[name]:
+            print(f"warning: {flag} {chosen[name]}, but {where} says {stored[name]}.", file=sys.stderr)
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    options = _build_parser().parse_args(arguments)
+    try:
+        _evaluate(options)
+    except BioMergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command again goes on from the answers so far.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m biomerge_lib.eval_vllm",
+        description="Span F1 of a split through a running vLLM server.",
+    )
+    add = parser.add_argument
+    add("--split", default="dev", choices=SPLITS)
+    add(
+        "--data_dir",
+        "--data-dir",
+        default="data/union_span/ner",
+        help="folder of <split>.jsonl (%(default)s)",
+    )
+    add("--port", type=int, default=8001, help="port of a server on this machine (%(default)s)")
+    add("--base-url", help="address of a server elsewhere, e.g. http://node7:8001/v1; instead of --port")
+    add(
+        "--api-key-env",
+        default="VLLM_API_KEY",
+        help="environment variable with the server's key (%(default)s)",
+    )
+    add("--model", type=Path, help="run folder or merged model folder (default: the folder the server names)")
+    add(
+        "--out",
+        type=Path,
+        help="predictions file (default: predictions-<split>-vllm.jsonl in the run folder)",
+    )
+    add("--metrics", type=Path, help="also write the scores to this JSON file")
+    add("--limit", type=_positive, help="score only so many records, spread over the split")
+    add("--concurrency", type=_positive, default=64, help="requests in flight (%(default)s)")
+    add(
+        "--offset-anchors",
+        choices=ANCHOR_STYLES,
+        help="this and the next three: default as the run was trained",
+    )
+    add("--corpus-cue", action=argparse.BooleanOptionalAction, default=None)
+    add("--max-input-tokens", type=_positive)
+    add("--max-new-tokens", type=_positive)
+    return parser
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is below 1")
+    return number
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    data_path = Path(options.data_dir) / f"{options.split}.jsonl"
+    records = read_split(options.data_dir, options.split, limit=options.limit)
+    base_url = complete_url(options.base_url or f"http://127.0.0.1:{options.port}")
+    api_key = os.environ.get(options.api_key_env) or "EMPTY"
+    model = options.model
+    if model is None:
+        served = find_served_model(base_url, api_key)
+        model = Path(served.root or served.id)
+        if not model.is_dir():
+            raise ParameterError(
+                f"{base_url} serves {served.id!r}, no folder of this machine: name it with --model."
+            )
+    model_dir, stored = read_model_folder(model)
+    served = find_served_model(base_url, api_key, names=[*served_names(model_dir), str(model)])
+    rendering = choose_rendering(
+        stored, {name: getattr(options, name) for name in RENDERING}, where=str(model)
+    )
+    run_folder = model_dir.parent if model_dir.name == "merged" else Path()
+    out = options.out or run_folder / f"predictions-{options.split}-vllm.jsonl"
+    print(f"{data_path}: {len(records)} records, sha256 {file_sha256(data_path)[:12]}")
+    print(f"{served.id} at {base_url}: {', '.join(f'{name}={value}' for name, value in rendering.items())}")
+    evaluation = evaluate_split(
+        records,
+        load_plain_tokenizer(model_dir),
+        split=options.split,
+        out=out,
+        base_url=base_url,
+        model_id=served.id,
+        api_key=api_key,
+        concurrency=options.concurrency,
+        weights=fingerprint_weights(model_dir),
+        **rendering,
+    )
+    scores = score_predictions(evaluation.predictions)
+    _print_scores(scores, evaluation)
+    print(f"wrote {out}")
+    if options.metrics:
+        origin = {"split": options.split, "model": served.id}
+        write_json(options.metrics, {**scores, **evaluation.speed(), **rendering, **origin})
+
+
+def _print_scores(scores: Mapping[str, float], evaluation: Evaluation) -> None:
+    low, high = scores["ner_f1_low"], scores["ner_f1_high"]
+    print(
+        f"Span F1 = {scores['ner_f1']:.4f} ± {(high - low) / 2:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    )
+    print(f"precision = {scores['ner_precision']:.4f}, recall = {scores['ner_recall']:.4f}")
+    print(
+        f"{evaluation.asked} sentences in {evaluation.seconds:.1f} s: {evaluation.sentences_per_second:.1f} a second, "
+        f"{evaluation.tokens_per_second:.0f} tokens/s ({evaluation.resumed} resumed, {evaluation.retries} retries)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
