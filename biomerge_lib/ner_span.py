@@ -49,18 +49,21 @@ def iter_split(
     seed: int = 42,
     default_cue: str | None = None,
     cue_dropout: float = 0.0,
+    trained: Collection[str] | None = None,
 ) -> Iterator[Record]:
     """Records of a split, checked line by line; memory does not grow with the file.
 
     ``subsample`` keeps that share of each corpus's documents (at least one), drawn with ``seed``; ``limit`` keeps so
-    many records, spread evenly over the split. With ``default_cue`` the records of corpora that ``train.jsonl`` lacks,
-    and the share ``cue_dropout`` of all others, are cued with it.
+    many records, spread evenly over the split. With ``default_cue`` the records of corpora that were not ``trained``
+    on (None: those that ``train.jsonl`` beside the split lacks), and the share ``cue_dropout`` of all others, are cued
+    with it.
 
     Raises:
         DataError: the file is missing, empty, or a line is bad.
     """
     path = Path(data_dir) / f"{split}.jsonl"
-    trained = None if default_cue is None else train_datasets(data_dir)
+    if default_cue is not None and trained is None:
+        trained = train_datasets(data_dir)
     documents, total = None, 0
     if path.is_file() and (subsample < 1.0 or limit is not None):
         sizes = _count_documents(path)
@@ -73,7 +76,7 @@ def iter_split(
         index += 1
         if limit is not None and limit < total and not _is_picked(index, limit, total):
             continue
-        if trained is not None:
+        if default_cue is not None:
             record = cue_record(
                 record, trained=trained, default_cue=default_cue, cue_dropout=cue_dropout, seed=seed
             )
@@ -239,8 +242,9 @@ def stream_dataset(
 
 def hash_split(data_dir: Path | str, split: str, **options: Any) -> str:
     """A name of the content of :func:`iter_split` with these options, without reading it."""
-    trained = sorted(train_datasets(data_dir)) if options.get("default_cue") else []
-    content = file_sha256(Path(data_dir) / f"{split}.jsonl"), trained, sorted(options.items())
+    if options.get("default_cue"):
+        options["trained"] = sorted(options.get("trained") or train_datasets(data_dir))
+    content = file_sha256(Path(data_dir) / f"{split}.jsonl"), sorted(options.items())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

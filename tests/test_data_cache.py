@@ -85,6 +85,12 @@ def test_unseen_corpora_get_the_default_cue(tmp_path):
     assert [cue_of(record, corpus_cue=True) for record in records] == ["example", "any", "mine"]
     assert [record.dataset for record in records] == ["example", "mine", "other"]
     assert [record.cue for record in read_split(tmp_path, "dev")] == [None, None, "mine"]
+    # Another model's corpora, where the data have a train split of their own.
+    records = read_split(tmp_path, "dev", default_cue="any", trained=["mine"])
+    assert [cue_of(record, corpus_cue=True) for record in records] == ["any", "mine", "mine"]
+    named = hash_split(tmp_path, "dev", default_cue="any")
+    assert named == hash_split(tmp_path, "dev", default_cue="any", trained=["example"])
+    assert named != hash_split(tmp_path, "dev", default_cue="any", trained=["mine"])
 
 
 def test_the_data_sets_of_train_come_from_the_card_while_it_fits(data_dir, tmp_path):

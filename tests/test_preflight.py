@@ -87,6 +87,31 @@ def test_steps_are_those_of_the_trainer(check):
     assert count_steps(100, batch_size=10, accumulation=1, epochs=3, eval_steps=10) == (30, 3, 3)
 
 
+@pytest.mark.parametrize(("accumulation", "epochs"), [(1, 2), (2, 1.5), (3, 0.4)])
+def test_the_trainer_takes_as_many_steps(tmp_path, accumulation, epochs):
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    class Line(torch.nn.Linear):
+        def forward(self, x):
+            return {"loss": super().forward(x).mean()}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(Line(1, 1), arguments, train_dataset=[{"x": torch.ones(1)}] * 30)
+    trainer.train()
+    expected = count_steps(30, batch_size=4, accumulation=accumulation, epochs=epochs, eval_steps=500)
+    assert trainer.state.global_step == expected[0]
+
+
 def test_the_sample_corpus_can_train(check):
     found = check()
     assert not [finding for finding in found.findings if finding.verdict in ("refused", "warning")]
