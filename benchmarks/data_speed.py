@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from biomerge_lib.readers import read_corpus
@@ -40,6 +41,11 @@ def timed(work: Callable) -> tuple[float, object]:
     started = time.perf_counter()
     result = work()
     return round(time.perf_counter() - started, 2), result
+
+
+def cpu_since(start: float) -> float:
+    """CPU seconds of all threads of this process: what a stage costs, however busy the machine is."""
+    return round(time.process_time() - start, 2)
 
 
 def peak_mb() -> float:
@@ -65,6 +71,7 @@ def measure_conversion(corpora: str, folder: str) -> dict:
     from biomerge_lib.ner_span import build_dataset, read_split
 
     imports, tokenizer = load_libraries()
+    cpu = time.process_time()
     sources = [str(Path(corpora) / f"{name}_iob") for name in CORPORA]
     convert, card = timed(
         lambda: write_corpus(sources, folder, drop_leaks="train", deduplicate=True, conflicts="keep")
@@ -85,7 +92,7 @@ def measure_conversion(corpora: str, folder: str) -> dict:
         "check_seconds": check,
         "tokenise_seconds": tokenise,
         "seconds": round(convert + check + tokenise, 2),
-        "cpu_seconds": round(time.process_time() - imports, 2),
+        "cpu_seconds": cpu_since(cpu),
     }
 
 
@@ -94,6 +101,7 @@ def measure_second_start(folder: str) -> dict:
     from biomerge_lib.ner_span import build_dataset, read_split
 
     imports, tokenizer = load_libraries()
+    cpu = time.process_time()
     check, splits = timed(lambda: {split: read_split(folder, split) for split in ("train", "dev")})
     cache = Path(folder) / "cache"
     before = len(list(cache.iterdir()))
@@ -107,6 +115,7 @@ def measure_second_start(folder: str) -> dict:
         "check_seconds": check,
         "open_seconds": reopen,
         "seconds": round(check + reopen, 2),
+        "cpu_seconds": cpu_since(cpu),
     }
 
 
@@ -115,9 +124,11 @@ def measure_preflight(folder: str) -> dict:
     from biomerge_lib.parameters import compose_parameters
     from biomerge_lib.preflight import check_training
 
+    cpu = time.process_time()
     words = [f"data_dir={folder}", "eval_limit=null", "corpus_cue=true", f"tokenizer_dir={TOKENIZER}"]
     seconds, found = timed(lambda: check_training(compose_parameters(words)))
-    return {"seconds": seconds, "train_records": found.numbers["train_records"], "peak_mb": peak_mb()}
+    records = found.numbers["train_records"]
+    return {"seconds": seconds, "cpu_seconds": cpu_since(cpu), "train_records": records, "peak_mb": peak_mb()}
 
 
 def measure_stream(folder: str) -> dict:
@@ -125,6 +136,7 @@ def measure_stream(folder: str) -> dict:
     from biomerge_lib.ner_span import build_dataset, hash_split, iter_split
 
     _, tokenizer = load_libraries()
+    cpu = time.process_time()
     before = peak_mb()
     build, dataset = timed(
         lambda: build_dataset(
@@ -135,10 +147,12 @@ def measure_stream(folder: str) -> dict:
             **RENDERING,
         )
     )
+    cpu_seconds = cpu_since(cpu)
     sentences = sum(1 for _ in (Path(folder) / "train.jsonl").open("rb"))
     return {
         "sentences": sentences,
         "seconds": build,
+        "cpu_seconds": cpu_seconds,
         "sentences_per_second": round(sentences / build),
         "tokens": sum(sum(batch["length"]) for batch in dataset.select_columns("length").iter(10000)),
         "file_mb": round((Path(folder) / "train.jsonl").stat().st_size / 2**20, 1),
@@ -153,6 +167,7 @@ def measure_reopened(folder: str) -> dict:
     from biomerge_lib.ner_span import build_dataset, hash_split, iter_split
 
     _, tokenizer = load_libraries()
+    cpu = time.process_time()
     seconds, dataset = timed(
         lambda: build_dataset(
             iter_split(folder, "train"),
@@ -162,15 +177,15 @@ def measure_reopened(folder: str) -> dict:
             **RENDERING,
         )
     )
-    for index in random.Random(0).sample(range(len(dataset)), 1000):
+    for index in random.Random(0).sample(range(len(dataset)), min(1000, len(dataset))):
         dataset[index]
-    return {"seconds": seconds, "peak_mb": peak_mb()}
+    return {"seconds": seconds, "cpu_seconds": cpu_since(cpu), "peak_mb": peak_mb()}
 
 
-def generate(sentences: int) -> Iterator[Record]:
+def generate(sentences: int, split: str = "train") -> Iterator[Record]:
     """Sentences of 8 to 45 words of the sample corpus in random order, with two mentions on average."""
     words = sorted({word for record in read_corpus("sample")["train"] for word in record.text.split()})
-    chance = random.Random(0)
+    chance = random.Random(split)
     for number in range(sentences):
         chosen = chance.choices(words, k=chance.randrange(8, 46))
         spans, position = [], 0
@@ -178,7 +193,7 @@ def generate(sentences: int) -> Iterator[Record]:
             if chance.random() < 0.075:
                 spans.append((position, position + len(word)))
             position += len(word) + 1
-        yield Record(" ".join(chosen), tuple(spans), f"d{number // 10}", "generated")
+        yield Record(" ".join(chosen), tuple(spans), f"{split}{number // 10}", "generated")
 
 
 MEASURES = {name: value for name, value in globals().items() if name.startswith("measure_")}
@@ -196,48 +211,82 @@ def run(name: str, *arguments: str) -> dict:
 
 def write_page(report: dict) -> None:
     """The numbers as a page beside the JSON."""
-    lines = ["# Speed and memory of the data path", "", f"Written by `{report['command']}`", ""]
-    lines += [
-        f"on {report['device']}, commit `{report['commit']}`. `load` is the machine's when the measurement",
+    lines = [
+        "# Speed and memory of the data path",
+        "",
+        f"Written by `{report['command']}` on {report['device']}, commit `{report['commit']}`.",
+        "`load` is the machine's when the measurement began. The cores were shared with other work: seconds are upper",
+        "bounds, and CPU seconds (of all threads) are what the work costs.",
         "",
     ]
-    lines[-2] += " began: these cores were shared, so seconds are upper bounds."
     if "corpora" in report:
-        first, second = report["corpora"]["first"], report["corpora"]["second"]
-        preflight = report["corpora"]["preflight"]
+        first, second, preflight = (report["corpora"][name] for name in ("first", "second", "preflight"))
+        stages = (
+            f"converted, merged, deduplicated and written {first['convert_seconds']}; "
+            f"read back and checked {first['check_seconds']}; tokenised {first['tokenise_seconds']}"
+        )
+        cached = f"read and checked {second['check_seconds']}; tokens from the cache {second['open_seconds']}"
+        checked = f"{preflight['train_records']:,} training records, dev and test"
         lines += [
             f"## The five IOB corpora: {first['sentences_converted']:,} sentences, of which "
             f"{first['sentences_tokenised']:,} (train and dev) are tokenised",
             "",
-            "| | seconds | of which | load |",
-            "|---|---|---|---|",
-            f"| first start | {first['seconds']} | converted, merged, deduplicated and written "
-            f"{first['convert_seconds']}; read back and checked {first['check_seconds']}; tokenised "
-            f"{first['tokenise_seconds']} | {first['load_at_start']} |",
-            f"| second start | {second['seconds']} | read and checked {second['check_seconds']}; tokens from the cache "
-            f"{second['open_seconds']} | {second['load_at_start']} |",
-            f"| preflight | {preflight['seconds']} | {preflight['train_records']:,} training records, dev and test | "
-            f"{preflight['load_at_start']} |",
+            *table(
+                ["", "seconds", "CPU seconds", "of which seconds", "load"],
+                [
+                    [name, found["seconds"], found["cpu_seconds"], what, found["load_at_start"]]
+                    for name, found, what in (
+                        ("first start", first, stages),
+                        ("second start", second, cached),
+                        ("preflight", preflight, checked),
+                    )
+                ],
+            ),
             "",
             f"Importing transformers and datasets took {first['import_seconds']} and {second['import_seconds']} s more "
             "(preflight needs neither).",
             "",
         ]
-    if report.get("scale"):
-        lines += [
-            "## Generated JSONL, tokenised as a stream into the cache",
-            "",
-            "| sentences | JSONL MB | seconds | sentences/s | tokens | cache MB | peak MB | of which imports "
-            "| reopened: s, peak MB | load |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+    if report["scale"]:
+        header = [
+            "sentences",
+            "JSONL MB",
+            "seconds",
+            "CPU seconds",
+            "sentences/s",
+            "tokens",
+            "cache MB",
+            "peak MB",
         ]
-        lines += [
-            f"| {row['sentences']:,} | {row['file_mb']} | {row['seconds']} | {row['sentences_per_second']:,} | "
-            f"{row['tokens']:,} | {row['cache_mb']:,} | {row['peak_mb']} | {row['imported_mb']} | "
-            f"{row['reopened']['seconds']}, {row['reopened']['peak_mb']} | {row['load_at_start']} |"
+        header += ["of which imports", "reopened: s, peak MB", "preflight: s, peak MB", "load"]
+        columns = (
+            "sentences",
+            "file_mb",
+            "seconds",
+            "cpu_seconds",
+            "sentences_per_second",
+            "tokens",
+            "cache_mb",
+        )
+        rows = [
+            [
+                *(row[name] for name in (*columns, "peak_mb", "imported_mb")),
+                *(f"{row[name]['seconds']}, {row[name]['peak_mb']}" for name in ("reopened", "preflight")),
+                row["load_at_start"],
+            ]
             for row in report["scale"]
         ]
+        lines += ["## Generated JSONL, tokenised as a stream into the cache", "", *table(header, rows)]
     REPORT.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    cells = [
+        header,
+        ["---"] * len(header),
+        *([f"{v:,}" if isinstance(v, int) else v for v in row] for row in rows),
+    ]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
 
 
 def main() -> None:
@@ -271,8 +320,13 @@ def main() -> None:
         for size in options.sizes:
             folder = f"{scratch}/{size}"
             write_records(Path(folder) / "train.jsonl", generate(size))
+            write_records(Path(folder) / "dev.jsonl", islice(generate(size, "dev"), 1000))
             row = run("measure_stream", folder)
-            report["scale"].append(row | {"reopened": run("measure_reopened", folder)})
+            others = {
+                "reopened": run("measure_reopened", folder),
+                "preflight": run("measure_preflight", folder),
+            }
+            report["scale"].append(row | others)
             print(json.dumps(report["scale"][-1]))
     write_json(REPORT, report)
     write_page(report)

@@ -8,6 +8,7 @@ holds counts and a handful of short examples, never a corpus.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -172,7 +173,7 @@ def _cell(value: Any) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    command = " ".join(["python -m biomerge_lib.union_report", *arguments])
+    command = shlex.join(["python", "-m", "biomerge_lib.union_report", *arguments])
     try:
         print(write_union_report(compose_parameters(arguments), command))
     except BioMergeError as error:
