@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from shared_corpora import shared_corpus
@@ -29,6 +30,7 @@ from biomerge_lib.leakage import (
 )
 from biomerge_lib.records import Record, file_sha256, read_records, write_records
 from biomerge_lib.union import build_union
+from biomerge_lib.union_report import write_union_report
 
 # corpora/README.md: sentences / spans of train, devel and test.
 COUNTS = {
@@ -283,3 +285,23 @@ def test_the_union_of_the_five_has_the_published_counts_and_overlaps(tmp_path):
     assert len(groups) == card["union"]["conflicts"]["before"]["all splits"]["groups"]
     assert len({version["target"] for version in groups[0]}) > 1
     assert groups[0][0].keys() == {"split", "dataset", "doc_id", "text", "target", "kept"}
+
+
+def test_the_unions_page_is_written_from_its_card(tmp_path, tiny_parameters):
+    parameters = tiny_parameters(data_dir=str(tmp_path / "data"))
+    page = write_union_report(parameters, "the command", tmp_path / "report").read_text()
+    assert "the command" in page and "| sample | 448 / 1,091 | 86 / 261 | 90 / 288 |" in page
+    assert "| deduplicate | 448 | 448 | 0 |" in page
+    assert json.loads((tmp_path / "report" / "union.json").read_text())["splits"]["dev"]["spans"] == 261
+
+
+def test_the_published_union_has_the_corpora_counts():
+    folder = Path(__file__).parent.parent / "reports" / "union"
+    card = json.loads((folder / "union.json").read_text())
+    assert list(card["sources"]) == ["bc5cdr", "bc2gm", "jnlpba", "anatem"]
+    for name, source in card["sources"].items():
+        found = [(counts["sentences"], counts["spans"]) for counts in source["splits"].values()]
+        assert found == COUNTS[name]
+    page = (folder / "README.md").read_text()
+    assert card["command"] in page and "/root" not in page and len(page) < 20_000
+    assert card["union"]["conflicts"]["after"]["train"]["groups"] == 0
