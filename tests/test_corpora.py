@@ -29,6 +29,7 @@ from biomerge_lib.leakage import (
     normalise,
 )
 from biomerge_lib.records import Record, file_sha256, read_records, write_records
+from biomerge_lib.runs import run_notebook
 from biomerge_lib.union import build_union
 from biomerge_lib.union_report import write_union_report
 
@@ -285,6 +286,40 @@ def test_the_union_of_the_five_has_the_published_counts_and_overlaps(tmp_path):
     assert len(groups) == card["union"]["conflicts"]["before"]["all splits"]["groups"]
     assert len({version["target"] for version in groups[0]}) > 1
     assert groups[0][0].keys() == {"split", "dataset", "doc_id", "text", "target", "kept"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "name", "mentions"),
+    [
+        ("brat:", "anatem_brat", [6946, 2139, 4616]),
+        ("bioc:", "bc5cdr_original", [9385, 9591, 9809]),
+        ("pubtator:", "bc5cdr_original", [9385, 9591, 9809]),
+    ],
+)
+def test_untokenised_corpora_become_data_sets_without_losing_a_mention(tmp_path, form, name, mentions):
+    card = write_corpus([f"{form}{shared_corpus(name)}"], tmp_path, drop_leaks="train", deduplicate=True)
+    [source] = card["sources"].values()
+    assert [counts["spans"] for counts in source["splits"].values()] == mentions
+    assert source["format"] == form.removesuffix(":")
+    for split in ("dev", "test"):
+        assert card["splits"][split]["spans"] == source["splits"][split]["spans"]
+
+
+@pytest.mark.integration
+def test_the_notebook_runs_on_documents(tmp_path, tiny_prepared):
+    source = shared_corpus("bc5cdr_original")
+    words = [
+        f"corpora=['pubtator:{source}']",
+        f"data_dir={tmp_path}/data",
+        f"runs_dir={tmp_path}/runs",
+        "run_id=documents",
+    ]
+    words += [f"tokenizer_dir={tiny_prepared}", "entity_types=[Chemical]", "max_per_corpus=500"]
+    run_notebook("02_data", words, progress=False)
+    stages = json.loads((tmp_path / "runs" / "documents" / "metrics.json").read_text())["stages"]
+    metrics = stages["02_data"]["metrics"]
+    assert metrics["test_spans"] == 5385 and 450 < metrics["train_sentences"] <= 500
 
 
 def test_the_unions_page_is_written_from_its_card(tmp_path, tiny_parameters):
