@@ -108,13 +108,13 @@ def cue_record(
 ) -> Record:
     """The record with ``default_cue`` if its corpus was not trained on, or by chance (always the same records).
 
-    A model learns what the default cue means from the records that get it by chance in training. A record that names
-    a cue of its own keeps it.
+    A model learns what the default cue means from the records that get it by chance in training; none do where it is
+    the name of a trained corpus, whose policy it then means. A record that names a cue of its own keeps it.
     """
     if record.cue is not None:
         return record
-    unseen = record.dataset not in trained
-    if unseen or place_in_draw(f"{record.dataset}\0{record.doc_id}\0{record.text}", seed) < cue_dropout:
+    share = 1.0 if record.dataset not in trained else 0.0 if default_cue in trained else cue_dropout
+    if place_in_draw(f"{record.dataset}\0{record.doc_id}\0{record.text}", seed) < share:
         return replace(record, cue=default_cue)
     return record
 

@@ -109,6 +109,8 @@ def test_some_training_records_learn_the_default_cue_and_always_the_same_ones(da
     assert dropped != [r.text for r in read_split(data_dir, "train", **options, seed=4) if r.cue == "any"]
     assert not any(r.cue for r in read_split(data_dir, "train", default_cue="any", cue_dropout=0.0))
     assert cue_record(ASPIRIN, trained=["example"], default_cue="any") is ASPIRIN
+    # A trained corpus's name keeps its meaning.
+    assert not any(r.cue for r in read_split(data_dir, "train", default_cue="sample", cue_dropout=0.9))
 
 
 def test_a_data_set_is_its_records_examples_one_by_one(tokenizer, data_dir):
