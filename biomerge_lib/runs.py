@@ -166,7 +166,9 @@ def load_run_parameters(folder: Path) -> Parameters:
             f" There are: {', '.join(sorted(known)[:8])}." if known else ""
         )
         raise DataError(f"{folder}: no such run (run notebooks/03_train.ipynb first, or set run_id).{hint}")
-    return check_parameters(yaml.safe_load(path.read_text(encoding="utf-8")))
+    # A parameter that is younger than the run has its default: what it chooses was not there to choose.
+    defaults = compose_parameters([]).model_dump()
+    return check_parameters(defaults | yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) -> Path:
