@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from biomerge_lib.draws import Document, document_of
 from biomerge_lib.errors import DataError
 from biomerge_lib.records import Record
-from biomerge_lib.draws import Document, document_of
 
 LEAK_DIRECTIONS = (("train", "dev"), ("train", "test"), ("dev", "test"))
 # "Results :" stands in many papers; a shared sentence of so few words says little.

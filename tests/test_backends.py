@@ -11,7 +11,14 @@ SCRIPT = Path(__file__).with_name("backend_losses.py")
 
 
 def run(backend: str, prepared: Path, out: Path, adapter: Path | None = None) -> dict:
-    command = [sys.executable, str(SCRIPT), backend, str(prepared), str(out), *([str(adapter)] if adapter else [])]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        backend,
+        str(prepared),
+        str(out),
+        *([str(adapter)] if adapter else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent.parent, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
