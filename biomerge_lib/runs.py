@@ -92,7 +92,9 @@ class Run:
         everything["run_id"] = self.folder.name
         everything["stages"][self.stage] = stage
         # What a run was trained with is 03's to say; the notebooks before it only announce it.
-        if self.stage == "03_train" or ("parameters" not in everything and self.stage in ("01_tokenizer", "02_data")):
+        if self.stage == "03_train" or (
+            "parameters" not in everything and self.stage in ("01_tokenizer", "02_data")
+        ):
             everything["parameters"] = self.parameters.model_dump()
             everything["data"] = data_hashes(self.parameters.data_dir)
         write_json(self.folder / "metrics.json", everything)
