@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,29 @@ def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:
     out = reports_dir / folder.name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for path in [*(folder / name for name in PUBLISHED), *sorted(folder.glob("0*.ipynb"))]:
+    paths = [*(folder / name for name in PUBLISHED), *sorted(folder.glob("0*.ipynb"))]
+    places = _machine_places(paths)
+    for path in paths:
         if path.is_file():
-            shutil.copy2(path, out / path.name)
+            text = path.read_text(encoding="utf-8")
+            for place in places:
+                text = text.replace(place, "")
+            (out / path.name).write_text(text, encoding="utf-8")
     return out
+
+
+def _machine_places(paths: Iterable[Path]) -> list[str]:
+    """Folders of the machine that made the run, longest first; a published page names none of them."""
+    places = {f"{PROJECT_DIR}/", f"{sys.prefix}/", f"{Path.home()}/"}
+    for path in paths:
+        if path.suffix == ".ipynb" and path.is_file():
+            papermill = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+            places.add(f"{Path(papermill.get('input_path') or '').parent.parent}/")
+            values = papermill.get("parameters", {}).values()
+            for value in [item for v in values for item in (v if isinstance(v, list) else [v])]:
+                if isinstance(value, str) and Path(value).is_absolute():
+                    places.add(f"{Path(value).parent}/")
+    return sorted((place for place in places if place.count("/") > 1), key=len, reverse=True)
 
 
 def results_table(reports_dir: Path = REPORTS_DIR) -> str:
