@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from biomerge_lib.checkpoints import find_resumable_checkpoint
 from biomerge_lib.decoding import greedy_decode
@@ -160,7 +160,18 @@ class EpochEndEvaluation(TrainerCallback):
         control.should_save = not evaluated
         if self.trainer.parameters.fast_metrics:
             evaluate_greedily(self.trainer, "greedy_dev")
+            keep_log(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
         return control
+
+
+def keep_log(checkpoint: Path, state: TrainerState) -> None:
+    """Write the log as it stands now into a checkpoint that was saved before its epoch's greedy pass, atomically."""
+    saved = checkpoint / "trainer_state.json"
+    if state.is_world_process_zero and saved.is_file():
+        partial = saved.with_name(saved.name + ".partial")
+        history = json.loads(saved.read_text(encoding="utf-8")) | {"log_history": state.log_history}
+        partial.write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
+        partial.replace(saved)
 
 
 def evaluate_greedily(trainer: NerTrainer, prefix: str) -> dict[str, Any]:
