@@ -11,8 +11,10 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +22,9 @@ from typing import Any
 
 import yaml
 
+from biomerge_lib import jobs
 from biomerge_lib.errors import BioMergeError, DataError, ParameterError, nearest
+from biomerge_lib.execution import NotebookFailed, execute_notebook
 from biomerge_lib.parameters import (
     NOT_IDENTITY,
     SCORING,
@@ -82,12 +86,13 @@ class Run:
         self._write(status="finished", metrics={**metrics, "stage_seconds": seconds}, provenance=provenance())
         _glue({**metrics, "stage_seconds": seconds})
 
-    def fail(self, reason: str) -> None:
-        self._write(status="failed", error=reason)
+    def fail(self, reason: str, status: str = "failed") -> None:
+        self._write(status=status, error=reason)
 
     def _write(self, **fields: Any) -> None:
         everything = read_metrics(self.folder)
-        stage = {**everything.setdefault("stages", {}).get(self.stage, {}), **fields}
+        stage = everything.setdefault("stages", {}).get(self.stage, {})
+        stage = {name: value for name, value in stage.items() if name != "error"} | fields
         stage["started"] = datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds")
         everything["run_id"] = self.folder.name
         everything["stages"][self.stage] = stage
@@ -132,15 +137,7 @@ def prepare_run_folder(run: Run) -> None:
     folder, parameters = run.folder, run.parameters
     trained = (folder / "parameters.yaml").is_file()
     if trained and parameters.existing_run == "replace":
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-        aside = folder.with_name(f".replaced-{folder.name}-{stamp}")
-        aside.mkdir()
-        for name in ("checkpoints", "merged", "parameters.yaml", "log_history.json"):
-            if (folder / name).exists():
-                shutil.move(folder / name, aside / name)
-        for predictions in folder.glob("predictions-*.jsonl"):
-            shutil.move(predictions, aside / predictions.name)
-        print(f"existing_run=replace: the earlier run was moved to {aside}/")
+        set_aside(folder)
     elif trained:
         stored = load_run_parameters(folder)
         changed = _differences(stored, parameters, PARAMETERS_OF_TRAINING)
@@ -153,6 +150,18 @@ def prepare_run_folder(run: Run) -> None:
     (folder / "parameters.yaml").write_text(
         "# papermill notebooks/03_train.ipynb out.ipynb -f this file\n" + text
     )
+
+
+def set_aside(folder: Path) -> None:
+    """Move what a trained run left to a hidden folder beside it; ``metrics.json`` and notebooks are rewritten."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    aside = folder.with_name(f".replaced-{folder.name}-{stamp}")
+    aside.mkdir()
+    kept = ("checkpoints", "merged", "parameters.yaml", "log_history.json", "training.json", "wandb.json")
+    for path in [*(folder / name for name in kept), *folder.glob("predictions-*.jsonl")]:
+        if path.exists():
+            shutil.move(path, aside / path.name)
+    print(f"existing_run=replace: the earlier run was moved to {aside}/")
 
 
 def load_run_parameters(folder: Path) -> Parameters:
@@ -178,13 +187,13 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
 
     Raises:
         ParameterError: unknown notebook or parameter, before anything starts.
+        RunInterrupted: a job asked training to stop; it left a checkpoint.
         BioMergeError: a cell failed; says which cell and which executed notebook to open.
     """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
     notebook = find_notebook(name)
     parameters = compose_parameters(overrides)
+    if jobs.requeued():  # what there is now is this job's own beginning
+        parameters = parameters.model_copy(update={"existing_run": "resume"})
     listed = notebook_parameter_names(notebook)
     explicit = override_names(overrides)
     values, defaults = parameters.model_dump(), compose_parameters([]).model_dump()
@@ -197,24 +206,36 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
     folder = (
         parameters.run_folder if parameters.run_folder.is_absolute() else PROJECT_DIR / parameters.run_folder
     )
-    folder.mkdir(parents=True, exist_ok=True)
     executed = folder / notebook.name
-    try:
-        papermill.execute_notebook(
-            notebook,
-            executed,
-            parameters={name: chosen[name] for name in sorted(chosen)},
-            cwd=str(PROJECT_DIR),
-            kernel_name="python3",
-            progress_bar=progress,
-        )
-    except PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}"
-        Run(folder, notebook.stem, parameters).fail(reason)
-        raise BioMergeError(
-            f"{notebook.name} failed in cell {error.cell_index + 1}: {reason}\nOpen {executed} to see it in place."
-        ) from None
+    training = notebook.stem == "03_train"
+    with jobs.only_one(folder) if training else nullcontext():
+        if training and parameters.existing_run == "resume":
+            jobs.fetch_run(folder)
+        elif training and (jobs.archived_run(folder) / "parameters.yaml").is_file():
+            set_aside(jobs.archived_run(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, progress=progress)
     return executed
+
+
+def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], *, progress: bool) -> None:
+    ordered = {name: chosen[name] for name in sorted(chosen)}
+    try:
+        execute_notebook(notebook, executed, ordered, cwd=PROJECT_DIR, progress=progress)
+    except NotebookFailed as error:
+        if jobs.was_interrupted():
+            run.fail(
+                "stopped on the job's request; the same command goes on from the checkpoint", "interrupted"
+            )
+            raise jobs.RunInterrupted(
+                f"{run.folder.name} stopped on the job's request, with a checkpoint"
+            ) from None
+        run.fail(error.reason)
+        jobs.note_failure(f"{jobs.kept_path(executed)}\n{notebook.name}, {error}")
+        raise BioMergeError(
+            f"{notebook.name} failed in cell {error.cell}: {error.reason}\nOpen {jobs.kept_path(executed)} "
+            "to see it in place."
+        ) from None
 
 
 def find_notebook(name: str) -> Path:
@@ -281,11 +302,13 @@ def device_name() -> str:
 
 def quiet_libraries() -> None:
     """Keep third-party chatter out of notebooks and logs; warnings that matter stay."""
+    # nbformat's jsonschema imports it where it can, and it compiles a grammar for three seconds each time.
+    sys.modules.setdefault("rfc3987_syntax", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    for noisy in ("torchao", "torch.utils._pytree", "httpx", "unsloth"):
+    for noisy in ("torchao", "torch.utils._pytree", "httpx", "httpx2", "unsloth"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("hydra", "datasets", "accelerate"):

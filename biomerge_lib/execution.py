@@ -1,0 +1,103 @@
+"""Knows how papermill executes a notebook beside others on one machine; knows nothing of runs or parameters.
+
+notebook + parameters --[execute_notebook]--> executed notebook | NotebookFailed(cell, reason)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.errors import BioMergeError
+
+KERNEL_STARTS = 3
+KERNEL_START_SECONDS = 300  # a loaded machine takes far longer than papermill's 60 s to import a kernel
+SOCKET_PATH_LIMIT = 100  # a Unix socket's path may have 107 bytes
+log = logging.getLogger("biomerge")
+
+
+class NotebookFailed(BioMergeError):
+    """A cell failed, or the kernel died in it. ``cell`` is what stands beside it: ``In [7]``."""
+
+    def __init__(self, cell: str, reason: str):
+        super().__init__(f"cell {cell}: {reason}")
+        self.cell = cell
+        self.reason = reason
+
+
+def execute_notebook(
+    notebook: Path, executed: Path, parameters: Mapping[str, Any], *, cwd: Path, progress: bool
+) -> None:
+    """Execute ``notebook`` with papermill into ``executed``.
+
+    Raises:
+        NotebookFailed: ``executed`` holds the cells up to the failing one, with its error.
+        BioMergeError: no kernel could be started, after several tries.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    for attempt in range(1, KERNEL_STARTS + 1):
+        executed.unlink(missing_ok=True)
+        try:
+            with _kernel_sockets() as config:
+                papermill.execute_notebook(
+                    notebook,
+                    executed,
+                    parameters=dict(parameters),
+                    cwd=str(cwd),
+                    kernel_name="python3",
+                    progress_bar=progress,
+                    start_timeout=KERNEL_START_SECONDS,
+                    config=config,
+                )
+            return
+        except PapermillExecutionError as error:
+            raise NotebookFailed(f"In [{error.exec_count}]", f"{error.ename}: {error.evalue}") from None
+        except (DeadKernelError, RuntimeError) as error:
+            cell = _running_cell(executed)
+            if cell:
+                raise NotebookFailed(
+                    cell, "the kernel died (out of memory? the system's log or `scontrol show job` says more)"
+                ) from None
+            reason = error
+            log.warning("the kernel did not start (%s), try %d of %d", error, attempt, KERNEL_STARTS)
+            time.sleep(attempt)
+    raise BioMergeError(f"{notebook.name}: no kernel could be started: {reason}") from reason
+
+
+@contextmanager
+def _kernel_sockets() -> Iterator[Any]:
+    """Kernel settings with a private folder of Unix sockets.
+
+    By default a kernel gets five TCP ports that are free when they are chosen and may be taken when it binds them
+    ("Address already in use" with many kernels on a machine); anybody on the machine could connect to them, too.
+    """
+    from traitlets.config import Config
+
+    longest = len(tempfile.gettempdir()) + len("/kernel-12345678/k-ipc-5")
+    with tempfile.TemporaryDirectory(
+        prefix="kernel-", dir=None if longest < SOCKET_PATH_LIMIT else "/tmp", ignore_cleanup_errors=True
+    ) as folder:
+        yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/k.json"}})
+
+
+def _running_cell(executed: Path) -> str | None:
+    """The cell that papermill left running; None if none had begun."""
+    if not executed.is_file():
+        return None
+    code = [
+        cell
+        for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    # Their status does not tell: papermill ends by calling all of them completed.
+    begun = sum(cell["metadata"].get("papermill", {}).get("start_time") is not None for cell in code)
+    return f"In [{begun}]" if begun else None

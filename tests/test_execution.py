@@ -1,0 +1,89 @@
+"""Notebooks execute beside others on one machine; a kernel that dies says where."""
+
+import json
+import multiprocessing
+import os
+
+import nbformat
+import pytest
+
+from biomerge_lib import execution, runs
+from biomerge_lib.errors import BioMergeError
+from biomerge_lib.execution import NotebookFailed, execute_notebook
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def execute(tmp_path):
+    def run(*sources):
+        cells = [nbformat.v4.new_code_cell(source) for source in ("# Parameters\nx = 1", *sources)]
+        cells[0].metadata["tags"] = ["parameters"]
+        notebook = nbformat.v4.new_notebook(cells=cells)
+        notebook.metadata["kernelspec"] = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
+        nbformat.write(notebook, tmp_path / "in.ipynb")
+        execute_notebook(
+            tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path, progress=False
+        )
+        return nbformat.read(tmp_path / "out.ipynb", 4)
+
+    return run
+
+
+def test_a_failing_cell_and_a_dying_kernel_are_named(execute):
+    with pytest.raises(NotebookFailed) as failed:
+        execute("y = x", "y / 0")
+    assert (failed.value.cell, failed.value.reason) == ("In [4]", "ZeroDivisionError: division by zero")
+    with pytest.raises(NotebookFailed, match=r"cell In \[3\]: the kernel died \(out of memory"):
+        execute("import os; os.kill(os.getpid(), 9)", "x")
+
+
+def test_a_kernel_that_dies_at_its_start_is_started_again(execute, tmp_path, monkeypatch):
+    """As it does when another kernel takes one of its ports ("Address already in use")."""
+    died = tmp_path / "died"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if 'ipykernel' in ' '.join(sys.orig_argv) and os.environ['DEATHS'] > str(os.path.getsize({str(died)!r})):\n"
+        f"    open({str(died)!r}, 'a').write('x')\n"
+        "    os._exit(1)\n"
+    )
+    died.touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(execution.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("DEATHS", "1")
+    assert execute("x")["cells"][-1]["outputs"][0]["data"]["text/plain"] == "2"
+    assert died.read_text() == "x"
+    monkeypatch.setenv("DEATHS", "9")
+    with pytest.raises(BioMergeError, match="no kernel could be started"):
+        execute("x")
+    assert died.read_text() == "x" * 4
+
+
+def _run_light(number):
+    runs.run_notebook(
+        "01_tokenizer", [f"run_id=r{number}", f"runs_dir={os.environ['LIGHT_RUNS']}"], progress=False
+    )
+
+
+def test_twenty_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
+    """01_tokenizer without its middle: what papermill, the kernel and the run folder do is all there."""
+    notebook = nbformat.read(runs.NOTEBOOKS_DIR / "01_tokenizer.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code[-1].source = 'run.finish({"process": __import__("os").getpid()})'
+    notebook.cells = [code[0], code[1], code[-1]]
+    nbformat.write(notebook, tmp_path / "01_tokenizer.ipynb")
+    monkeypatch.setattr(runs, "NOTEBOOKS_DIR", tmp_path)
+    monkeypatch.setenv("LIGHT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        pool.map(_run_light, range(20), chunksize=1)
+    stages = [
+        json.loads((tmp_path / f"runs/r{number}/metrics.json").read_text())["stages"]["01_tokenizer"]
+        for number in range(20)
+    ]
+    assert [stage["status"] for stage in stages] == ["finished"] * 20
+    assert len({stage["metrics"]["process"] for stage in stages}) == 20
