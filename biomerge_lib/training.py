@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from biomerge_lib.checkpoints import find_resumable_checkpoint
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import DataError, ModelError
+from biomerge_lib.jobs import RunInterrupted
 from biomerge_lib.ner_metrics import score_predictions, score_word_labels
 from biomerge_lib.ner_span import SpanCollator, build_dataset
 from biomerge_lib.parameters import Parameters
@@ -28,6 +28,7 @@ from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.prompt import IGNORE
 from biomerge_lib.records import Record
 from biomerge_lib.runs import write_json
+from biomerge_lib.trainer_callbacks import StopOnRequest, TrackingCallback
 from biomerge_lib.training_order import LengthGroupedSampler
 from biomerge_lib.unsloth_lora_ner import load_lora_model
 
@@ -153,6 +154,8 @@ class EpochEndEvaluation(TrainerCallback):
         self.trainer: NerTrainer | None = None
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.stop.stopped_at is not None:
+            return control  # in the middle of an epoch
         evaluated = any(
             entry["step"] == state.global_step and WATCH_METRIC in entry for entry in state.log_history
         )
@@ -233,7 +236,8 @@ def build_trainer(
         )
         for split in ("train", "dev")
     }
-    epoch_end = EpochEndEvaluation()
+    epoch_end, stop = EpochEndEvaluation(), StopOnRequest()
+    tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)
     trainer = NerTrainer(
         records=records,
         parameters=parameters,
@@ -247,18 +251,19 @@ def build_trainer(
         callbacks=[
             EarlyStoppingCallback(parameters.early_stopping_patience, parameters.early_stopping_threshold),
             epoch_end,
+            stop,
+            tracking,
         ],
     )
     epoch_end.trainer = trainer
+    trainer.stop = stop
+    tracking.count_tokens = lambda: trainer.tokens_seen
     return trainer
 
 
 def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTrainingArguments:
     """The Trainer's arguments for a set of parameters."""
     on_cpu = not torch.cuda.is_available()
-    if parameters.wandb_mode != "disabled":
-        os.environ.setdefault("WANDB_PROJECT", parameters.wandb_project)
-        os.environ.setdefault("WANDB_MODE", parameters.wandb_mode)
     return NerTrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=parameters.per_device_train_batch_size,
@@ -285,8 +290,8 @@ def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTr
         label_names=["labels"],
         ddp_find_unused_parameters=False,
         deepspeed=parameters.deepspeed,
-        report_to=[] if parameters.wandb_mode == "disabled" else ["wandb"],
-        run_name=parameters.run_name,
+        report_to=[],  # TrackingCallback
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         seed=parameters.seed,
         use_cpu=on_cpu,
         predict_with_generate=not parameters.fast_metrics,
@@ -320,6 +325,8 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     started = time.time()
     trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.stop.stopped_at is not None:
+        raise RunInterrupted(f"stopped on request after {trainer.stop.stopped_at} steps, with a checkpoint")
     seconds = time.time() - started
     best = Path(trainer.state.best_model_checkpoint or find_resumable_checkpoint(checkpoints)).name
     step, greedy = trainer.last_greedy

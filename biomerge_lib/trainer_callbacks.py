@@ -1,0 +1,89 @@
+"""Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B.
+
+stop request --[StopOnRequest]--> checkpoint; logged numbers --[TrackingCallback]--> W&B
+
+Of transformers' own: ``enable_jit_checkpoint`` listens for SIGTERM in the training process, which is a notebook's
+kernel or one of several processes here, so the request is a file. ``WandbCallback`` renames ``eval_ner_f1``, by
+which a sweep ranks, and sends every argument.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from biomerge_lib import jobs, tracking
+from biomerge_lib.parameters import Parameters
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends training at the first step after a request, with a checkpoint.
+
+    Never at an epoch's last step: the epoch's own evaluation and checkpoint follow there, which a run resumed from
+    this step would leave out, so the next step stops. ``stopped_at`` is the step, or None.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_at: int | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        last_of_epoch = state.global_step >= state.max_steps or float(state.epoch).is_integer()
+        if _any_process(jobs.stop_requested(), args) and not last_of_epoch:
+            self.stopped_at = state.global_step
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopped_at == state.global_step and state.is_world_process_zero:
+            jobs.note_interrupted(f"checkpoint-{state.global_step} of {state.max_steps} steps")
+
+
+class TrackingCallback(TrainerCallback):
+    """Sends the numbers of ``log_history.json`` under the same names, with tokens a second and memory."""
+
+    def __init__(self, parameters: Parameters, run_folder: Path, stop: StopOnRequest):
+        self.parameters = parameters
+        self.run_folder = run_folder
+        self.stop = stop
+        self.count_tokens: Callable[[], int] = lambda: 0
+        self._run = None
+        self._counted = (0.0, 0)  # when, how many tokens
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._run = tracking.open_run(self.parameters, self.run_folder)
+            self._counted = (time.time(), self.count_tokens())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._run is None:
+            return
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if "loss" in numbers:
+            (then, before), self._counted = self._counted, (time.time(), self.count_tokens())
+            numbers["tokens_per_second"] = (self._counted[1] - before) / (self._counted[0] - then)
+            if torch.cuda.is_available():
+                numbers["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self._run.log(numbers, step=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._run is None:
+            return
+        if self.stop.stopped_at:
+            self._run.mark_preempting()
+        tracking.close_run(
+            self._run, self.run_folder, exit_code=jobs.INTERRUPTED if self.stop.stopped_at else 0
+        )
+        self._run = None
+
+
+def _any_process(asked: bool, args) -> bool:
+    """Whether any process was asked: all of them must leave at the same step."""
+    if args.world_size == 1:
+        return asked
+    flag = torch.tensor(int(asked), device=args.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)

@@ -1,0 +1,127 @@
+"""A job and its run: stopping leaves no trace in the curve, the archive gives back what it was given."""
+
+import json
+
+import pytest
+
+from biomerge_lib import jobs, training
+from biomerge_lib.errors import BioMergeError
+
+CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
+
+
+@pytest.fixture
+def job_dir(tmp_path, monkeypatch):
+    folder = tmp_path / "messages"
+    folder.mkdir()
+    monkeypatch.setenv(jobs.JOB_DIR, str(folder))
+    return folder
+
+
+@pytest.fixture
+def train(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_path):
+    """Trains run NAME on 12 sentences, 3 steps an epoch; ``at_step`` maps steps to what happens there."""
+
+    def run(name, at_step=None, **overrides):
+        values = {"eval_steps": 2, "save_steps": 2, "num_train_epochs": 3.0, "backend": "peft"}
+        parameters = tiny_parameters(**values | {"early_stopping_patience": 100} | overrides)
+        splits = {
+            split: [r for r in sample_records[split] if len(r.text) < 90 and r.spans]
+            for split in ("train", "dev")
+        }
+        records = {"train": splits["train"][:12], "dev": splits["dev"][:4]}
+        folder = tmp_path / name
+        trainer = training.build_trainer(
+            training.build_model(parameters, tiny_prepared),
+            tokenizer,
+            records,
+            parameters,
+            checkpoints=folder / "checkpoints",
+        )
+
+        class AtStep(training.TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                (at_step or {}).get(state.global_step + 1, lambda: None)()
+
+        trainer.add_callback(AtStep())
+        return training.train(trainer, folder)
+
+    return run
+
+
+def curve(folder):
+    history = json.loads((folder / "log_history.json").read_text())
+    return [(entry["step"], name, entry[name]) for entry in history for name in CURVE if name in entry]
+
+
+@pytest.mark.parametrize(("asked_at", "stopped_at"), [(1, 1), (3, 4), (5, 5), (6, 7)])
+def test_a_stopped_run_resumes_to_the_same_curve(train, job_dir, tmp_path, asked_at, stopped_at):
+    """An epoch has three steps: its last one is finished, with its evaluation, before training stops."""
+    whole = train("whole")
+    with pytest.raises(jobs.RunInterrupted, match=f"after {stopped_at} steps"):
+        train("stopped", {asked_at: (job_dir / "stop").touch})
+    assert (tmp_path / f"stopped/checkpoints/checkpoint-{stopped_at}/trainer_state.json").is_file()
+    assert (job_dir / "interrupted").read_text() == f"checkpoint-{stopped_at} of 9 steps\n"
+    assert not (tmp_path / "stopped/training.json").exists()
+    (job_dir / "stop").unlink()
+    resumed = train("stopped")
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    for name in ("eval_ner_f1", "greedy_dev_ner_f1", "train_loss", "steps", "best_checkpoint"):
+        assert resumed[name] == whole[name]
+
+
+def test_a_request_at_the_last_step_comes_too_late_to_stop(train, job_dir):
+    assert train("late", {9: (job_dir / "stop").touch})["steps"] == 9
+
+
+def test_early_stopping_goes_on_counting_after_an_interruption(train, job_dir):
+    never_better = {"early_stopping_patience": 3, "early_stopping_threshold": 2.0}
+    assert (
+        train("whole", **never_better)["steps"] == 6
+    )  # evaluations at 2, 3, 4 and 6; the first one is a gain
+    with pytest.raises(jobs.RunInterrupted):
+        train("stopped", {5: (job_dir / "stop").touch}, **never_better)
+    (job_dir / "stop").unlink()
+    assert train("stopped", **never_better)["steps"] == 6
+
+
+def test_outside_a_job_nothing_is_asked_or_told(tmp_path, monkeypatch):
+    monkeypatch.delenv(jobs.JOB_DIR, raising=False)
+    monkeypatch.delenv(jobs.ARCHIVE, raising=False)
+    jobs.note_failure("x")
+    assert not jobs.stop_requested() and not jobs.was_interrupted()
+    assert jobs.archived_run(tmp_path / "run") == tmp_path / "run"
+
+
+def test_a_run_is_fetched_whole_without_what_is_too_large_or_anothers(tmp_path, monkeypatch):
+    archive, folder = tmp_path / "archive", tmp_path / "node/runs/a"
+    monkeypatch.setenv(jobs.ARCHIVE, str(archive))
+    for name in ("parameters.yaml", "checkpoints/checkpoint-4/x", "merged/model", "wandb/run-1/y", ".lock"):
+        (archive / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (archive / "a" / name).write_text(name)
+    folder.parent.mkdir(parents=True)
+    jobs.fetch_run(folder)
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == {"parameters.yaml", "checkpoints/checkpoint-4/x"}
+    assert jobs.kept_path(folder / "03_train.ipynb") == archive / "a/03_train.ipynb"
+
+
+def test_a_fetch_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(jobs.ARCHIVE, str(tmp_path / "archive"))
+    (tmp_path / "archive/a").mkdir(parents=True)
+    (tmp_path / "archive/a/parameters.yaml").write_text("x")
+    (tmp_path / "archive/a/gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BioMergeError, match="could not be copied"):
+        jobs.fetch_run(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+def test_two_processes_do_not_train_the_same_run(tmp_path):
+    with (
+        jobs.only_one(tmp_path / "a"),
+        pytest.raises(BioMergeError, match="another process is training this run"),
+        jobs.only_one(tmp_path / "a"),
+    ):
+        pass
+    with jobs.only_one(tmp_path / "a"), jobs.only_one(tmp_path / "b"):
+        pass
