@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from biomerge_lib.errors import BioMergeError
+from biomerge_lib.jobs import INTERRUPTED, RunInterrupted, kept_path
 from biomerge_lib.parameters import Parameters, compose_parameters
 
 EXAMPLES = """examples:
   python -m biomerge_lib run 03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4
   python -m biomerge_lib run 02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner
   python -m biomerge_lib preflight data_dir=data/bc5cdr/ner corpus_cue=true
+  python -m biomerge_lib sweep parameters/sweep/lora_ner_span.yaml
   python -m biomerge_lib report runs
 """
 
@@ -43,6 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "publish", help="copy finished runs to reports/ and rewrite the README's table"
     )
     publish.add_argument("runs", nargs="*", help="run folders (none: only rewrite the table)")
+    sweep = commands.add_parser("sweep", help="rank a sweep file's points, or run them without a server")
+    todo = sweep.add_mutually_exclusive_group()
+    todo.add_argument(
+        "--point", type=int, metavar="N", help="train point N, unless it is finished (SLURM arrays)"
+    )
+    todo.add_argument("--run", action="store_true", help="train all points here, one after the other")
+    todo.add_argument(
+        "--pending", action="store_true", help="print the unfinished points as sbatch --array takes them"
+    )
+    sweep.add_argument("file", help="parameters/sweep/NAME.yaml, as wandb sweep takes it")
+    sweep.add_argument(
+        "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value for all points"
+    )
+    sync = commands.add_parser("wandb-sync", help="send to W&B what runs could not send while they ran")
+    sync.add_argument("runs", nargs="+", help="run folders")
     options = parser.parse_args(arguments)
     verbs = {
         "run": _run,
@@ -50,19 +67,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "preflight": _preflight,
         "report": _report,
         "publish": _publish,
+        "sweep": _sweep,
+        "wandb-sync": _wandb_sync,
     }
     try:
         return verbs[options.command](options)
+    except RunInterrupted as error:
+        print(error)
+        return INTERRUPTED
     except BioMergeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def _run(options: argparse.Namespace) -> int:
-    from biomerge_lib.runs import quiet_libraries, run_notebook
+    from biomerge_lib.runs import quiet_libraries
+    from biomerge_lib.tracking import run_tracked_notebook
 
     quiet_libraries()
-    print(run_notebook(options.notebook, options.overrides))
+    print(kept_path(run_tracked_notebook(options.notebook, options.overrides)))
     return 0
 
 
@@ -98,6 +121,39 @@ def _publish(options: argparse.Namespace) -> int:
     for folder in options.runs:
         print(publish_run(Path(folder)))
     write_results(PROJECT_DIR / "README.md")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from biomerge_lib import sweeps
+    from biomerge_lib.runs import quiet_libraries
+
+    quiet_libraries()
+    sweep = sweeps.read_sweep(options.file, options.overrides)
+    if options.pending:
+        print(sweeps.pending_points(sweep))
+        return 0
+    if options.point is not None:
+        sweeps.run_point(sweep, options.point)
+        return 0
+    failed = []
+    for number in range(len(sweep.points)) if options.run else ():
+        try:
+            sweeps.run_point(sweep, number)
+        except RunInterrupted:
+            raise
+        except BioMergeError as error:
+            failed.append(number)
+            print(f"error: point {number}: {error}", file=sys.stderr)
+    print(sweeps.describe_ranking(sweep, sweeps.rank_points(sweep)))
+    return 2 if failed else 0
+
+
+def _wandb_sync(options: argparse.Namespace) -> int:
+    from biomerge_lib.tracking import sync_run
+
+    for folder in options.runs:
+        sync_run(Path(folder))
     return 0
 
 
