@@ -16,7 +16,7 @@ export PYTHONUTF8 := 1
 export TOKENIZERS_PARALLELISM := false
 
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch .ci/run)
+SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch tests/cluster/*.sh .ci/run)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

@@ -1,0 +1,337 @@
+#!/usr/bin/env bash
+# What the job files share; each sources it from the project folder. It carries a job from its first line to its last:
+#
+#   site -> modules -> environment -> archive -> workplace -> the notebooks -> results back -> requeue or report
+#
+# The workplace is a copy of the project on the node's own disk: code as it was when the job began, data/ by rsync, an
+# empty runs/. Relative paths mean the same there, so a run has the same parameters and the same name as on a laptop.
+# runs/ is copied to the archive every COPY_SECONDS and at every end: success, failure, scancel, time limit.
+
+# --- Your site: set these in the environment, or here. The defaults are the first user's. ----------------------------
+WORKROOT=${WORKROOT:-$HOME/nmishra/biomerge} # the project; the job files prefer the folder that sbatch was called in
+VENV=${VENV:-$HOME/envs/taskmerge}           # the environment; where it is missing, WORKROOT/.venv
+MODULES=${MODULES-2024 cuDNN/9.5.0.50-CUDA-12.6.0 NCCL/2.22.3-GCCcore-13.3.0-CUDA-12.6.0} # MODULES= for none
+ARCHIVE=${ARCHIVE:-runs}                     # folder of the run folders that stay; relative to WORKROOT
+PERSIST_DATA=${PERSIST_DATA:-data}           # what a job needs of the project's data; relative to WORKROOT
+MIN_TMP_GB=${MIN_TMP_GB:-20}                 # less than this free on the node's disk: the job works in the archive
+COPY_SECONDS=${COPY_SECONDS:-600}            # between two copies of runs/; a node that dies costs one
+MAX_REQUEUES=${MAX_REQUEUES:-10}
+STOP_SECONDS=${STOP_SECONDS:-240}            # from the signal before the time limit to the end of training; < 300
+TERM_SECONDS=${TERM_SECONDS:-20}             # from SIGTERM to the end of training; less than the cluster's KillWait
+export WANDB_PROJECT=${WANDB_PROJECT:-TaskMerge}
+# ----------------------------------------------------------------------------------------------------------------------
+
+export PYTHONUTF8=1 TOKENIZERS_PARALLELISM=false
+INTERRUPTED=75 # python -m biomerge_lib: training stopped on request, with a checkpoint
+RESTARTS=${SLURM_RESTART_COUNT:-0}
+JOB_NAME=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB_NAME=${JOB_NAME:-${SLURM_JOB_ID:-}}
+CODE=(biomerge_lib notebooks parameters) # copied; all else in the project is linked
+LEAVE_OUT=()                             # what of runs/ is not copied back
+OVERRIDES=()
+WORKPLACE='' STAGED='' BIOMERGE_JOB_DIR='' STAGE='' CHILD='' COPIER='' TIMER='' SIGNALLED='' ENDED='' COPIED=yes
+
+say() { printf '%s%(%F %T)T: %s\n' "${JOB_NAME:+job $JOB_NAME, }" -1 "$*"; }
+warn() { say "WARNING: $*"; }
+die() {
+  say "ERROR: $1"
+  shift
+  (($#)) && printf '  %s\n' "$@"
+  exit 2
+}
+
+begin_job() {
+  say "$SLURM_JOB_NAME on $(hostname -s), project $WORKROOT$( ((RESTARTS)) && echo ", requeue $RESTARTS of at most $MAX_REQUEUES")"
+  trap on_exit EXIT
+  trap on_stop USR1
+  trap on_term TERM
+  cd "$WORKROOT" || die "WORKROOT=$WORKROOT is no folder."
+  load_modules
+  activate_environment
+  find_archive
+}
+
+load_modules() {
+  local loader
+  [[ -n $MODULES ]] || return 0
+  for loader in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do
+    # shellcheck source=/dev/null
+    if ! declare -F module >/dev/null && [[ -r $loader ]]; then source "$loader"; fi
+  done
+  if ! declare -F module >/dev/null; then
+    warn "no module command on this node: going on without '$MODULES'. Set MODULES= to silence this."
+    return 0
+  fi
+  module purge
+  # shellcheck disable=SC2086  # one word a module
+  module load $MODULES || warn "module load $MODULES failed (above): going on without. Set MODULES to your site's names."
+}
+
+activate_environment() {
+  local venv
+  unset PYTHONHOME PYTHONPATH # modules set them; they would shadow the environment's packages
+  for venv in "$VENV" "$WORKROOT/.venv"; do
+    [[ -r $venv/bin/activate ]] || continue
+    # shellcheck source=/dev/null
+    source "$venv/bin/activate"
+    [[ $venv == "$VENV" ]] || say "there is no $VENV: using $venv"
+    return
+  done
+  die "no environment at VENV=$VENV or $WORKROOT/.venv." "Make it once, on a login node: BIOMERGE_DEVICE=cuda bash slurm/setup_env.sh"
+}
+
+is_writable() { mkdir -p -- "$1" 2>/dev/null && : 2>/dev/null >"$1/.writable-$JOB_NAME" && rm -f -- "$1/.writable-$JOB_NAME"; }
+
+find_archive() {
+  local wanted
+  [[ $ARCHIVE == /* ]] || ARCHIVE=$WORKROOT/$ARCHIVE
+  for wanted in "$ARCHIVE" "$WORKROOT/runs" "$HOME/biomerge-runs"; do
+    if is_writable "$wanted"; then
+      [[ $wanted == "$ARCHIVE" ]] || warn "the archive $ARCHIVE cannot be written: results go to $wanted."
+      ARCHIVE=$wanted
+      return
+    fi
+  done
+  die "the archive $ARCHIVE cannot be written, nor can $WORKROOT/runs and $HOME/biomerge-runs: no result could be kept." \
+    "Set ARCHIVE=/a/folder/with/room."
+}
+
+# For training: the project's code, its data and an empty runs/ on the node's own disk. Where that is full or missing,
+# and for notebooks that read much and write little: a folder beside the run folders, with data and runs as links.
+make_workplace() { # staged or linked
+  local path
+  if [[ $1 == staged ]] && has_room; then
+    WORKPLACE=${TMPDIR:-/tmp}/biomerge-$JOB_NAME STAGED=yes
+    if ! stage; then
+      warn "$TMPDIR has no room for $PERSIST_DATA: the job works in $ARCHIVE."
+      rm -rf -- "$WORKPLACE"
+      STAGED=''
+    fi
+  fi
+  mkdir -p "$WORKROOT"/{data,tokenizers,backbones}
+  if [[ -z $STAGED ]]; then
+    WORKPLACE=$ARCHIVE/.workplace-$JOB_NAME
+    rm -rf -- "$WORKPLACE"
+    mkdir -p "$WORKPLACE" || die "$WORKPLACE cannot be made."
+    cp -r -- "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/" || die "the project cannot be copied to $WORKPLACE."
+    ln -s "$ARCHIVE" "$WORKPLACE/runs"
+  fi
+  for path in "$WORKROOT"/*; do
+    [[ -e $WORKPLACE/${path##*/} ]] || ln -s "$path" "$WORKPLACE/"
+  done
+  BIOMERGE_JOB_DIR=$WORKPLACE/.messages
+  BIOMERGE_COMMIT=$(git -C "$WORKROOT" describe --always --dirty --abbrev=12 '--exclude=*' 2>/dev/null)
+  mkdir -p "$BIOMERGE_JOB_DIR" || die "$BIOMERGE_JOB_DIR cannot be made."
+  export BIOMERGE_JOB_DIR BIOMERGE_COMMIT PYTHONPATH=$WORKPLACE
+  [[ -z $STAGED ]] || export BIOMERGE_ARCHIVE=$ARCHIVE
+  cd "$WORKPLACE" || die "$WORKPLACE is gone."
+}
+
+has_room() {
+  local tmp=${TMPDIR:-/tmp} free
+  free=$(df -Pk -- "$tmp" 2>/dev/null | awk 'NR == 2 { print int($4 / 1000000) }')
+  if ! command -v rsync >/dev/null; then
+    warn "there is no rsync on this node: the job works in $ARCHIVE."
+  elif ! is_writable "$tmp"; then
+    warn "TMPDIR=$tmp cannot be written: the job works in $ARCHIVE."
+  elif ((${free:-0} < MIN_TMP_GB)); then
+    warn "TMPDIR=$tmp is full (${free:-0} GB free, MIN_TMP_GB=$MIN_TMP_GB): the job works in $ARCHIVE."
+  else
+    return 0
+  fi
+  return 1
+}
+
+stage() {
+  local from=${PERSIST_DATA#"$WORKROOT"/}
+  rm -rf -- "$WORKPLACE" # of this job before it was requeued
+  mkdir -p "$WORKPLACE"/{runs,data} &&
+    rsync -a --exclude=__pycache__ --exclude=.ipynb_checkpoints "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/" || return
+  [[ -d $WORKROOT/$from ]] || return 0 # none yet: the notebook says what it misses
+  (cd "$WORKROOT" && rsync -aR -- "$from/" "$WORKPLACE/") || return
+  say "$from/ is copied to $WORKPLACE ($(du -sh "$WORKPLACE/$from" | cut -f1))"
+}
+
+# Checkpoints that training has deleted go in the archive, too; nothing else there is ever deleted.
+copy_back() {
+  local run
+  [[ -n $STAGED && -d $WORKPLACE/runs ]] || return 0
+  rsync -a --exclude=.lock --exclude='.*.partial' "${LEAVE_OUT[@]/#/--exclude=}" "$WORKPLACE/runs/" "$ARCHIVE/" || return
+  for run in "$WORKPLACE"/runs/*/; do
+    [[ -n $(compgen -G "$run/checkpoints/checkpoint-*") ]] || continue
+    rsync -a --delete-after "$run/checkpoints/" "$ARCHIVE/$(basename -- "$run")/checkpoints/" || return
+  done
+}
+
+keep_copying() {
+  trap - EXIT USR1 TERM INT
+  while sleep "$COPY_SECONDS"; do
+    copy_back || warn "results could not be copied to $ARCHIVE (above); trying again in $COPY_SECONDS s"
+  done
+}
+
+# SLURM sends SIGTERM to every process of the job at once, and papermill, torchrun and wandb's agent would kill the
+# training before it can write a checkpoint. A blocked signal stays blocked in all that a command starts.
+WITHOUT_SIGTERM='import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.execvp(sys.argv[1], sys.argv[1:])'
+
+# Runs a command to its end, through signals to this script; its exit status is in STATUS.
+run_command() {
+  [[ -z $STAGED || -n $COPIER ]] || { keep_copying & COPIER=$!; }
+  if [[ $STAGE == 03_train ]]; then
+    python -ISc "$WITHOUT_SIGTERM" "$@" &
+  else
+    "$@" &
+  fi
+  CHILD=$!
+  local status
+  STATUS=127
+  while true; do
+    SIGNALLED=
+    wait "$CHILD"
+    status=$?
+    [[ -n $SIGNALLED ]] || break
+  done
+  ((status == 127)) || STATUS=$status
+  CHILD=''
+  [[ -z $TIMER ]] || kill "$TIMER" 2>/dev/null
+  TIMER=''
+  # An agent ends well whatever becomes of its run.
+  if [[ -e $BIOMERGE_JOB_DIR/interrupted ]]; then
+    STATUS=$INTERRUPTED
+  elif ((STATUS == 0)) && [[ -e $BIOMERGE_JOB_DIR/failure ]]; then
+    STATUS=1
+  fi
+  return 0
+}
+
+ask_to_stop() { # seconds until the command is killed
+  : >"$BIOMERGE_JOB_DIR/stop"
+  local child=$CHILD
+  [[ -n $child && -z $TIMER ]] || return 0
+  (
+    trap - EXIT USR1 TERM INT
+    sleep "$1"
+    : >"$BIOMERGE_JOB_DIR/overdue"
+    kill -KILL "$child"
+  ) &
+  TIMER=$!
+}
+
+on_stop() { # SLURM's warning before the time limit, or of preemption
+  SIGNALLED=yes
+  [[ -d $BIOMERGE_JOB_DIR ]] || return 0
+  say "SIGUSR1: the time limit or a preemption is near; training writes a checkpoint and stops (at most $STOP_SECONDS s)"
+  ask_to_stop "$STOP_SECONDS"
+}
+
+on_term() { # scancel, the time limit, preemption: SIGKILL follows
+  SIGNALLED=yes ENDED=yes
+  [[ -d $BIOMERGE_JOB_DIR ]] || exit 143
+  say "SIGTERM: copying back what there is, then what training still writes (at most $TERM_SECONDS s)"
+  ask_to_stop "$TERM_SECONDS"
+  copy_back
+}
+
+on_exit() {
+  local code=$? # of a die, or of the last command
+  trap '' USR1 TERM INT
+  trap - EXIT
+  [[ -z $CHILD ]] || kill -KILL "$CHILD" 2>/dev/null
+  [[ -z $TIMER ]] || kill "$TIMER" 2>/dev/null
+  [[ -z $COPIER ]] || { kill "$COPIER" 2>/dev/null && wait "$COPIER" 2>/dev/null; }
+  if ! copy_back; then
+    COPIED=''
+    warn "results could not be copied to $ARCHIVE (above). They are on $(hostname -s) in $WORKPLACE/runs."
+    ((code)) || code=74
+  fi
+  report_end "$code"
+  local again=''
+  if [[ -z $ENDED && -n $COPIED && (-e $BIOMERGE_JOB_DIR/interrupted || -e $BIOMERGE_JOB_DIR/overdue) ]]; then
+    if ((RESTARTS < MAX_REQUEUES)); then
+      again=yes
+    else
+      say "requeued $RESTARTS times already (MAX_REQUEUES=$MAX_REQUEUES): submit the same command again to go on"
+    fi
+  fi
+  if [[ -n $WORKPLACE && -n $COPIED ]]; then
+    cd / && rm -rf -- "$WORKPLACE"
+  fi
+  if [[ -n $again ]]; then
+    say "requeue $((RESTARTS + 1)) of at most $MAX_REQUEUES"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # until SLURM ends this
+    warn "this cluster does not requeue: submit the same command again to go on"
+  fi
+  exit "$code"
+}
+
+# The last lines of the log: how it ended, and what to open.
+report_end() { # exit status
+  local log notebook='' what="exit status $1"
+  log=$(scontrol show job "$SLURM_JOB_ID" -o 2>/dev/null | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p')
+  if (($1 == 0)); then
+    say "finished after $SECONDS s; results are in $ARCHIVE"
+  elif [[ -n $ENDED ]]; then
+    say "ended by SIGTERM after $SECONDS s; results are in $ARCHIVE. The same command goes on from the newest checkpoint."
+  elif [[ -e $BIOMERGE_JOB_DIR/interrupted ]]; then
+    say "stopped after $SECONDS s with $(<"$BIOMERGE_JOB_DIR/interrupted"); results are in $ARCHIVE"
+  elif [[ -e $BIOMERGE_JOB_DIR/overdue ]]; then
+    say "training did not stop in time and was ended; results up to the newest checkpoint are in $ARCHIVE"
+  else
+    if [[ -e $BIOMERGE_JOB_DIR/failure ]]; then
+      { read -r notebook && what=$(cat); } <"$BIOMERGE_JOB_DIR/failure"
+      notebook=${notebook/#"$WORKPLACE/runs"/$ARCHIVE}
+    fi
+    say "FAILED after $SECONDS s: $what"
+    [[ -z $notebook ]] || printf '  notebook  %s\n' "$notebook"
+    printf '  log       %s\n' "$log"
+    [[ -z $STAGED ]] || df -Pk -- "$WORKPLACE" | awk 'NR == 2 && $4 < 100000 { print "  disk      " $6 " is full" }'
+    [[ -z ${CHAIN_LOG:-} ]] ||
+      printf '%s (job %s) failed: %s\n  notebook  %s\n  log       %s\n' "$STAGE" "$JOB_NAME" "$what" "$notebook" "$log" >>"$CHAIN_LOG"
+  fi
+}
+
+read_overrides() { # name=value ...; runs_dir is the archive
+  local word
+  for word; do
+    if [[ $word == runs_dir=* ]]; then ARCHIVE=${word#*=}; else OVERRIDES+=("$word"); fi
+  done
+}
+
+# Executes notebooks, one after the other, with the same parameters; 03_train when none is named.
+run_notebooks() { # "default=override ..." [notebook ...] [name=value ...]
+  local notebooks=() defaults
+  read -ra defaults <<<"$1"
+  shift
+  while (($#)) && [[ $1 != *=* && $1 != -* ]]; do
+    notebooks+=("$1")
+    shift
+  done
+  read_overrides "${defaults[@]}" "$@"
+  ((${#notebooks[@]})) || notebooks=(03_train)
+  STAGE=${notebooks[0]}
+  begin_job
+  python -m biomerge_lib parameters "${OVERRIDES[@]}" >/dev/null || exit 2
+  if [[ " ${notebooks[*]} " == *" 03_train "* ]]; then make_workplace staged; else make_workplace linked; fi
+  for STAGE in "${notebooks[@]}"; do
+    run_command python -m biomerge_lib run "$STAGE" "${OVERRIDES[@]}"
+    ((STATUS == 0)) || exit "$STATUS"
+  done
+}
+
+# Trains one point of a sweep: the one of this array task of a file's grid, or the next that the W&B server hands out.
+run_sweep() { # sweep file [name=value ...] | [entity/project/]sweep
+  STAGE=03_train
+  LEAVE_OUT=('/*/merged') # an 8B's merged model is 16 GB; running 03_train again makes it from the checkpoint
+  local sweep=$1
+  read_overrides "${@:2}"
+  begin_job
+  make_workplace staged
+  if [[ -f $sweep || $sweep == *.yaml ]]; then
+    run_command python -m biomerge_lib sweep --point "${SLURM_ARRAY_TASK_ID:?submit this file with --array}" "$sweep" "${OVERRIDES[@]}"
+  else
+    run_command wandb agent --count 1 "$sweep"
+  fi
+  exit "$STATUS"
+}
