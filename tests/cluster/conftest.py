@@ -1,0 +1,115 @@
+"""A real one-node SLURM and a W&B stand-in; every job has keys planted in its environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_wandb import Server
+from mini_cluster import SECRETS, Cluster, copy_project, prepare_data, wait_for
+
+MINISLURM = Path(__file__).with_name("minislurm.sh")
+
+
+@pytest.fixture(scope="session")
+def wandb_server() -> Iterator[Server]:
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def cluster(tiny_backbone, sample_records, wandb_server, tmp_path_factory) -> Iterator[Cluster]:
+    if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "rsync"))):
+        pytest.skip("a SLURM of our own needs root and: apt-get install slurm-wlm munge rsync")
+    place = tmp_path_factory.mktemp("cluster")
+    daemons = Path(tempfile.mkdtemp(prefix="slurm-"))
+    daemons.chmod(0o755)  # munge wants everybody to reach its socket
+    project = copy_project(place / "project")
+    tiny = prepare_data(project, tiny_backbone, sample_records)
+    for name in ("home", "node"):
+        (place / name).mkdir()
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB", "SLURM", "BIOMERGE"))
+    }
+    environment = (
+        clean
+        | SECRETS
+        | {
+            "SLURM_CONF": str(daemons / "slurm.conf"),
+            "HOME": str(place / "home"),
+            "TMPDIR": str(place / "node"),
+            "VENV": sys.prefix,
+            "MIN_TMP_GB": "1",
+            "COPY_SECONDS": "2",
+            "STOP_SECONDS": "100",
+            "OMP_NUM_THREADS": "1",
+            "WANDB_BASE_URL": wandb_server.url,
+            "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
+        }
+    )
+    try:
+        subprocess.run(["bash", MINISLURM, "start", daemons], check=True)
+        yield Cluster(project, environment, tiny)
+    finally:
+        subprocess.run(["bash", MINISLURM, "stop", daemons], check=False)
+        shutil.rmtree(daemons, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def campaign(cluster) -> dict[str, str]:
+    """Jobs of every kind, submitted together and ended: name -> job.
+
+    ``whole``: a chain's 03_train, undisturbed; ``scored``: the chain's 04. ``broken`` fails; ``after`` waits for it.
+    ``limited`` hangs at checkpoint-4 until SLURM warns it of its time limit, and is requeued with more time.
+    ``cancelled`` hangs there until scancel.
+    """
+    data = cluster.project / "data"
+    shutil.copytree(data / "tiny", data / "broken")
+    with (data / "broken/dev.jsonl").open("a") as lines:
+        lines.write("not json\n")
+    online = "wandb_mode=online"
+    chain = cluster.call(
+        "bash", "slurm/submit_chain.sh", "03_train", "04_greedy_dev", *cluster.tiny, "run_id=whole", online
+    )
+    broken = [word for word in cluster.tiny if not word.startswith("data_dir")]
+    failing = cluster.call(
+        "bash",
+        "slurm/submit_chain.sh",
+        "03_train",
+        "06_report",
+        *broken,
+        "data_dir=data/broken",
+        "run_id=broken",
+    )
+    jobs = dict(zip(("whole", "scored"), job_numbers(chain), strict=True))
+    jobs |= dict(zip(("broken", "after"), job_numbers(failing), strict=True))
+    single = ["slurm/job_single_ner.sbatch", *cluster.tiny]
+    jobs["limited"] = cluster.submit("--time=2", "--signal=B:USR1@60", *single, "run_id=limited", online)
+    jobs["cancelled"] = cluster.submit(*single, "run_id=cancelled")
+    cancelled = threading.Thread(
+        target=cluster.hang_at, args=(jobs["cancelled"], "checkpoint-4", "scancel", jobs["cancelled"])
+    )
+    cancelled.start()
+    cluster.hang_at(jobs["limited"], "checkpoint-4")
+    wait_for(lambda: cluster.show(jobs["limited"])["Restarts"] == "1", cluster, jobs["limited"])
+    cluster.call("scontrol", "update", f"JobId={jobs['limited']}", "TimeLimit=60")
+    cancelled.join()
+    cluster.wait(*jobs.values())
+    return jobs
+
+
+def job_numbers(output: str) -> list[str]:
+    return re.findall(r": job (\d+),", output)

@@ -1,0 +1,125 @@
+"""The project's own job files on a real SLURM: nothing is lost, whatever ends a job."""
+
+import json
+import re
+from itertools import pairwise
+
+import pytest
+
+pytestmark = pytest.mark.integration
+CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
+STAGES = ["01_tokenizer", "02_data", "03_train", "04_greedy_dev", "05_vllm_eval", "06_report"]
+
+
+def curve(folder):
+    history = json.loads((folder / "log_history.json").read_text())
+    return [(entry["step"], name, entry[name]) for entry in history for name in CURVE if name in entry]
+
+
+def stage(folder, name="03_train"):
+    return json.loads((folder / "metrics.json").read_text())["stages"][name]
+
+
+def checkpoints(folder):
+    return {path.name for path in (folder / "checkpoints").glob("checkpoint-*")}
+
+
+@pytest.mark.parametrize("name", ["job_single_ner", "job_single_ner_h100", "job_sweep_ner"])
+def test_slurm_accepts_the_full_size_requests(cluster, name):
+    assert "to start at" in cluster.call("sbatch", "--test-only", f"slurm/{name}.sbatch")
+
+
+def test_a_chain_of_six_waits_stage_by_stage(cluster):
+    submitted = cluster.call(
+        "bash", "slurm/submit_chain.sh", *cluster.tiny, GPU_OPTIONS="--hold", CPU_OPTIONS="--hold"
+    )
+    jobs = dict(re.findall(r"(\w+): job (\d+),", submitted))
+    shown = {name: cluster.show(job) for name, job in jobs.items()}
+    cluster.call("scancel", *jobs.values())
+    assert list(jobs) == STAGES
+    assert shown["01_tokenizer"]["Dependency"] == "(null)"
+    for before, name in pairwise(STAGES):
+        assert shown[name]["Dependency"] == f"afterok:{jobs[before]}(unfulfilled)"
+    gpus = {name: "gpu" in found.get("TresPerNode", "") for name, found in shown.items()}
+    assert gpus == {name: name[:2] in ("03", "04", "05") for name in STAGES}
+
+
+def test_a_chain_refuses_a_misspelt_parameter_before_anything_is_submitted(cluster):
+    output = cluster.call("bash", "slurm/submit_chain.sh", "learning_rat=1e-3", expect=2)
+    assert "Did you mean 'learning_rate'?" in output and "job" not in output
+
+
+def test_results_come_back_after_success(cluster, campaign):
+    assert cluster.state(campaign["whole"]) == cluster.state(campaign["scored"]) == "COMPLETED"
+    folder = cluster.runs / "whole"
+    assert stage(folder)["status"] == stage(folder, "04_greedy_dev")["status"] == "finished"
+    assert {"03_train.ipynb", "04_greedy_dev.ipynb", "merged", "predictions-dev-greedy.jsonl"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert len(checkpoints(folder)) <= 2  # those that training deleted went here, too
+    assert not cluster.workplace(campaign["whole"]).exists()
+
+
+def test_a_failed_stage_stops_the_chain_and_says_what_to_open(cluster, campaign):
+    assert cluster.state(campaign["broken"]) == "FAILED"
+    assert cluster.state(campaign["after"]) == "CANCELLED"
+    notebook = cluster.runs / "broken/03_train.ipynb"
+    assert "not JSON" in notebook.read_text() and stage(notebook.parent)["status"] == "failed"
+    end = cluster.log(campaign["broken"])[-1500:]
+    assert "dev.jsonl:5" in end and "cell In [" in end and str(notebook) in end
+    told = "".join(path.read_text() for path in (cluster.project / "logs").glob("chain-*.txt"))
+    assert "03_train" in told and str(notebook) in told and f"03_train-{campaign['broken']}.out" in told
+
+
+def test_results_come_back_after_scancel_with_a_last_checkpoint(cluster, campaign):
+    assert cluster.state(campaign["cancelled"]) == "CANCELLED"
+    folder = cluster.runs / "cancelled"
+    assert checkpoints(folder) > {"checkpoint-5"} and stage(folder)["status"] == "interrupted"
+    assert "The same command goes on from the newest checkpoint" in cluster.log(campaign["cancelled"])
+    assert not cluster.workplace(campaign["cancelled"]).exists()
+
+
+def test_a_job_at_its_time_limit_is_requeued_and_ends_like_one_that_was_not(cluster, campaign):
+    assert cluster.state(campaign["limited"]) == "COMPLETED"
+    log = cluster.log(campaign["limited"])
+    assert "SIGUSR1" in log and "stopped after" in log and "requeue 1 of at most 10" in log
+    assert cluster.show(campaign["limited"])["Restarts"] == "1"
+    whole, limited = cluster.runs / "whole", cluster.runs / "limited"
+    assert curve(limited) == curve(whole)
+    same = ("eval_ner_f1", "greedy_dev_ner_f1", "train_loss", "steps", "best_checkpoint")
+    assert {name: stage(limited)["metrics"][name] for name in same} == {
+        name: stage(whole)["metrics"][name] for name in same
+    }
+
+
+def test_a_requeued_job_goes_on_with_its_wandb_run(cluster, campaign, wandb_server):
+    known = json.loads((cluster.runs / "limited/wandb.json").read_text())
+    run = wandb_server.runs[known["id"]]
+    assert [state for state in run["states"] if "preempting" in state or "exitcode" in state][:2] == [
+        {"preempting": True},
+        {"exitcode": 75},
+    ]
+    losses = [(entry["_step"], entry["loss"]) for entry in run["history"] if "loss" in entry]
+    assert losses == [(step, value) for step, name, value in curve(cluster.runs / "whole") if name == "loss"]
+
+
+def test_wandb_holds_the_curve_the_parameters_and_the_files(cluster, campaign, wandb_server):
+    known = json.loads((cluster.runs / "whole/wandb.json").read_text())
+    run = wandb_server.runs[known["id"]]
+    config = {
+        name: found.get("value") for name, found in json.loads(run["config"]).items() if name != "_wandb"
+    }
+    assert config["learning_rate"] == 2e-3 and len(config["data_sha256_train"]) == 64
+    assert run["project"] == "TaskMerge" and run["displayName"] == "whole"
+    logged = set().union(*run["history"])
+    assert {"loss", "learning_rate", "eval_ner_f1", "greedy_dev_ner_f1", "tokens_per_second"} <= logged
+    assert run["summary"]["eval_ner_f1"] == stage(cluster.runs / "whole")["metrics"]["eval_ner_f1"]
+    artifacts = [found for found in wandb_server.artifacts.values() if found["run"] == known["id"]]
+    files = {name for found in artifacts for name in found["files"]}
+    assert {
+        "adapter_model.safetensors",
+        "03_train.ipynb",
+        "04_greedy_dev.ipynb",
+        "predictions-dev-greedy.jsonl",
+    } <= files
+    assert all(found["committed"] for found in artifacts) and not wandb_server.unknown
