@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env debug test lint format lab requirements clean
+.PHONY: help env debug test cluster lint format lab requirements clean
 
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -28,8 +28,11 @@ debug: env ## environment, then the whole pipeline 01 to 06 on the CPU with the 
 	@bash slurm/run_local_debug.sh --with-vllm
 
 test: env lint ## environment, lint, then every test and every notebook (PYTEST_ARGS=-x, NBMAKE_TIMEOUT=900)
-	@$(BIN)/pytest -q tests $(PYTEST_ARGS)
+	@$(BIN)/pytest -q tests --ignore=tests/cluster $(PYTEST_ARGS)
 	@$(BIN)/pytest -q --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) --timeout=0 notebooks $(PYTEST_ARGS)
+
+cluster: env ## the tests on a SLURM of one node (root, slurm-wlm, munge, rsync); not yet part of make test
+	@$(BIN)/pytest -q tests/cluster $(PYTEST_ARGS)
 
 lint: env ## ruff, notebooks without outputs, shellcheck where it is installed; changes nothing
 	@$(BIN)/ruff check .
