@@ -153,6 +153,10 @@ class EpochEndEvaluation(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: NerTrainer | None = None
 
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps  # the curve's last point
+        return control
+
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.trainer.stop.stopped_at is not None:
             return control  # in the middle of an epoch

@@ -146,3 +146,14 @@ def test_no_space_for_the_merged_model_keeps_the_earlier_one(
 def test_a_folder_that_is_no_adapter_is_named(tiny_prepared, tmp_path):
     with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
         load_adapter(tiny_prepared, tmp_path, dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_merge_that_loses_the_adapter_is_refused(tiny_prepared, checkpoint, tmp_path, monkeypatch, dtype):
+    settings = {"dtype": dtype, "rendering": {}, "probe_ids": [1, 2, 3, 4]}
+    check = merge_adapter(tiny_prepared, checkpoint, tmp_path / "merged", **settings)
+    assert check.relative_change < (1e-4 if dtype == "float32" else 0.2)
+    monkeypatch.setattr("peft.LoraModel.merge_and_unload", lambda model: model.unload())
+    with pytest.raises(ModelError, match="changed what the model says"):
+        merge_adapter(tiny_prepared, checkpoint, tmp_path / "lost", **settings)
+    assert not (tmp_path / "lost").exists()
