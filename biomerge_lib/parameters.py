@@ -49,6 +49,7 @@ SCORING = frozenset(
         "max_new_tokens",
         "per_device_eval_batch_size",
         "base_url",
+        "greedy_dtype",
         "vllm_dtype",
         "vllm_concurrency",
     ]
@@ -192,6 +193,9 @@ class Parameters(BaseModel):
     backbones_dir: str = Field(min_length=1, description="Folder of prepared backbones")
     base_url: str | None = Field(
         description="Address of a running vLLM server, e.g. http://127.0.0.1:8001/v1"
+    )
+    greedy_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="Arithmetic of greedy decoding in 04; null = dtype"
     )
     vllm_dtype: Literal["bfloat16", "float32", "float16"] = Field(
         description="Arithmetic of the server that 05 starts"

@@ -244,10 +244,13 @@ def split_record(
         cut = _middle_cut(chunk.record, encoding.words, keep_spans=use_gold)
         if cut is None:
             where = f"{record.dataset}/{record.doc_id}"
+            limits = f"max_input_tokens ({max_input_tokens})"
+            if use_gold:
+                limits += f" or max_target_tokens ({max_target_tokens})"
             raise DataError(
                 f"{where}: {chunk.record.text[:60]!r} needs {len(encoding.prompt_ids)} prompt and "
                 f"{len(encoding.completion_ids)} target tokens and cannot be cut between words or gold spans. "
-                f"Raise max_input_tokens ({max_input_tokens}) or max_target_tokens ({max_target_tokens})."
+                f"Raise {limits}."
             )
         todo += [_slice(chunk, cut, len(chunk.record.text)), _slice(chunk, 0, cut)]
     return pieces
