@@ -1,0 +1,186 @@
+"""Whether an 8B fits: train, decode, merge and reload a Llama-3-8B shape with random weights through 03 and 04.
+
+    python -m benchmarks.readiness                      # one GPU; about 3 minutes, 35 GB of disk
+    python -m benchmarks.readiness --shape tiny         # the same way on a CPU, to try it
+
+The brief's batch (8 x 4), LoRA r = 8 and token head on the real Llama-3 tokenizer, with and without gradient
+checkpointing, side by side. Writes reports/readiness.json and reports/readiness.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics, write_json
+
+SHAPES = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+TOKENIZER_DIR = PROJECT_DIR / "tokenizers" / "llama3_random_tok"
+REPORT = PROJECT_DIR / "reports" / "readiness.json"
+
+
+def llama3_tokenizer():
+    """The real Llama-3 tokenizer, from the file that the PyPI package llama-models carries."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    path = Path(find_spec("llama_models").submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    reserved = [f"<|reserved_special_token_{index}|>" for index in range(250)]
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:250], "<|eot_id|>"]
+    special += [f"<|unused_{index}|>" for index in range(256 - len(special))]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=TikTokenConverter(vocab_file=str(path), extra_special_tokens=special).converted(),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        clean_up_tokenization_spaces=False,
+    )
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    return tokenizer
+
+
+def build_tokenizer(backbone: str) -> None:
+    """Save the tokenizer with BioMerge's five tokens as 01_tokenizer would for a backbone of the hub."""
+    from biomerge_lib.tokenizer import add_biomerge_tokens, save_tokenizer
+
+    tokenizer = llama3_tokenizer()
+    add_biomerge_tokens(tokenizer)
+    save_tokenizer(tokenizer, TOKENIZER_DIR)
+    (TOKENIZER_DIR / "biomerge.json").write_text(json.dumps({"backbone": backbone}) + "\n")
+
+
+def build_backbone(folder: Path, shape: str) -> None:
+    """Write a prepared backbone of random bfloat16 weights, embeddings already of the size that training wants."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from biomerge_lib.backbones import VOCABULARY_MULTIPLE
+    from biomerge_lib.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    config = LlamaConfig(
+        vocab_size=rows,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **SHAPES[shape],
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def notebook(name: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "biomerge_lib", "run", name, *arguments], cwd=PROJECT_DIR)
+
+
+def measure(shape: str) -> dict:
+    """Run 03 twice side by side, then 04 on the first; what their ``metrics.json`` say."""
+    backbone = f"random/llama3-{shape}"
+    if not (TOKENIZER_DIR / "biomerge.json").is_file():
+        build_tokenizer(backbone)
+    folder = PROJECT_DIR / "backbones" / f"llama3-{shape}"
+    if not (folder / "config.json").is_file():
+        code = f"from benchmarks.readiness import *; build_backbone(Path({str(folder)!r}), {shape!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True)  # its memory goes with it
+    common = (
+        "model=lora_ner_unsloth runtime=a100 backend=peft wandb_mode=disabled num_workers=0 existing_run=replace "
+        f"backbone={backbone} tokenizer_dir={TOKENIZER_DIR.relative_to(PROJECT_DIR)} corpora=[sample] "
+        "data_dir=data/readiness/ner max_input_tokens=512 subsample=0.2 num_train_epochs=1 "
+        "eval_limit=16 per_device_eval_batch_size=16 logging_steps=1"
+    ).split()
+    runs = {f"readiness-{shape}-checkpointing": "true", f"readiness-{shape}-plain": "false"}
+    if not (PROJECT_DIR / "data" / "readiness" / "ner" / "data_card.json").is_file():
+        notebook("02_data", *common, "run_id=readiness-data").wait()
+    started = [
+        notebook("03_train", *common, f"run_id={name}", f"gradient_checkpointing={value}")
+        for name, value in runs.items()
+    ]
+    codes = [process.wait() for process in started]
+    rows = []
+    for (name, checkpointing), code in zip(runs.items(), codes, strict=True):
+        if code == 0 and not rows:  # both merged models have the same shape
+            notebook("04_greedy_dev", f"run_id={name}").wait()
+        run = PROJECT_DIR / "runs" / name
+        stages = read_metrics(run).get("stages", {})
+        training = stages.get("03_train", {}).get("metrics", {})
+        steps = [entry for entry in read_log(run) if "loss" in entry]
+        adapters = [path.stat().st_size for path in run.glob("checkpoints/*/adapter_model.safetensors")]
+        rows.append(
+            {
+                "gradient_checkpointing": checkpointing == "true",
+                "batch": "8 x 4",
+                "status": stages.get("03_train", {}).get("status"),
+                "steps": training.get("steps"),
+                "first_loss": steps[0]["loss"] if steps else None,
+                "last_loss": steps[-1]["loss"] if steps else None,
+                "peak_memory_gb": training.get("peak_memory_gb"),
+                "trainable_parameters": training.get("trainable_parameters"),
+                "adapter_mb": round(max(adapters, default=0) / 1e6, 1),
+                "merge_max_logit_difference": training.get("merge_max_logit_difference"),
+                "reloaded_and_decoded": stages.get("04_greedy_dev", {}).get("status"),
+            }
+        )
+    return {"shape": shape, "provenance": provenance(), "runs": rows}
+
+
+def read_log(run: Path) -> list[dict]:
+    path = run / "log_history.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
+    shape = parser.parse_args().shape
+    result = measure(shape)
+    write_json(REPORT, result)
+    write_table(result)
+
+
+def write_table(result: dict) -> None:
+    provenance = result["provenance"]
+    columns = list(result["runs"][0])
+    lines = [
+        f"# A Llama-3 of shape {result['shape']}, random weights, trained, merged and reloaded",
+        "",
+        f"Written by `python -m benchmarks.readiness --shape {result['shape']}` on {provenance['device']}, "
+        f"commit `{provenance['commit'][:12]}`. Both trainings ran side by side; memory is each process's peak.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(str(row[name]) for name in columns) + " |" for row in result["runs"]),
+    ]
+    REPORT.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
