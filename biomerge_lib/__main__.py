@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "publish", help="copy finished runs to reports/ and rewrite the README's table"
     )
     publish.add_argument("runs", nargs="*", help="run folders (none: only rewrite the table)")
+    publish.add_argument(
+        "--into", metavar="NAME", help="publish in reports/NAME/, whose README.md has a table of its own"
+    )
     sweep = commands.add_parser("sweep", help="rank a sweep file's points, or run them without a server")
     todo = sweep.add_mutually_exclusive_group()
     todo.add_argument(
@@ -115,12 +118,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from biomerge_lib.published import publish_run, write_results
+    from biomerge_lib.published import REPORTS_DIR, publish_run, write_results
     from biomerge_lib.runs import PROJECT_DIR
 
+    reports = REPORTS_DIR / options.into if options.into else REPORTS_DIR
     for folder in options.runs:
-        print(publish_run(Path(folder)))
-    write_results(PROJECT_DIR / "README.md")
+        print(publish_run(Path(folder), reports))
+    write_results((reports if options.into else PROJECT_DIR) / "README.md", reports)
     return 0
 
 

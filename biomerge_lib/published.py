@@ -56,7 +56,7 @@ def _machine_places(paths: Iterable[Path]) -> list[str]:
 
 
 def results_table(reports_dir: Path = REPORTS_DIR) -> str:
-    """A Markdown table of the published runs, best first; every figure comes from a ``metrics.json``."""
+    """A Markdown table of the runs published in a folder, best first; every figure comes from a ``metrics.json``."""
     rows = [(folder, read_metrics(folder)) for folder in sorted(reports_dir.glob("*")) if folder.is_dir()]
     rows = [(folder, metrics) for folder, metrics in rows if "03_train" in metrics.get("stages", {})]
     rows.sort(key=lambda row: -_metric(row[1], "03_train", "greedy_dev_ner_f1"))
@@ -64,11 +64,12 @@ def results_table(reports_dir: Path = REPORTS_DIR) -> str:
         "| run | data | training | device, seconds | dev F1, Trainer | dev F1, 04 greedy | dev F1, 05 vLLM |\n"
         "|---|---|---|---|---|---|---|\n"
     )
-    return header + "".join(_row(folder, metrics) for folder, metrics in rows)
+    above = "" if reports_dir != REPORTS_DIR else f"{REPORTS_DIR.name}/"
+    return header + "".join(_row(folder, metrics, above) for folder, metrics in rows)
 
 
 def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
-    """Write the table between the markers of the README.
+    """Write the table between the markers of a README.
 
     Raises:
         DataError: the markers are missing.
@@ -81,20 +82,23 @@ def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
     readme.write_text(f"{before}{BEGIN}\n{results_table(reports_dir)}{END}{after}", encoding="utf-8")
 
 
-def _row(folder: Path, metrics: Mapping[str, Any]) -> str:
+def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
     parameters, stages = metrics["parameters"], metrics["stages"]
     training = stages["03_train"]
     split = parameters["split"]
     sentences = stages.get("02_data", {}).get("metrics", {}).get("train_sentences")
-    share = parameters["subsample"]
-    data = f"{Path(parameters['data_dir']).parent.name}, {share:.0%} of {sentences:,}" if sentences else "—"
+    of_train = f"{sentences:,} sentences" if sentences else "train"
+    data = f"{Path(parameters['data_dir']).parent.name}, {parameters['subsample']:.0%} of {of_train}"
+    batch = parameters["per_device_train_batch_size"] * parameters["gradient_accumulation_steps"]
     how = (
-        f"{parameters['backbone']}, r = {parameters['lora_rank']}, {parameters['num_train_epochs']:g} epochs, "
-        f"anchors {parameters['offset_anchors']}"
+        f"{parameters['backbone']}, r = {parameters['lora_rank']}, learning rate {parameters['learning_rate']:g}, "
+        f"batch {batch * parameters['num_processes']}, {parameters['num_train_epochs']:g} epochs, "
+        f"anchors {parameters['offset_anchors']}, {'' if parameters['fast_metrics'] else 'no '}token head, "
+        f"seed {parameters['seed']}"
     )
     provenance = training["provenance"]
     cells = [
-        f"[{folder.name}](reports/{folder.name}/03_train.ipynb)",
+        f"[{folder.name}]({above}{folder.name}/03_train.ipynb)",
         data,
         how,
         f"{provenance['device']}, {training['metrics']['train_seconds']:,.0f}",
