@@ -5,6 +5,7 @@ examples + model --[NerTrainer]--> checkpoints/, log_history.json, training.json
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from biomerge_lib.checkpoints import find_resumable_checkpoint
@@ -328,7 +330,15 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.time()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _disk_is_full(error):
+            raise
+        raise ModelError(
+            f"{checkpoints}: no space for a checkpoint at step {trainer.state.global_step} ({error}). Free some, or "
+            "lower save_total_limit; the same command then goes on from the newest whole checkpoint."
+        ) from error
     if trainer.stop.stopped_at is not None:
         raise RunInterrupted(f"stopped on request after {trainer.stop.stopped_at} steps, with a checkpoint")
     seconds = time.time() - started
@@ -355,6 +365,13 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         write_json(run_folder / "log_history.json", trainer.state.log_history)
         write_json(done, metrics)
     return metrics
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """safetensors and PyTorch's archive writer wrap the system's error number into text."""
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text.lower()
+    return full or "PytorchStreamWriter failed" in text
 
 
 def explain_gap(metrics: dict[str, Any]) -> str:

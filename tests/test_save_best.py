@@ -71,6 +71,32 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(make_trainer, monke
             torch.testing.assert_close(parameter, weights[2][name], msg=name)
 
 
+def test_a_full_disk_stops_the_run_and_the_next_start_goes_on(make_trainer, monkeypatch, tmp_path, capsys):
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ModelError, match=r"no space for a checkpoint at step 4 .*save_total_limit"):
+        train(make_trainer(), tmp_path / "runs/tiny")
+    monkeypatch.undo()
+    metrics = train(make_trainer(), tmp_path / "runs/tiny")
+    assert "going on from" in (printed := capsys.readouterr().out) and "checkpoint-2" in printed
+    assert metrics["steps"] == 6
+
+
+def test_the_last_loss_is_logged_however_seldom_losses_are(make_trainer, tmp_path):
+    metrics = train(make_trainer(logging_steps=50), tmp_path / "runs/tiny")
+    history = json.loads((tmp_path / "runs/tiny/log_history.json").read_text())
+    assert [(entry["step"], entry["loss"]) for entry in history if "loss" in entry] == [
+        (6, metrics["train_loss"])
+    ]
+
+
 def test_training_writes_metrics_and_a_finished_run_is_not_trained_again(make_trainer, tmp_path):
     trainer = make_trainer()
     metrics = train(trainer, tmp_path / "runs/tiny")
