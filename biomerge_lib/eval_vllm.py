@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from biomerge_lib.errors import BioMergeError, DataError, ModelError, ParameterError, ServerError
 from biomerge_lib.ner_metrics import score_predictions
-from biomerge_lib.ner_span import read_split
+from biomerge_lib.ner_span import cue_record, read_split
 from biomerge_lib.partial_answers import PartialAnswers
 from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.predictions import (
@@ -182,6 +182,22 @@ def read_model_folder(path: Path) -> tuple[Path, dict[str, Any]]:
     return model_dir, {name: stored[name] for name in RENDERING if name in stored}
 
 
+def read_cues(model_dir: Path) -> dict[str, Any]:
+    """The corpora that a merged model was ``trained`` to be asked by, and its ``default_cue`` for all others.
+
+    Raises:
+        ModelError: ``biomerge.json`` beside the weights does not name them.
+    """
+    note = model_dir / "biomerge.json"
+    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    if not {"cues", "default_cue"} <= stored.keys():
+        raise ModelError(
+            f"{note} does not say with which corpus cues the model was trained (03_train.ipynb writes it): "
+            "give --no-corpus-cue to ask without."
+        )
+    return {"trained": stored["cues"], "default_cue": stored["default_cue"]}
+
+
 def choose_rendering(stored: Mapping[str, Any], given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """What was given (not None) wins over what the model was trained with; a contradiction is warned about.
 
@@ -277,6 +293,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     rendering = choose_rendering(
         stored, {name: getattr(options, name) for name in RENDERING}, where=str(model)
     )
+    if rendering["corpus_cue"]:
+        records = [cue_record(record, **read_cues(model_dir)) for record in records]
     run_folder = model_dir.parent if model_dir.name == "merged" else Path()
     out = options.out or run_folder / f"predictions-{options.split}-vllm.jsonl"
     print(f"{data_path}: {len(records)} records, sha256 {file_sha256(data_path)[:12]}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from biomerge_lib.backbones import prepare_backbone
 from biomerge_lib.errors import BioMergeError
-from biomerge_lib.ner_span import read_split
+from biomerge_lib.ner_span import read_split, scoring_options, training_options
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.records import Record
 from biomerge_lib.runs import PROJECT_DIR, load_run_parameters, quiet_libraries
@@ -24,13 +24,11 @@ from biomerge_lib.unsloth_lora_ner import import_backend
 def read_records(parameters: Parameters) -> dict[str, list[Record]]:
     """The records that a run trains on and is scored on, as its parameters choose them."""
     chosen = {
-        "train": read_split(
-            parameters.data_dir, "train", subsample=parameters.subsample, seed=parameters.seed
-        ),
-        "dev": read_split(parameters.data_dir, "dev", limit=parameters.eval_limit),
+        "train": read_split(parameters.data_dir, "train", **training_options(parameters)),
+        "dev": read_split(parameters.data_dir, "dev", **scoring_options(parameters)),
     }
     if parameters.run_test_eval:
-        chosen["test"] = read_split(parameters.data_dir, "test", limit=parameters.eval_limit)
+        chosen["test"] = read_split(parameters.data_dir, "test", **scoring_options(parameters))
     return chosen
 
 

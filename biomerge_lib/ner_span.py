@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerFast
 
+    from biomerge_lib.parameters import Parameters
+
 BATCH = 1000  # records tokenised at a time
 log = logging.getLogger("biomerge")
 
@@ -86,6 +88,37 @@ def iter_split(
 def read_split(data_dir: Path | str, split: str, **options: Any) -> list[Record]:
     """The records of :func:`iter_split`, all at once."""
     return list(iter_split(data_dir, split, **options))
+
+
+def training_options(parameters: Parameters) -> dict[str, Any]:
+    """The options of :func:`iter_split` for the records that a run trains on."""
+    draw = {"subsample": parameters.subsample, "seed": parameters.seed}
+    return (
+        _cue_options(parameters)
+        | draw
+        | ({"cue_dropout": parameters.cue_dropout} if parameters.corpus_cue else {})
+    )
+
+
+def scoring_options(parameters: Parameters) -> dict[str, Any]:
+    """The options of :func:`iter_split` for the records that a run is scored on, whatever decodes them."""
+    return _cue_options(parameters) | {"limit": parameters.eval_limit}
+
+
+def _cue_options(parameters: Parameters) -> dict[str, Any]:
+    return {"default_cue": parameters.default_cue, "seed": parameters.seed} if parameters.corpus_cue else {}
+
+
+def model_rendering(parameters: Parameters) -> dict[str, Any]:
+    """What a trained model must be asked with, to be kept beside its weights: the rendering and the cues it knows."""
+    names = ("backbone", "offset_anchors", "corpus_cue", "max_input_tokens", "max_new_tokens")
+    rendering = {name: getattr(parameters, name) for name in names}
+    if parameters.corpus_cue:
+        rendering |= {
+            "cues": sorted(train_datasets(parameters.data_dir)),
+            "default_cue": parameters.default_cue,
+        }
+    return rendering
 
 
 def train_datasets(data_dir: Path | str) -> frozenset[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from biomerge_lib.backbones import backbone_name
 from biomerge_lib.data_scan import Scan, count_record, scan_records
 from biomerge_lib.errors import BioMergeError
-from biomerge_lib.ner_span import iter_split
+from biomerge_lib.ner_span import iter_split, scoring_options, training_options
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompt import encode_completion
@@ -96,12 +96,7 @@ def check_training(parameters: Parameters) -> Preflight:
 
 def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str, Scan]:
     """train as it is trained on, dev and test as they are scored; an unscored test is read for its leaks alone."""
-    cues = {"default_cue": parameters.default_cue, "seed": parameters.seed} if parameters.corpus_cue else {}
-    draw = {"subsample": parameters.subsample, "seed": parameters.seed}
-    options = {
-        "train": cues | draw | {"cue_dropout": parameters.cue_dropout},
-        "dev": cues | {"limit": parameters.eval_limit},
-    }
+    options = {"train": training_options(parameters), "dev": scoring_options(parameters)}
     if parameters.run_test_eval:
         options["test"] = options["dev"]
     eos = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)

@@ -15,6 +15,7 @@ from biomerge_lib.ner_span import (
     hash_split,
     iter_examples,
     iter_split,
+    model_rendering,
     read_split,
     stream_dataset,
     train_datasets,
@@ -91,6 +92,22 @@ def test_unseen_corpora_get_the_default_cue(tmp_path):
     named = hash_split(tmp_path, "dev", default_cue="any")
     assert named == hash_split(tmp_path, "dev", default_cue="any", trained=["example"])
     assert named != hash_split(tmp_path, "dev", default_cue="any", trained=["mine"])
+
+
+def test_a_run_trains_and_is_scored_with_the_cues_its_parameters_ask_for(tiny_parameters, tmp_path):
+    from biomerge_lib.launch import read_records
+
+    mine = [Record(f"word {n}", ((0, 4),), f"d{n}", "mine") for n in range(200)]
+    write_records(tmp_path / "train.jsonl", mine)
+    write_records(tmp_path / "dev.jsonl", [ASPIRIN, *mine[:3]])
+    parameters = tiny_parameters(data_dir=str(tmp_path), corpus_cue=True, eval_limit=None, subsample=1.0)
+    assert model_rendering(parameters)["cues"] == ["mine"]
+    cued = read_records(parameters)
+    assert {record.cue for record in cued["train"]} == {None, "any"}
+    assert 5 < sum(record.cue == "any" for record in cued["train"]) < 40
+    assert [record.cue for record in cued["dev"]] == ["any", None, None, None]
+    plain = read_records(tiny_parameters(data_dir=str(tmp_path), eval_limit=None, subsample=1.0))
+    assert not any(record.cue for split in plain.values() for record in split)
 
 
 def test_the_data_sets_of_train_come_from_the_card_while_it_fits(data_dir, tmp_path):

@@ -370,6 +370,28 @@ def test_the_command_line_scores_without_the_training_stack(model_folder, tokeni
     assert len(read_predictions(model_folder.parent / "predictions-dev-vllm.jsonl")) == 8
 
 
+def test_the_command_line_asks_unseen_corpora_with_the_default_cue(model_folder, tokenizer, tmp_path, capsys):
+    records = make_records(2)
+    write_records(tmp_path / "data" / "dev.jsonl", [records[0], replace(records[1], dataset="unseen")])
+    arguments = ["--data_dir", str(tmp_path / "data"), "--api-key-env", "KEY_OF_THE_TEST"]
+    note = {**RENDERING, "max_new_tokens": 32, "corpus_cue": True}
+    with FakeServer(tokenizer) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEY_OF_THE_TEST", KEY)
+        server.root = str(model_folder)
+        arguments += ["--port", str(server.port)]
+        (model_folder / "biomerge.json").write_text(json.dumps(note))
+        assert main(arguments) == 2
+        assert "does not say with which corpus cues" in capsys.readouterr().err
+        note |= {"cues": [records[0].dataset], "default_cue": "any"}
+        (model_folder / "biomerge.json").write_text(json.dumps(note))
+        assert main(arguments) == 0
+    prompts = sorted(tokenizer.decode(body["prompt"]) for body in server.bodies)
+    assert [prompt.split(" | ")[0].removeprefix("<NER> ") for prompt in prompts] == [
+        "any",
+        records[0].dataset,
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
