@@ -12,6 +12,7 @@ import numpy as np
 
 from biomerge_lib.predictions import Prediction
 from biomerge_lib.prompt import find_words
+from biomerge_lib.records import Record
 from biomerge_lib.spans import Span, snap_to_words
 
 BIO_NAMES = ("O", "B", "I")
@@ -55,7 +56,9 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
     """All scores of a split's predictions.
 
     ``ner_f1`` (with ``ner_precision``, ``ner_recall``): exact offsets. ``ner_f1_snapped``: predicted offsets
-    widened to the words they touch. ``ner_f1_low``, ``ner_f1_high``: 95 % bootstrap interval over sentences.
+    widened to the words they touch. ``ner_f1_overlap``: any overlap with a gold span counts; ``ner_f1_partial``: an
+    inexact overlap counts one half (nervaluate's ``ent_type`` and ``partial``, SemEval-2013 task 9.1).
+    ``ner_f1_low``, ``ner_f1_high``: 95 % bootstrap interval over sentences.
     ``unreadable_rate``, ``out_of_text_rate``, ``unsorted_rate``, ``truncated_rate``: share of records whose
     answer had such a fault. ``dataset/NAME/ner_f1``: per corpus, when there are several.
     """
@@ -70,6 +73,7 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
         "ner_f1_low": low,
         "ner_f1_high": high,
         "ner_f1_snapped": snapped.f1,
+        **score_overlaps([(p.gold, p.pred) for p in predictions]),
         "unreadable_rate": sum(p.unreadable > 0 for p in predictions) / count,
         "out_of_text_rate": sum(p.out_of_text > 0 for p in predictions) / count,
         "unsorted_rate": sum(p.unsorted > 0 for p in predictions) / count,
@@ -85,6 +89,41 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
                 (p.gold, p.pred) for p in predictions if p.dataset == name
             ).f1
     return scores
+
+
+def score_overlaps(pairs: Sequence[tuple[Sequence[Span], Sequence[Span]]]) -> dict[str, float]:
+    """Relaxed micro F1 of ``(gold, predicted)`` pairs, one pair a sentence; see :func:`score_predictions`."""
+    from nervaluate import Evaluator
+
+    if not pairs:
+        return {"ner_f1_overlap": 0.0, "ner_f1_partial": 0.0}
+    gold, predicted = (
+        [[{"label": "ENT", "start": start, "end": end - 1} for start, end in spans] for spans in side]
+        for side in zip(*pairs, strict=True)
+    )
+    overall = Evaluator(gold, predicted, tags=["ENT"], loader="dict").evaluate()["overall"]
+    return {"ner_f1_overlap": overall["ent_type"].f1, "ner_f1_partial": overall["partial"].f1}
+
+
+def score_seen(
+    predictions: Sequence[Prediction], train: Iterable[Record]
+) -> list[dict[str, float | int | str]]:
+    """Exact-span scores of mentions whose string is a mention in ``train`` (lower case), and of all others.
+
+    Gold and predicted spans are sorted by their own strings: an exact hit has the same one on both sides.
+    """
+    known = {record.text[start:end].lower() for record in train for start, end in record.spans}
+    rows = []
+    for name, wanted in (("seen in train", True), ("unseen", False)):
+
+        def chosen(prediction: Prediction, spans: Iterable[Span], wanted: bool = wanted) -> list[Span]:
+            return [(s, e) for s, e in spans if (prediction.text[s:e].lower() in known) == wanted]
+
+        score = score_spans((chosen(p, p.gold), chosen(p, p.pred)) for p in predictions)
+        gold = score.true_positives + score.false_negatives
+        scores = {"ner_f1": score.f1, "ner_precision": score.precision, "ner_recall": score.recall}
+        rows.append({"mentions": name, "gold": gold} | scores)
+    return rows
 
 
 def score_by_length(

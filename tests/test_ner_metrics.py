@@ -6,11 +6,14 @@ from biomerge_lib.ner_metrics import (
     bootstrap_f1,
     find_errors,
     score_by_length,
+    score_overlaps,
     score_predictions,
+    score_seen,
     score_spans,
     score_word_labels,
 )
 from biomerge_lib.predictions import Prediction, read_predictions, write_predictions
+from biomerge_lib.records import Record
 
 
 def prediction(index, gold, pred, text="Aspirin can trigger asthma attacks .", **fields):
@@ -28,6 +31,7 @@ def test_micro_scores_of_three_sentences():
 
 def test_nothing_predicted_and_nothing_there_scores_zero_not_an_error():
     assert score_spans([([], [])]).f1 == 0.0
+    assert set(score_overlaps([]).values()) == set(score_overlaps([([], [])]).values()) == {0.0}
 
 
 def test_all_scores_of_a_split():
@@ -43,11 +47,32 @@ def test_all_scores_of_a_split():
     assert scores["ner_f1"] == pytest.approx(0.5)
     # (19, 33) touches "trigger", "asthma" and "attacks"? It starts at the blank before "asthma".
     assert scores["ner_f1_snapped"] == pytest.approx(2 * 3 / (4 + 4))
+    # Hits and overlaps: (0, 7) twice, (19, 33) over (20, 34); (0, 99) and the fourth gold span stand alone.
+    assert scores["ner_f1_overlap"] == pytest.approx(2 * 3 / (4 + 4))
+    assert scores["ner_f1_partial"] == pytest.approx(2 * 2.5 / (4 + 4))
     assert scores["unreadable_rate"] == scores["out_of_text_rate"] == scores["unsorted_rate"] == 0.25
     assert scores["truncated_rate"] == 0.25
     assert scores["dataset/y/ner_f1"] == 1.0 and scores["dataset/x/ner_f1"] == pytest.approx(1 / 3)
     assert (scores["records"], scores["gold_spans"], scores["pred_spans"]) == (4, 4, 4)
     assert scores["ner_f1_low"] <= 0.5 <= scores["ner_f1_high"]
+
+
+def test_spans_that_only_touch_do_not_overlap():
+    scores = score_overlaps([([(0, 7)], [(7, 12)]), ([], []), ([(3, 9)], [(8, 9)])])
+    assert scores == {"ner_f1_overlap": pytest.approx(0.5), "ner_f1_partial": pytest.approx(0.25)}
+
+
+def test_seen_mentions_are_scored_apart_from_unseen_ones():
+    train = [Record("aspirin and asthma", ((0, 7),), "t", "x")]
+    text = "Aspirin can trigger asthma attacks ."
+    predictions = [
+        prediction(0, [(0, 7), (20, 34)], [(0, 7), (20, 26)], text=text),  # "asthma" is no mention in train
+        prediction(1, [(0, 7), (20, 34)], [(20, 34)], text=text),
+    ]
+    seen, unseen = score_seen(predictions, train)
+    assert (seen["mentions"], seen["gold"], unseen["gold"]) == ("seen in train", 2, 2)
+    assert (seen["ner_precision"], seen["ner_recall"], seen["ner_f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
+    assert (unseen["ner_precision"], unseen["ner_recall"], unseen["ner_f1"]) == (0.5, 0.5, 0.5)
 
 
 def test_the_bootstrap_is_certain_of_what_never_varies_and_reproducible():
