@@ -332,6 +332,14 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError as error:
+        args = trainer.args
+        raise ModelError(
+            f"out of GPU memory at step {trainer.state.global_step}: lower per_device_train_batch_size "
+            f"({args.per_device_train_batch_size}; raise gradient_accumulation_steps by as much), set "
+            f"gradient_checkpointing=true, or, if it was an evaluation, lower per_device_eval_batch_size "
+            f"({args.per_device_eval_batch_size}). The run goes on from its newest checkpoint. ({error})"
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _disk_is_full(error):
             raise

@@ -244,6 +244,7 @@ def _greedy_answer(model: PreTrainedModel | PeftModel, probe: torch.Tensor) -> l
 def decoding_mode(model: PreTrainedModel | PeftModel):
     """Evaluation mode with a KV cache inside the block; training mode and flags as before after it."""
     was_training = model.training
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     unsloth = _unsloth_of(model)
     if unsloth:
         unsloth.for_inference(model)
@@ -252,7 +253,7 @@ def decoding_mode(model: PreTrainedModel | PeftModel):
         yield model
     finally:
         if unsloth:
-            unsloth.for_training(model, use_gradient_checkpointing=_checkpointing(model))
+            unsloth.for_training(model, use_gradient_checkpointing=checkpointing)
         model.train(was_training)
 
 
@@ -263,10 +264,6 @@ def _unsloth_of(model):
     from unsloth import FastLanguageModel
 
     return FastLanguageModel
-
-
-def _checkpointing(model) -> bool:
-    return bool(getattr(model.get_base_model(), "_biomerge_checkpointing", False))
 
 
 def _attach_token_head(model: PreTrainedModel, wanted: bool) -> None:
@@ -347,9 +344,8 @@ def _labelled_forward(
     """
     import torch.nn.functional as F
 
-    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)[
-        0
-    ]  # (B, T, H)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    hidden = model.model(**inputs, use_cache=False)[0]  # (B, T, H)
     targets = labels[:, 1:]
     is_target = targets != IGNORE
     logits = model.lm_head(hidden[:, :-1][is_target]).float()  # (targets, V)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from biomerge_lib.unsloth_lora_ner import import_backend, load_lora_model
+from biomerge_lib.unsloth_lora_ner import decoding_mode, import_backend, load_lora_model
 
 backend, prepared, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 import_backend(backend)
@@ -19,19 +19,18 @@ from biomerge_lib.readers import read_corpus  # noqa: E402
 from biomerge_lib.tokenizer import load_tokenizer  # noqa: E402
 
 tokenizer = load_tokenizer(prepared)
-model = load_lora_model(
-    prepared,
-    backend=backend,
-    dtype="float32",
-    lora_rank=8,
-    lora_alpha=16,
-    lora_dropout=0.0,
-    token_head=True,
-    head_loss_weight=1.0,
-    gradient_checkpointing=False,
-    max_length=512,
-    seed=5,
-)
+settings = {
+    "backend": backend,
+    "dtype": "float32",
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "token_head": True,
+    "head_loss_weight": 1.0,
+    "max_length": 512,
+    "seed": 5,
+}
+model = load_lora_model(prepared, gradient_checkpointing=False, **settings)
 if len(sys.argv) > 4:
     model.load_adapter(sys.argv[4], adapter_name="default", is_trainable=True)
 model.train()
@@ -50,4 +49,16 @@ for _ in range(4):
     optimizer.step()
 model.save_pretrained(out)
 shapes = sorted(tuple(p.shape) for p in trained.values())
-print(json.dumps({"losses": losses, "heads": heads, "shapes": shapes}))
+
+
+def state(model) -> tuple[bool, bool]:
+    return model.training, any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+checkpointed = load_lora_model(prepared, gradient_checkpointing=True, **settings)
+checkpointed.train()
+states = [state(checkpointed)]
+with decoding_mode(checkpointed):
+    states.append(state(checkpointed))
+states.append(state(checkpointed))
+print(json.dumps({"losses": losses, "heads": heads, "shapes": shapes, "states": states}))

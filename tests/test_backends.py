@@ -32,6 +32,10 @@ def test_both_backends_train_alike_and_read_each_others_checkpoints(tiny_prepare
     assert peft["losses"] == pytest.approx(unsloth["losses"], abs=1e-4)
     assert peft["heads"] == pytest.approx(unsloth["heads"], abs=1e-4)
     assert peft["losses"][-1] < peft["losses"][0]
+    for backend in (peft, unsloth):
+        # (training, gradient checkpointing) before, in and after decoding.
+        assert backend["states"][0] == backend["states"][2] == [True, True], backend["states"]
+        assert not backend["states"][1][0]
     files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("peft", "unsloth")]
     assert files[0] == files[1] and "adapter_model.safetensors" in files[0]
     crossed = run("unsloth", tiny_prepared, tmp_path / "crossed", tmp_path / "peft")

@@ -89,6 +89,17 @@ def test_a_full_disk_stops_the_run_and_the_next_start_goes_on(make_trainer, monk
     assert metrics["steps"] == 6
 
 
+def test_out_of_memory_says_what_to_lower(make_trainer, monkeypatch, tmp_path):
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(NerTrainer, "training_step", full)
+    with pytest.raises(
+        ModelError, match=r"step 0: lower per_device_train_batch_size \(2;.*Tried to allocate"
+    ):
+        train(make_trainer(), tmp_path / "runs/tiny")
+
+
 def test_the_last_loss_is_logged_however_seldom_losses_are(make_trainer, tmp_path):
     metrics = train(make_trainer(logging_steps=50), tmp_path / "runs/tiny")
     history = json.loads((tmp_path / "runs/tiny/log_history.json").read_text())
