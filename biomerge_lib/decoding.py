@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from biomerge_lib.predictions import Prompt, RawAnswer
+from biomerge_lib.answer_grammar import build_grammar
+from biomerge_lib.predictions import Prompt, RawAnswer, margin_of, sum_parts
 from biomerge_lib.unsloth_lora_ner import decoding_mode
 
 if TYPE_CHECKING:
@@ -19,43 +20,111 @@ def greedy_decode(
     *,
     max_new_tokens: int,
     batch_size: int,
+    constrained_decoding: str = "off",
     progress: str | None = "decoding",
 ) -> list[RawAnswer]:
     """Answer each prompt greedily; answers come in the prompts' order.
 
     Prompts are batched by length (longest first: memory is at its peak in the first batch) and padded on the
-    left. ``progress`` names the progress bar; None shows none. The model is left in the mode it was in.
+    left. ``constrained_decoding`` (``answer_grammar``) masks what the grammar forbids. ``progress`` names the
+    progress bar; None shows none. The model is left in the mode it was in.
     """
     import torch
     from tqdm.auto import tqdm
+    from transformers import LogitsProcessorList
 
+    grammars = _Grammars(tokenizer, model.config.vocab_size, constrained_decoding)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].prompt_ids))
     answers: list[RawAnswer | None] = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
     with decoding_mode(model), torch.inference_mode(), bar:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            rows = _generate(model, tokenizer, [prompts[i].prompt_ids for i in indices], max_new_tokens)
-            for index, row in zip(indices, rows, strict=True):
-                answers[index] = read_answer(row, tokenizer)
+            batch = [prompts[index] for index in indices]
+            top_two = _TopTwo()
+            processors = LogitsProcessorList([*grammars.masks(batch), top_two])
+            rows = _generate(model, tokenizer, batch, max_new_tokens, processors)
+            for index, row, best, second in zip(indices, rows, *top_two.rows(), strict=True):
+                answers[index] = read_answer(row, tokenizer, best, second)
             bar.update(len(indices))
     return answers
 
 
-def read_answer(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> RawAnswer:
-    """The answer in generated ids: everything before the first EOS; without one it ran into the length limit."""
+def read_answer(
+    token_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerFast,
+    logprobs: Sequence[float] = (),
+    second_logprobs: Sequence[float] = (),
+) -> RawAnswer:
+    """The answer in generated ids: everything before the first EOS; without one it ran into the length limit.
+
+    ``logprobs`` are those of the tokens, ``second_logprobs`` those of the runners-up.
+    """
     ids = list(token_ids)
     finish = "length"
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
         finish = "eos"
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return RawAnswer(token_ids=ids, text=text, finish=finish)
+    steps = len(ids) + (finish == "eos")
+    logprobs, second_logprobs = logprobs[:steps], second_logprobs[:steps]
+    return RawAnswer(
+        token_ids=ids,
+        text=text,
+        finish=finish,
+        logprobs=[round(logprob, 6) for logprob in logprobs],
+        margins=[margin_of(one, other) for one, other in zip(logprobs, second_logprobs, strict=True)],
+        part_logprobs=sum_parts(ids, logprobs, tokenizer),
+    )
 
 
-def _generate(model, tokenizer, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+class _TopTwo:
+    """A logits processor that changes nothing and keeps each step's two best log-probabilities.
+
+    The first is the chosen token's (decoding is greedy); keeping all scores would take vocabulary x steps floats.
+    """
+
+    def __init__(self):
+        self.steps = []  # of (batch, 2)
+
+    def __call__(self, input_ids, scores):
+        self.steps.append(scores.float().log_softmax(-1).topk(2).values.cpu())
+        return scores
+
+    def rows(self) -> list[list[list[float]]]:
+        """The best and the second log-probabilities: 2 x batch x steps."""
+        import torch
+
+        return torch.stack(self.steps).permute(2, 1, 0).tolist()
+
+
+class _Grammars:
+    """The grammars of a batch of prompts as a logits processor, for one tokenizer and one constraint."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, constraint: str):
+        self.constraint = constraint
+        if constraint != "off":
+            import xgrammar
+
+            info = xgrammar.TokenizerInfo.from_huggingface(
+                tokenizer, vocab_size=vocab_size, stop_token_ids=tokenizer.eos_token_id
+            )
+            self.compiler = xgrammar.GrammarCompiler(info)
+
+    def masks(self, prompts: Sequence[Prompt]) -> list:
+        if self.constraint == "off":
+            return []
+        from xgrammar.contrib.hf import LogitsProcessor
+
+        texts = [prompt.chunk.record.text for prompt in prompts]
+        grammars = [build_grammar(text, self.constraint) for text in texts]
+        return [LogitsProcessor([self.compiler.compile_grammar(grammar) for grammar in grammars])]
+
+
+def _generate(model, tokenizer, prompts: list[Prompt], max_new_tokens: int, processors) -> list[list[int]]:
     import torch
 
+    prompt_ids = [prompt.prompt_ids for prompt in prompts]
     longest = max(map(len, prompt_ids))
     # Padding is known by length, not by id: pad and EOS are the same token.
     input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompt_ids])
@@ -65,6 +134,7 @@ def _generate(model, tokenizer, prompt_ids: list[list[int]], max_new_tokens: int
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        logits_processor=processors,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -6,6 +6,7 @@ import html
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from biomerge_lib.confidence import calibrate, calibration_error, score_thresholds
 from biomerge_lib.ner_metrics import SpanError, find_errors
 from biomerge_lib.predictions import Prediction
 from biomerge_lib.spans import Span, is_inside
@@ -124,6 +125,28 @@ def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]):
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(frameon=False)
+    return figure
+
+
+def plot_confidence(predictions: Sequence[Prediction]):
+    """Two panels: precision and recall against the share of spans kept, and precision against probability."""
+    import matplotlib.pyplot as plt
+
+    rows, bins = score_thresholds(predictions), calibrate(predictions)
+    figure, (curve, calibration) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for name in ("precision", "recall", "ner_f1"):
+        curve.plot([row["coverage"] for row in rows], [row[name] for row in rows], label=name)
+    curve.set(title="the most probable spans only", xlabel="coverage: share of the predicted spans kept")
+    calibration.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
+    calibration.plot(
+        [row["probability"] for row in bins], [row["precision"] for row in bins], marker="o", label="tenths"
+    )
+    error = calibration_error(predictions)
+    calibration.set(title=f"calibration error {error:.3f}", xlabel="mean probability", ylabel="precision")
+    for axis in (curve, calibration):
+        axis.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, loc="lower right")
     return figure
 
 

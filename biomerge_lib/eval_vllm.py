@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from biomerge_lib.answer_grammar import CONSTRAINTS
 from biomerge_lib.errors import BioMergeError, DataError, ModelError, ParameterError, ServerError
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import cue_record, read_split
@@ -86,6 +87,8 @@ def evaluate_split(
     max_input_tokens: int,
     max_new_tokens: int,
     concurrency: int = 64,
+    constrained_decoding: str = "off",
+    span_threshold: float | None = None,
     weights: str | None = None,
     request_seconds: float = 120,
     max_retries: int = 5,
@@ -94,8 +97,10 @@ def evaluate_split(
     """Answer every record greedily through the server and write the predictions to ``out``.
 
     Each answer is kept in ``<out>.partial.jsonl`` as it comes; the same call after a crash asks only for the rest.
-    ``weights`` (:func:`fingerprint_weights`) tells retrained models of one name apart. Time-outs, lost connections,
-    429 and 5xx are retried ``max_retries`` times with growing, random pauses.
+    ``constrained_decoding`` (``answer_grammar``) makes the server refuse what the grammar forbids;
+    ``span_threshold`` drops less probable spans. ``weights`` (:func:`fingerprint_weights`) tells retrained models of
+    one name apart. Time-outs, lost connections, 429 and 5xx are retried ``max_retries`` times with growing, random
+    pauses.
 
     Raises:
         DataError: no records, or the partial file is broken or in use.
@@ -114,6 +119,7 @@ def evaluate_split(
         )
     all_ids = json.dumps([prompt.prompt_ids for prompt in prompts]).encode()
     job = dict(split=split, model=served.id, weights=weights, max_new_tokens=max_new_tokens, **rendering)
+    job |= dict(constrained_decoding=constrained_decoding)
     job |= dict(prompts=len(prompts), prompts_sha256=hashlib.sha256(all_ids).hexdigest())
     client = GreedyClient(
         base_url=base_url,
@@ -124,6 +130,7 @@ def evaluate_split(
         concurrency=concurrency,
         request_seconds=request_seconds,
         max_retries=max_retries,
+        constrained_decoding=constrained_decoding,
     )
     with PartialAnswers(f"{out}.partial.jsonl", job) as partial:
         resumed = len(partial.answers)
@@ -146,7 +153,13 @@ def evaluate_split(
             ) from None
         seconds = time.monotonic() - started
         answers = [partial.answers[number] for number in range(len(prompts))]
-        predictions = collect_predictions(records, prompts, answers)
+        predictions = collect_predictions(
+            records,
+            prompts,
+            answers,
+            constrained=constrained_decoding != "off",
+            span_threshold=span_threshold,
+        )
         write_predictions(out, predictions)
         partial.remove()
     new_tokens = sum(len(answers[number].token_ids) + (answers[number].finish == "eos") for number in todo)
@@ -265,6 +278,13 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--corpus-cue", action=argparse.BooleanOptionalAction, default=None)
     add("--max-input-tokens", type=_positive)
     add("--max-new-tokens", type=_positive)
+    add(
+        "--constrained-decoding",
+        choices=CONSTRAINTS,
+        default="off",
+        help="format: answers are spans; offsets: at edges of words, ascending, without overlap (%(default)s)",
+    )
+    add("--span-threshold", type=_share, help="drop predicted spans of a lower probability")
     return parser
 
 
@@ -272,6 +292,13 @@ def _positive(word: str) -> int:
     number = int(word)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{word} is below 1")
+    return number
+
+
+def _share(word: str) -> float:
+    number = float(word)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{word} is not between 0 and 1")
     return number
 
 
@@ -308,6 +335,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         model_id=served.id,
         api_key=api_key,
         concurrency=options.concurrency,
+        constrained_decoding=options.constrained_decoding,
+        span_threshold=options.span_threshold,
         weights=fingerprint_weights(model_dir),
         **rendering,
     )
@@ -316,6 +345,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(f"wrote {out}")
     if options.metrics:
         origin = {"split": options.split, "model": served.id}
+        origin |= {name: getattr(options, name) for name in ("constrained_decoding", "span_threshold")}
         write_json(options.metrics, {**scores, **evaluation.speed(), **rendering, **origin})
 
 

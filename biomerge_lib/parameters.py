@@ -49,6 +49,8 @@ SCORING = frozenset(
         "max_new_tokens",
         "per_device_eval_batch_size",
         "base_url",
+        "constrained_decoding",
+        "span_threshold",
         "greedy_dtype",
         "vllm_dtype",
         "vllm_concurrency",
@@ -88,6 +90,10 @@ def _split_commas(value: Any) -> Any:
 def _split_numbers(value: Any) -> Any:
     parts = _split_commas(value)
     return [float(part) for part in parts] if isinstance(value, str) else parts
+
+
+def _read_off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare off as false
 
 
 class Parameters(BaseModel):
@@ -140,6 +146,13 @@ class Parameters(BaseModel):
     max_input_tokens: int = Field(ge=16, description="Longest prompt in tokens; longer texts are chunked")
     max_target_tokens: int = Field(ge=8, description="Longest target in tokens, EOS included")
     max_new_tokens: int = Field(ge=8, description="Longest answer in tokens when decoding")
+    constrained_decoding: Annotated[Literal["off", "format", "offsets"], BeforeValidator(_read_off)] = Field(
+        "off",
+        description="What 04 and 05 let the model write: anything, spans, or spans at the text's words without overlap",
+    )
+    span_threshold: float | None = Field(
+        None, ge=0, le=1, description="04 and 05 drop predicted spans of a lower probability; null = keep all"
+    )
     fast_metrics: bool = Field(description="Train a B/I/O token head and use its F1 as the watch metric")
     head_loss_weight: float = Field(ge=0, description="Weight of the token head's loss")
     run_test_eval: bool = Field(description="Score the test split with the best checkpoint after training")

@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.ner_metrics import SpanScore, score_spans
-from biomerge_lib.predictions import Prediction
+from biomerge_lib.predictions import Decoder, Prediction
 
 F1_TOLERANCE = 0.02
 CAUSES = {
@@ -25,12 +24,6 @@ CAUSES = {
     "dtype": "arithmetic other than float32 on both sides rounds near ties differently",
     "weights": "equal prompts in float32, other answers: another checkpoint, or attention to padding",
 }
-
-
-class Decoder(Protocol):
-    """What is needed of a tokenizer: token ids to text."""
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

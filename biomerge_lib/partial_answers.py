@@ -9,11 +9,13 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.predictions import RawAnswer
+
+_ANSWER = [field.name for field in fields(RawAnswer)]
 
 
 class PartialAnswers:
@@ -82,7 +84,7 @@ class PartialAnswers:
                 break
             try:
                 line = json.loads(raw)
-                expected = {"prompt", "token_ids", "text", "finish"} if lines else set(line)
+                expected = {"prompt", *_ANSWER} if lines else set(line)
                 if set(line) != expected:
                     raise ValueError(f"keys {sorted(line)}")
             except ValueError as error:

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.prompt import Chunk, cue_of, encode_prompt, merge_chunks, split_record
 from biomerge_lib.records import Record
-from biomerge_lib.spans import Span, parse_answer
+from biomerge_lib.spans import Span, parse_answer, read_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer here: token ids to text."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,19 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class RawAnswer:
-    """What a decoder wrote after ``<TAG>``: ``token_ids`` without EOS, its text, and why it stopped."""
+    """What a decoder wrote after ``<TAG>``: ``token_ids`` without EOS, its text, and why it stopped.
+
+    ``logprobs`` are the tokens' log-probabilities, EOS's last; ``margins`` how far each lay before the runner-up;
+    ``part_logprobs`` the sums over the parts between semicolons (:func:`sum_parts`). Empty when the decoder gives
+    none. Under a grammar they are probabilities among what it allows.
+    """
 
     token_ids: list[int]
     text: str
     finish: Literal["eos", "length"]
+    logprobs: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    part_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,9 @@ class Prediction:
     ``answers``, ``answer_ids`` and ``finish`` have one entry a chunk (one, for all but very long records).
     ``unreadable``, ``out_of_text`` and ``unsorted`` count what was wrong with the answers. ``prompt_hashes`` tell
     whether two decoders read the same token ids.
+
+    ``probabilities`` has one entry a predicted span: the product of its tokens' probabilities, the separator before
+    it included (empty when the decoder gave none). ``logprobs`` and ``margins`` are the answers' (``RawAnswer``).
     """
 
     index: int
@@ -64,6 +82,9 @@ class Prediction:
     out_of_text: int
     unsorted: int
     prompt_hashes: list[str] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    margins: list[list[float]] = field(default_factory=list)
 
 
 def build_prompts(
@@ -92,9 +113,18 @@ def build_prompts(
 
 
 def collect_predictions(
-    records: Sequence[Record], prompts: Sequence[Prompt], answers: Sequence[RawAnswer]
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    answers: Sequence[RawAnswer],
+    *,
+    constrained: bool = False,
+    span_threshold: float | None = None,
 ) -> list[Prediction]:
-    """Parse the answers, map chunks back, and pair each record with its predicted spans."""
+    """Parse the answers, map chunks back, and pair each record with its predicted spans.
+
+    ``constrained``: a grammar held, so that only the length limit can leave a span unfinished; such a last part is
+    left out (``finish`` still says "length"). ``span_threshold`` drops spans whose probability is lower.
+    """
     by_record: dict[int, list[tuple[Chunk, RawAnswer]]] = {index: [] for index in range(len(records))}
     hashes: dict[int, list[str]] = {index: [] for index in range(len(records))}
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -103,30 +133,88 @@ def collect_predictions(
     predictions = []
     for index, record in enumerate(records):
         pairs = by_record[index]
-        parsed = [parse_answer(answer.text, len(chunk.record.text)) for chunk, answer in pairs]
-        predictions.append(
-            Prediction(
-                index=index,
-                text=record.text,
-                doc_id=record.doc_id,
-                dataset=record.dataset,
-                gold=list(record.spans),
-                pred=merge_chunks([chunk for chunk, _ in pairs], [answer.spans for answer in parsed]),
-                answers=[answer.text for _, answer in pairs],
-                answer_ids=[answer.token_ids for _, answer in pairs],
-                finish=[answer.finish for _, answer in pairs],
-                unreadable=sum(len(answer.unreadable) for answer in parsed),
-                out_of_text=sum(len(answer.out_of_text) for answer in parsed),
-                unsorted=sum(not answer.is_sorted for answer in parsed),
-                prompt_hashes=hashes[index],
-            )
+        texts = [_whole_parts(answer) if constrained else answer.text for _, answer in pairs]
+        parsed = [
+            parse_answer(text, len(chunk.record.text)) for (chunk, _), text in zip(pairs, texts, strict=True)
+        ]
+        pred = merge_chunks([chunk for chunk, _ in pairs], [answer.spans for answer in parsed])
+        probabilities = _span_probabilities(pairs)
+        prediction = Prediction(
+            index=index,
+            text=record.text,
+            doc_id=record.doc_id,
+            dataset=record.dataset,
+            gold=list(record.spans),
+            pred=pred,
+            answers=[answer.text for _, answer in pairs],
+            answer_ids=[answer.token_ids for _, answer in pairs],
+            finish=[answer.finish for _, answer in pairs],
+            unreadable=sum(len(answer.unreadable) for answer in parsed),
+            out_of_text=sum(len(answer.out_of_text) for answer in parsed),
+            unsorted=sum(not answer.is_sorted for answer in parsed),
+            prompt_hashes=hashes[index],
+            probabilities=[probabilities[span] for span in pred] if set(pred) <= set(probabilities) else [],
+            logprobs=[answer.logprobs for _, answer in pairs],
+            margins=[answer.margins for _, answer in pairs],
         )
+        predictions.append(keep_probable(prediction, span_threshold))
     return predictions
+
+
+def keep_probable(prediction: Prediction, span_threshold: float | None) -> Prediction:
+    """The prediction without the spans whose probability is below the threshold; None keeps all.
+
+    Raises:
+        DataError: spans without probabilities.
+    """
+    if span_threshold is None:
+        return prediction
+    if len(prediction.probabilities) != len(prediction.pred):
+        raise DataError(f"span_threshold={span_threshold} needs probabilities, and the answers carry none.")
+    pairs = zip(prediction.pred, prediction.probabilities, strict=True)
+    kept = [(span, probability) for span, probability in pairs if probability >= span_threshold]
+    return replace(
+        prediction, pred=[span for span, _ in kept], probabilities=[probability for _, probability in kept]
+    )
+
+
+def sum_parts(token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: Decoder) -> list[float]:
+    """Log-probability of each part between semicolons; a token with a semicolon begins the next part.
+
+    So the parts' and EOS's probabilities multiply to the answer's.
+    """
+    if not logprobs:
+        return []
+    sums = [0.0]
+    for token_id, logprob in zip(token_ids, logprobs, strict=False):  # logprobs ends with EOS's
+        sums += [0.0] * tokenizer.decode([token_id]).count(";")
+        sums[-1] += logprob
+    return [round(total, 6) for total in sums]
 
 
 def hash_ids(token_ids: Sequence[int]) -> str:
     """A short name of a sequence of token ids."""
     return hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:12]
+
+
+def margin_of(logprob: float, second: float) -> float:
+    """How far a token's log-probability lies before the runner-up's; at most 99 (a grammar may leave no runner-up)."""
+    return round(min(logprob - second, 99.0), 6)
+
+
+def _whole_parts(answer: RawAnswer) -> str:
+    return answer.text if answer.finish == "eos" else answer.text.rpartition(";")[0]
+
+
+def _span_probabilities(pairs: Sequence[tuple[Chunk, RawAnswer]]) -> dict[Span, float]:
+    """Of a span written twice, the more probable time counts."""
+    found: dict[Span, float] = {}
+    for chunk, answer in pairs:
+        for (_, span), logprob in zip(read_parts(answer.text), answer.part_logprobs, strict=False):
+            if span is not None:
+                moved = (span[0] + chunk.offset, span[1] + chunk.offset)
+                found[moved] = max(found.get(moved, 0.0), round(math.exp(logprob), 6))
+    return found
 
 
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:

@@ -26,6 +26,7 @@ ANCHOR_STYLES = ("none", "start", "start_end", "start_colon", "echo_start")
 IGNORE = -100
 B_I_O = {"O": 0, "B": 1, "I": 2}
 _WORD = re.compile(r"\S+")
+_PIECE = re.compile(r"[^\W_]+|\S")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]}’”]*$")
 
 
@@ -64,6 +65,15 @@ def find_words(text: str) -> list[Span]:
     [(0, 7), (8, 11)]
     """
     return [match.span() for match in _WORD.finditer(text)]
+
+
+def find_pieces(text: str) -> list[Span]:
+    """The words cut at their punctuation, for texts that are not tokenised: runs of letters and digits, single signs.
+
+    >>> find_pieces("(Aspirin), β-blocker")
+    [(0, 1), (1, 8), (8, 9), (9, 10), (11, 12), (12, 13), (13, 20)]
+    """
+    return [match.span() for match in _PIECE.finditer(text)]
 
 
 def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Rendering:

@@ -84,16 +84,22 @@ def snap_to_words(span: Span, words: list[Span]) -> Span:
     return (touched[0][0], touched[-1][1]) if touched else span
 
 
-def _read_pairs(answer: str) -> tuple[list[Span], list[str], bool]:
-    pairs: list[Span] = []
-    unreadable: list[str] = []
+def read_parts(answer: str) -> list[tuple[str, Span | None]]:
+    """Each part between semicolons, stripped, and its span (None when it is no pair, an empty part among them).
+
+    >>> read_parts(' 0-7 ; x')
+    [('0-7', (0, 7)), ('x', None)]
+    """
+    parts = []
     for part in answer.replace(TAG, " ").split(";"):
-        if not part.strip():
-            continue
         match = _PAIR.fullmatch(part)
-        if match:
-            pairs.append((int(match[1]), int(match[2])))
-        else:
-            unreadable.append(part.strip())
+        parts.append((part.strip(), (int(match[1]), int(match[2])) if match else None))
+    return parts
+
+
+def _read_pairs(answer: str) -> tuple[list[Span], list[str], bool]:
+    parts = read_parts(answer)
+    pairs = [span for _, span in parts if span is not None]
+    unreadable = [part for part, span in parts if span is None and part]
     spans = sorted(set(pairs))
     return spans, unreadable, pairs == spans

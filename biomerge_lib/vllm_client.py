@@ -18,9 +18,10 @@ from typing import Any
 
 import openai
 
+from biomerge_lib.answer_grammar import build_grammar
 from biomerge_lib.errors import ServerError, nearest
 from biomerge_lib.plain_tokenizer import PlainTokenizer
-from biomerge_lib.predictions import Prompt, RawAnswer
+from biomerge_lib.predictions import Prompt, RawAnswer, margin_of, sum_parts
 
 HOW_TO_START = (
     "Start one: VLLM_API_KEY=... python -m vllm.entrypoints.openai.api_server --model runs/RUN/merged "
@@ -123,6 +124,7 @@ class GreedyClient:
     concurrency: int
     request_seconds: float
     max_retries: int
+    constrained_decoding: str = "off"
 
     def answer_all(self, prompts: dict[int, Prompt], keep: Callable[[int, RawAnswer], None]) -> int:
         """Answer numbered prompts; give each answer to ``keep`` when it comes; return how many requests were retried.
@@ -170,11 +172,13 @@ class GreedyClient:
         )
 
     async def _answer(self, client: openai.AsyncOpenAI, prompt: Prompt) -> tuple[RawAnswer, int]:
+        grammar = build_grammar(prompt.chunk.record.text, self.constrained_decoding)
         raw = await client.completions.with_raw_response.create(
             model=self.model_id,
             prompt=prompt.prompt_ids,
             max_tokens=self.max_new_tokens,
             temperature=0,
+            logprobs=2,
             extra_body={
                 "stop_token_ids": [self.tokenizer.eos_token_id],
                 # A server that takes defaults from the model's generation_config must not bend greedy decoding.
@@ -182,6 +186,9 @@ class GreedyClient:
                 "skip_special_tokens": False,
                 "spaces_between_special_tokens": False,
                 "return_token_ids": True,
+                # Two tokens may have the same text; the log-probabilities come in a dictionary.
+                "return_tokens_as_token_ids": True,
+                **({"structured_outputs": {"grammar": grammar}} if grammar else {}),
             },
         )
         return self._read_answer(raw, prompt), raw.retries_taken
@@ -202,7 +209,19 @@ class GreedyClient:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-        return RawAnswer(list(ids), text, "length" if finish_reason == "length" else "eos")
+        finish = "length" if finish_reason == "length" else "eos"
+        logprobs, margins = _read_logprobs(choice, len(ids) + (finish == "eos"))
+        return RawAnswer(list(ids), text, finish, logprobs, margins, sum_parts(ids, logprobs, self.tokenizer))
+
+
+def _read_logprobs(choice: Any, steps: int) -> tuple[list[float], list[float]]:
+    """The log-probabilities of an answer's tokens and their margins; empty from a server that gives none."""
+    given = choice.logprobs
+    if given is None or not given.token_logprobs or len(given.token_logprobs) < steps:
+        return [], []
+    logprobs = [round(logprob, 6) for logprob in given.token_logprobs[:steps]]
+    pairs = [sorted(top.values(), reverse=True)[:2] for top in given.top_logprobs[:steps]]
+    return logprobs, [margin_of(*pair) for pair in pairs]
 
 
 def _reason(error: Exception, retries: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ from tiny_vllm import (
     save_tokenizer_files,
 )
 
+from biomerge_lib.answer_grammar import build_grammar
 from biomerge_lib.errors import DataError, ModelError, ParameterError, ServerError
 from biomerge_lib.eval_vllm import (
     choose_rendering,
@@ -111,13 +113,50 @@ def test_the_request_is_greedy_and_in_token_ids(evaluate, tokenizer):
             "prompt": [*tokenizer(text)["input_ids"], tokenizer.convert_tokens_to_ids("<TAG>")],
             "max_tokens": 32,
             "temperature": 0,
+            "logprobs": 2,
             "stop_token_ids": [tokenizer.eos_token_id],
             "repetition_penalty": 1.0,
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
         }
     ]
+
+
+def test_the_request_carries_the_grammar_of_its_sentence(evaluate, tokenizer):
+    with FakeServer(tokenizer) as server:
+        evaluate(server, records=make_records(2), constrained_decoding="offsets", concurrency=1)
+    assert [body["structured_outputs"]["grammar"] for body in server.bodies] == [
+        build_grammar(record.text, "offsets") for record in make_records(2)
+    ]
+
+
+def test_log_probabilities_become_probabilities_of_spans(evaluate, tokenizer):
+    ids = tokenizer(" 0-7 ; 20-26", add_special_tokens=False)["input_ids"]
+    steps = [-0.1] * (len(ids) + 1)
+    body = {
+        "text": " 0-7 ; 20-26",
+        "finish_reason": "stop",
+        "token_ids": [*ids, tokenizer.eos_token_id],
+        "logprobs": {
+            "token_logprobs": steps,
+            "top_logprobs": [{"token_id:1": -2.5, "token_id:2": -0.1}] * len(steps),
+        },
+    }
+    with FakeServer(tokenizer, reply=lambda *_: {"choices": [body]}) as server:
+        [prediction] = evaluate(server, records=make_records(1)).predictions
+        [kept] = evaluate(server, records=make_records(1), span_threshold=1.0).predictions
+    assert (prediction.logprobs, prediction.margins) == ([steps], [[2.4] * len(steps)])
+    first = sum(";" not in tokenizer.decode([i]) for i in ids[: ids.index(separator_of(ids, tokenizer))])
+    assert prediction.probabilities == pytest.approx(
+        [math.exp(-0.1 * first), math.exp(-0.1 * (len(ids) - first))], abs=1e-6
+    )
+    assert prediction.pred == [(0, 7), (20, 26)] and kept.pred == []
+
+
+def separator_of(ids, tokenizer):
+    return next(i for i in ids if ";" in tokenizer.decode([i]))
 
 
 def test_answers_are_token_ids_without_eos(evaluate, tokenizer):
