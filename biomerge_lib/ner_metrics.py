@@ -114,7 +114,7 @@ def score_seen(
     """
     known = {record.text[start:end].lower() for record in train for start, end in record.spans}
     rows = []
-    for name, wanted in (("seen in train", True), ("unseen", False)):
+    for name, wanted in (("seen", True), ("unseen", False)):
 
         def chosen(prediction: Prediction, spans: Iterable[Span], wanted: bool = wanted) -> list[Span]:
             return [(s, e) for s, e in spans if (prediction.text[s:e].lower() in known) == wanted]

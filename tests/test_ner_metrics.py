@@ -70,7 +70,7 @@ def test_seen_mentions_are_scored_apart_from_unseen_ones():
         prediction(1, [(0, 7), (20, 34)], [(20, 34)], text=text),
     ]
     seen, unseen = score_seen(predictions, train)
-    assert (seen["mentions"], seen["gold"], unseen["gold"]) == ("seen in train", 2, 2)
+    assert (seen["mentions"], seen["gold"], unseen["gold"]) == ("seen", 2, 2)
     assert (seen["ner_precision"], seen["ner_recall"], seen["ner_f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
     assert (unseen["ner_precision"], unseen["ner_recall"], unseen["ner_f1"]) == (0.5, 0.5, 0.5)
 
