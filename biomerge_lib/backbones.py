@@ -7,10 +7,13 @@ inside a training process (PEFT would then save whole copies of them in every ch
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,14 +100,29 @@ def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Pa
     """
     folder = Path(backbones_dir) / backbone_name(backbone)
     tokenizer = load_tokenizer(tokenizer_dir)
-    if (folder / "config.json").is_file():
-        if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise ModelError(
-                f"{folder} was prepared with another tokenizer than {tokenizer_dir}. Delete that folder to have it "
-                f"made again, or choose the tokenizer_dir that belongs to backbone {backbone!r}."
-            )
-        return folder
+    if not (folder / "config.json").is_file():
+        with _one_at_a_time(folder):
+            if not (folder / "config.json").is_file():
+                _prepare(backbone, tokenizer, folder)
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{folder} was prepared with another tokenizer than {tokenizer_dir}. Delete that folder to have it "
+            f"made again, or choose the tokenizer_dir that belongs to backbone {backbone!r}."
+        )
+    return folder
 
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Several jobs may want the same new folder: the others wait for the first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     import torch
 
     model = _load_source_model(backbone)
@@ -123,7 +141,6 @@ def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Pa
     (partial / "biomerge.json").write_text(json.dumps(source, indent=2) + "\n")
     partial.rename(folder)
     log.info("prepared %s in %s", backbone, folder)
-    return folder
 
 
 def _load_source_model(backbone: str) -> PreTrainedModel:

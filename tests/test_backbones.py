@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import ASPIRIN
 
+from biomerge_lib import backbones
 from biomerge_lib.backbones import build_tokenizer, prepare_backbone
 from biomerge_lib.errors import ModelError
 from biomerge_lib.prompt import encode
@@ -50,6 +53,24 @@ def test_preparing_again_changes_nothing(tiny_backbone, tmp_path):
     # Made anew elsewhere it is the same file: the new rows are drawn with a fixed seed.
     other = prepare_backbone(str(tiny_backbone), tmp_path / "tok", tmp_path / "elsewhere")
     assert (other / "model.safetensors").read_bytes() == before[0]
+
+
+def test_jobs_that_want_the_same_new_backbone_wait_for_the_first(tiny_backbone, tmp_path, monkeypatch):
+    build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    loaded, load = [], backbones._load_source_model
+
+    def load_slowly(backbone):
+        loaded.append(backbone)
+        time.sleep(0.5)
+        return load(backbone)
+
+    monkeypatch.setattr(backbones, "_load_source_model", load_slowly)
+    wanted = (str(tiny_backbone), tmp_path / "tok", tmp_path / "backbones")
+    with ThreadPoolExecutor(4) as pool:
+        folders = [job.result() for job in [pool.submit(prepare_backbone, *wanted) for _ in range(4)]]
+    assert loaded == [str(tiny_backbone)]
+    assert folders == [tmp_path / "backbones" / folders[0].name] * 4
+    assert not list((tmp_path / "backbones").glob("*.partial"))
 
 
 def test_wrong_folders_are_named(tiny_backbone, tmp_path):

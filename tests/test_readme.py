@@ -32,6 +32,18 @@ def test_every_link_points_to_something():
     assert not missing
 
 
+def test_the_clusters_page_names_what_exists():
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", page)
+    paths = re.findall(r"(?:slurm|parameters)/[\w/.]+\w", page)
+    assert len(links) > 3 and len(paths) > 10
+    assert not [link for link in links if not (ROOT / "docs" / link).exists()]
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    site = (ROOT / "slurm/common.sh").read_text(encoding="utf-8")
+    variables = re.findall(r"`([A-Z_]+)`", re.search(r"\| variable .*?\n\n", page, flags=re.S)[0])
+    assert len(variables) > 8 and not [name for name in variables if f"{name}=${{{name}" not in site]
+
+
 def test_every_path_in_a_command_exists():
     commands = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)) + "\n".join(
         re.findall(r"`((?:python|papermill|wandb|bash|sbatch) [^`]+)`", README)

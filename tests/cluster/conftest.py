@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_wandb import Server
-from mini_cluster import SECRETS, Cluster, copy_project, prepare_data, wait_for
+
+from .fake_wandb import Server
+from .mini_cluster import SECRETS, Cluster, copy_project, prepare_data, wait_for
 
 MINISLURM = Path(__file__).with_name("minislurm.sh")
 

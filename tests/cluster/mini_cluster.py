@@ -143,8 +143,9 @@ def prepare_data(project: Path, backbone: Path, records: dict) -> list[str]:
         "cache_dir": "null",
         "num_train_epochs": "2",
         "eval_limit": "4",
-        "eval_steps": "2",
-        "save_steps": "2",
+        "per_device_train_batch_size": "2",  # 12 steps an epoch: a job that is held at step 4 is far from its end
+        "eval_steps": "4",
+        "save_steps": "4",
         "max_new_tokens": "16",
         "max_target_tokens": "16",
         "early_stopping_patience": "100",

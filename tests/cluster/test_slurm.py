@@ -74,7 +74,8 @@ def test_a_failed_stage_stops_the_chain_and_says_what_to_open(cluster, campaign)
 def test_results_come_back_after_scancel_with_a_last_checkpoint(cluster, campaign):
     assert cluster.state(campaign["cancelled"]) == "CANCELLED"
     folder = cluster.runs / "cancelled"
-    assert checkpoints(folder) > {"checkpoint-5"} and stage(folder)["status"] == "interrupted"
+    newest = max(int(name.rpartition("-")[2]) for name in checkpoints(folder))
+    assert 4 < newest < 12 and stage(folder)["status"] == "interrupted"
     assert "The same command goes on from the newest checkpoint" in cluster.log(campaign["cancelled"])
     assert not cluster.workplace(campaign["cancelled"]).exists()
 

@@ -4,7 +4,8 @@ import json
 import subprocess
 
 import pytest
-from mini_cluster import SECRETS
+
+from .mini_cluster import SECRETS
 
 pytestmark = pytest.mark.integration
 

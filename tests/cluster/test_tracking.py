@@ -5,10 +5,11 @@ import socket
 import time
 
 import pytest
-from fake_wandb import Server
 
 from biomerge_lib import tracking
 from biomerge_lib.runs import write_json
+
+from .fake_wandb import Server
 
 pytestmark = pytest.mark.integration
 KEY = "0123456789abcdef0123456789abcdef01234567"
