@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   python -m biomerge_lib preflight data_dir=data/bc5cdr/ner corpus_cue=true
   python -m biomerge_lib sweep parameters/sweep/lora_ner_span.yaml
   python -m biomerge_lib report runs
+  python -m biomerge_lib export-adapter runs/my-run my-adapter
 """
 
 
@@ -61,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep.add_argument(
         "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value for all points"
     )
+    export = commands.add_parser(
+        "export-adapter", help="write a run's best adapter to a folder to share, with a model card"
+    )
+    export.add_argument("run", help="run folder")
+    export.add_argument("out", help="folder to write; its name is the adapter's")
     sync = commands.add_parser("wandb-sync", help="send to W&B what runs could not send while they ran")
     sync.add_argument("runs", nargs="+", help="run folders")
     options = parser.parse_args(arguments)
@@ -71,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": _report,
         "publish": _publish,
         "sweep": _sweep,
+        "export-adapter": _export_adapter,
         "wandb-sync": _wandb_sync,
     }
     try:
@@ -151,6 +158,13 @@ def _sweep(options: argparse.Namespace) -> int:
             print(f"error: point {number}: {error}", file=sys.stderr)
     print(sweeps.describe_ranking(sweep, sweeps.rank_points(sweep)))
     return 2 if failed else 0
+
+
+def _export_adapter(options: argparse.Namespace) -> int:
+    from biomerge_lib.adapter_export import export_adapter
+
+    print(export_adapter(options.run, options.out))
+    return 0
 
 
 def _wandb_sync(options: argparse.Namespace) -> int:

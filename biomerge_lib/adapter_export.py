@@ -1,0 +1,158 @@
+"""Knows how a finished run becomes an adapter folder to share: small weights, no machine paths, a model card.
+
+    runs/<run_id>/ --[export_adapter]--> OUT/{adapter_model.safetensors, adapter_config.json, biomerge.json, README.md}
+
+Knows nothing of decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from biomerge_lib.checkpoints import best_checkpoint
+from biomerge_lib.errors import DataError
+from biomerge_lib.eval_vllm import RENDERING, read_cues
+from biomerge_lib.parameters import Parameters, compose_parameters
+from biomerge_lib.records import SPLITS
+from biomerge_lib.runs import load_run_parameters, read_metrics, write_json
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NOTES = Path(__file__).parent / "corpus_notes.yaml"
+DECODERS = {"greedy": "transformers", "vllm": "vLLM"}
+# Where a run was made, not what it is.
+PLACES = {
+    "corpora",
+    "data_dir",
+    "runs_dir",
+    "run_id",
+    "existing_run",
+    "backbones_dir",
+    "wandb_mode",
+    "wandb_project",
+}
+
+
+def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
+    """Write a run's best adapter to ``out``, in bfloat16 and without the token head (decoding does not use it).
+
+    ``biomerge.json`` names the backbone and how prompts are rendered; ``README.md`` is the model card.
+
+    Raises:
+        DataError: training has not finished.
+        ModelError: the best checkpoint is gone.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    run_folder, out = Path(run_folder), Path(out)
+    parameters, metrics = load_run_parameters(run_folder), read_metrics(run_folder)
+    stage = metrics.get("stages", {}).get("03_train", {})
+    if stage.get("status") != "finished":
+        raise DataError(f"{run_folder}: 03_train has not finished here; only finished runs are exported.")
+    checkpoint = best_checkpoint(run_folder, stage["metrics"])
+    backbone = (
+        Path(parameters.backbone).name if Path(parameters.backbone).is_absolute() else parameters.backbone
+    )
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": backbone, "modules_to_save": None}
+    weights = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in load_file(checkpoint / WEIGHTS).items()
+        if "token_head" not in name
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    write_json(out / CONFIG, config)
+    rendering = {name: getattr(parameters, name) for name in RENDERING}
+    cues = read_cues(run_folder / "merged") if parameters.corpus_cue else {}
+    if cues:
+        cues = {"cues": cues["trained"], "default_cue": cues["default_cue"]}
+    write_json(out / "biomerge.json", {"backbone": backbone, **rendering, **cues})
+    size = (out / WEIGHTS).stat().st_size
+    card = build_card(out.name, parameters, metrics, backbone=backbone, megabytes=f"{size / 1e6:.1f}")
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def build_card(
+    name: str, parameters: Parameters, metrics: Mapping[str, Any], *, backbone: str, megabytes: str
+) -> str:
+    """The model card, from a run's parameters and ``metrics.json`` and from ``corpus_notes.yaml``."""
+    from jinja2 import Environment, FileSystemLoader
+
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True)
+    stages = metrics["stages"]
+    known = yaml.safe_load(NOTES.read_text(encoding="utf-8"))
+    names = [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
+    notes = [known.get(corpus.rsplit("_", 1)[0]) or _unknown(corpus) for corpus in names]
+    scores = _scores(stages)
+    return templates.get_template("model_card.md.j2").render(
+        name=name,
+        run_id=metrics["run_id"],
+        p=parameters,
+        backbone=backbone,
+        megabytes=megabytes,
+        corpora=[note["title"] for note in notes],
+        entities=" and ".join(dict.fromkeys(note["entities"] for note in notes)),
+        notes=notes,
+        scores=scores,
+        has_test=any(row["split"] == "test" for row in scores),
+        out_of_text=stages["03_train"]["metrics"].get("greedy_dev_out_of_text_rate"),
+        data=metrics.get("data", {}),
+        training=stages["03_train"]["metrics"],
+        provenance=stages["03_train"]["provenance"],
+        commands=_commands(name, parameters),
+    )
+
+
+def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a split and decoder; 04's measurement replaces the same one made at the end of 03."""
+    rows = {}
+    for metrics in (stages[name].get("metrics", {}) for name in sorted(stages)):
+        for decoder, title in DECODERS.items():
+            for split in SPLITS[1:]:
+                prefix = f"{decoder}_{split}_"
+                if f"{prefix}ner_f1" in metrics:
+                    row = {end: metrics[f"{prefix}ner_{end}"] for end in ("precision", "recall", "f1")}
+                    row |= {end: metrics[f"{prefix}ner_f1_{end}"] for end in ("low", "high")}
+                    row |= {"split": split, "decoder": title, "records": metrics[f"{prefix}records"]}
+                    rows[split, decoder] = row
+    return list(rows.values())
+
+
+def _commands(name: str, parameters: Parameters) -> list[str]:
+    corpora = ",".join(
+        corpus if corpus == "sample" else f"path/to/{Path(corpus).name}" for corpus in parameters.corpora
+    )
+    defaults = compose_parameters([])
+    values = {
+        field: value
+        for field, value in parameters.model_dump().items()
+        if value != getattr(defaults, field) and field not in PLACES
+    }
+    words = [f"{field}={_word(value)}" for field, value in values.items()]
+    data_dir = f"data_dir={parameters.data_dir}"
+    return [
+        f"python -m biomerge_lib run 02_data corpora=[{corpora}] {data_dir}",
+        shlex.join(["python", "-m", "biomerge_lib", "run", "03_train", data_dir, *words, f"run_id={name}"]),
+        f"python -m biomerge_lib export-adapter runs/{name} {name}",
+    ]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _unknown(corpus: str) -> dict[str, str]:
+    return {
+        "title": corpus,
+        "entities": f"the entities annotated in {corpus}",
+        "source": "Not described in corpus_notes.yaml.",
+        "licence": "not known to BioMerge; find it out before you share this adapter.",
+    }
