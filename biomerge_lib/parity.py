@@ -16,13 +16,15 @@ from biomerge_lib.ner_metrics import SpanScore, score_spans
 from biomerge_lib.predictions import Decoder, Prediction
 
 F1_TOLERANCE = 0.02
+# Log-probabilities of tokens that bfloat16 may swap lie nearer than this.
+NEAR_TIE = 1.0
 CAUSES = {
     "tokenisation": "the prompts' token ids differ: tokenizer, anchors, cue, chunking or a missing <TAG>",
     "truncation": "one answer was cut at max_new_tokens where the other went on",
     "special-token stripping": "equal token ids became different texts",
     "stop": "one answer ended where the other went on: EOS, pad or stop tokens",
-    "dtype": "arithmetic other than float32 on both sides rounds near ties differently",
-    "weights": "equal prompts in float32, other answers: another checkpoint, or attention to padding",
+    "dtype": "near ties that other arithmetic rounds differently: one of both is not float32",
+    "weights": "equal prompts, other answers, no near tie: another checkpoint, or attention to padding",
 }
 
 
@@ -31,7 +33,8 @@ class Difference:
     """A sentence that two decoders answer differently.
 
     ``position`` is the first differing token of the answer; ``reference_token`` and ``served_token`` are what
-    stands there as text, ``<end>`` after EOS and ``<cut>`` at the length limit.
+    stands there as text, ``<end>`` after EOS and ``<cut>`` at the length limit. ``margin`` is how far there the
+    chosen token's log-probability lay before the runner-up's, in the decoder that was less sure; None if unknown.
     """
 
     index: int
@@ -41,6 +44,7 @@ class Difference:
     cause: str
     reference_answer: str
     served_answer: str
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,7 @@ def _find_difference(
         cause=_name_cause(one, other, chunk, position, both_float32=both_float32),
         reference_answer=one.answers[chunk],
         served_answer=other.answers[chunk],
+        margin=_find_margin(one, other, chunk, position),
     )
 
 
@@ -186,9 +191,19 @@ def _name_cause(one: Prediction, other: Prediction, chunk: int, position: int, *
     ended = [p.finish[chunk] for p, own in ((one, ids), (other, other_ids)) if len(own) == position]
     if "length" in ended:
         return "truncation"
-    if not both_float32:
+    margin = _find_margin(one, other, chunk, position)
+    if not both_float32 if margin is None else margin <= NEAR_TIE:
         return "dtype"
     return "stop" if ended else "weights"
+
+
+def _find_margin(one: Prediction, other: Prediction, chunk: int, position: int) -> float | None:
+    found = [p.margins[chunk][position] for p in (one, other) if _has_margin(p, chunk, position)]
+    return min(found, default=None)
+
+
+def _has_margin(prediction: Prediction, chunk: int, position: int) -> bool:
+    return chunk < len(prediction.margins) and position < len(prediction.margins[chunk])
 
 
 def _readable(answers: Sequence[str]) -> list[str]:

