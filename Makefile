@@ -28,10 +28,10 @@ debug: env ## environment, then the whole pipeline 01 to 06 on the CPU with the 
 	@bash slurm/run_local_debug.sh --with-vllm
 
 test: env lint ## environment, lint, then every test and every notebook (PYTEST_ARGS=-x, NBMAKE_TIMEOUT=900)
-	@$(BIN)/pytest -q tests --ignore=tests/cluster $(PYTEST_ARGS)
+	@$(BIN)/pytest -q tests $(PYTEST_ARGS)
 	@$(BIN)/pytest -q --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) --timeout=0 notebooks $(PYTEST_ARGS)
 
-cluster: env ## the tests on a SLURM of one node (root, slurm-wlm, munge, rsync); not yet part of make test
+cluster: env ## the tests on a SLURM of one node alone (root, slurm-wlm, munge, rsync)
 	@$(BIN)/pytest -q tests/cluster $(PYTEST_ARGS)
 
 lint: env ## ruff, notebooks without outputs, shellcheck where it is installed; changes nothing

@@ -98,7 +98,7 @@ def campaign(cluster) -> dict[str, str]:
     jobs = dict(zip(("whole", "scored"), job_numbers(chain), strict=True))
     jobs |= dict(zip(("broken", "after"), job_numbers(failing), strict=True))
     single = ["slurm/job_single_ner.sbatch", *cluster.tiny]
-    jobs["limited"] = cluster.submit("--time=2", "--signal=B:USR1@60", *single, "run_id=limited", online)
+    jobs["limited"] = cluster.submit("--time=2", "--signal=B:USR1@80", *single, "run_id=limited", online)
     jobs["cancelled"] = cluster.submit(*single, "run_id=cancelled")
     cancelled = threading.Thread(
         target=cluster.hang_at, args=(jobs["cancelled"], "checkpoint-4", "scancel", jobs["cancelled"])

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import nbformat
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 # What a user's environment may hold; none of it may be found in anything that a run leaves.
@@ -86,6 +89,14 @@ class Cluster:
                 continue
         return None
 
+    def kill(self, job: str) -> None:
+        """End all of a job's processes at once, its script first, as a node's failure does: no trap runs."""
+        mark = f"SLURM_JOB_ID={job}".encode()
+        for pid in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
+            with suppress(OSError):
+                if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGKILL)
+
     def hang_at(self, job: str, checkpoint: str, *then: str) -> None:
         """Hold a job's kernel (SIGSTOP) from a checkpoint until the job asks it to stop, as if a step took long.
 
@@ -151,3 +162,14 @@ def prepare_data(project: Path, backbone: Path, records: dict) -> list[str]:
         "early_stopping_patience": "100",
     }
     return [f"{name}={value}" for name, value in values.items()]
+
+
+def with_light_training(cluster: Cluster, project: Path, cell: str) -> Cluster:
+    """The cluster with a copy of the project whose 03_train opens its run and then executes ``cell`` alone."""
+    shutil.copytree(cluster.project, project, ignore=shutil.ignore_patterns("runs", "logs"))
+    (project / "logs").mkdir()
+    notebook = nbformat.read(project / "notebooks/03_train.ipynb", 4)
+    opening = [found for found in notebook.cells if found.cell_type == "code"][:2]
+    notebook.cells = [*opening, nbformat.v4.new_code_cell(cell)]
+    nbformat.write(notebook, project / "notebooks/03_train.ipynb")
+    return replace(cluster, project=project)

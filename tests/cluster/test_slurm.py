@@ -44,6 +44,15 @@ def test_a_chain_of_six_waits_stage_by_stage(cluster):
     assert gpus == {name: name[:2] in ("03", "04", "05") for name in STAGES}
 
 
+def test_a_chain_makes_the_tokenizer_and_the_data_of_the_jobs_after_it(cluster):
+    told = [word for word in cluster.tiny if not word.startswith(("tokenizer_dir", "data_dir"))]
+    told += ["corpora=[sample]", "tokenizer_dir=tokenizers/new", "data_dir=data/new"]
+    submitted = cluster.call("bash", "slurm/submit_chain.sh", "01_tokenizer", "02_data", *told)
+    assert cluster.wait(*re.findall(r"job (\d+),", submitted)) == ["COMPLETED", "COMPLETED"]
+    assert (cluster.project / "tokenizers/new/tokenizer.json").is_file()
+    assert (cluster.project / "data/new/train.jsonl").read_text().startswith('{"task": "NER"')
+
+
 def test_a_chain_refuses_a_misspelt_parameter_before_anything_is_submitted(cluster):
     output = cluster.call("bash", "slurm/submit_chain.sh", "learning_rat=1e-3", expect=2)
     assert "Did you mean 'learning_rate'?" in output and "job" not in output

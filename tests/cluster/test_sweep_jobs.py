@@ -2,14 +2,13 @@
 
 import json
 import re
-import shutil
-from dataclasses import replace
 
-import nbformat
 import pytest
 import yaml
 
 from biomerge_lib.parameters import compose_parameters
+
+from .mini_cluster import with_light_training
 
 pytestmark = pytest.mark.integration
 SHIPPED = "parameters/sweep/lora_ner_span.yaml"
@@ -30,24 +29,15 @@ def sweep_command(cluster, *words, expect=0):
     return cluster.call("python", "-m", "biomerge_lib", "sweep", *words, expect=expect)
 
 
-STUB = """from biomerge_lib.runs import write_json
+@pytest.fixture(scope="module")
+def light(cluster, tmp_path_factory):
+    """An array's cost without training's."""
+    finish = """from biomerge_lib.runs import write_json
 
 write_json(run.checkpoints / "checkpoint-1/adapter_config.json", {})
 score = parameters.learning_rate * 100 + parameters.lora_rank / 100
 run.finish({"eval_ner_f1": score, "best_checkpoint": "checkpoint-1"})"""
-
-
-@pytest.fixture(scope="module")
-def light(cluster, tmp_path_factory):
-    """The project with a 03_train that opens its run and at once finishes it: an array's cost without training's."""
-    project = tmp_path_factory.mktemp("light") / "project"
-    shutil.copytree(cluster.project, project, ignore=shutil.ignore_patterns("runs", "logs"))
-    (project / "logs").mkdir()
-    notebook = nbformat.read(project / "notebooks/03_train.ipynb", 4)
-    opening = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
-    notebook.cells = [*opening, nbformat.v4.new_code_cell(STUB)]
-    nbformat.write(notebook, project / "notebooks/03_train.ipynb")
-    return replace(cluster, project=project)
+    return with_light_training(cluster, tmp_path_factory.mktemp("light") / "project", finish)
 
 
 @pytest.fixture(scope="module")
