@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from biomerge_lib.errors import BioMergeError
+from biomerge_lib.errors import BioMergeError, DataError
 from biomerge_lib.jobs import INTERRUPTED, RunInterrupted, kept_path
 from biomerge_lib.parameters import Parameters, compose_parameters
 
@@ -17,6 +18,7 @@ EXAMPLES = """examples:
   python -m biomerge_lib preflight data_dir=data/bc5cdr/ner corpus_cue=true
   python -m biomerge_lib sweep parameters/sweep/lora_ner_span.yaml
   python -m biomerge_lib report runs
+  python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."
   python -m biomerge_lib export-adapter runs/my-run my-adapter
 """
 
@@ -62,6 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep.add_argument(
         "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value for all points"
     )
+    predict = commands.add_parser("predict", help="print the mentions of texts or of text files")
+    predict.add_argument("texts", nargs="*", help="texts to read")
+    predict.add_argument("--file", action="append", default=[], help="a UTF-8 text file; may be repeated")
+    predict.add_argument("--json", action="store_true", help="one JSON object a text instead of brackets")
+    choice = predict.add_mutually_exclusive_group()
+    choice.add_argument("--adapter", help="folder made by export-adapter (default: the shipped one)")
+    choice.add_argument("--model", help="run folder or merged model folder")
+    predict.add_argument("--base-url", help="vLLM server that answers (key: VLLM_API_KEY)")
+    predict.add_argument(
+        "--as-is", action="store_true", help="leave punctuation at its words, as in the text"
+    )
     export = commands.add_parser(
         "export-adapter", help="write a run's best adapter to a folder to share, with a model card"
     )
@@ -77,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": _report,
         "publish": _publish,
         "sweep": _sweep,
+        "predict": _predict,
         "export-adapter": _export_adapter,
         "wandb-sync": _wandb_sync,
     }
@@ -158,6 +172,24 @@ def _sweep(options: argparse.Namespace) -> int:
             print(f"error: point {number}: {error}", file=sys.stderr)
     print(sweeps.describe_ranking(sweep, sweeps.rank_points(sweep)))
     return 2 if failed else 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from biomerge_lib.runs import quiet_libraries
+
+    quiet_libraries()
+    from biomerge_lib.display import bracket
+    from biomerge_lib.tagger import load_tagger, read_text_file
+
+    texts = [*options.texts, *map(read_text_file, options.file)]
+    if not any(text.strip() for text in texts):
+        raise DataError('no text: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."')
+    tagger = load_tagger(adapter=options.adapter, model=options.model, base_url=options.base_url)
+    found = tagger.find_mentions(texts, spaced=not options.as_is)
+    for text, spans in zip(texts, found, strict=True):
+        line = json.dumps({"text": text, "spans": spans}, ensure_ascii=False)
+        print(line if options.json else bracket(text, spans, colour=sys.stdout.isatty()), flush=True)
+    return 0
 
 
 def _export_adapter(options: argparse.Namespace) -> int:

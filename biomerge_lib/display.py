@@ -69,6 +69,21 @@ def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = Non
     return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
 
 
+def bracket(text: str, spans: Iterable[Span], *, colour: bool = False) -> str:
+    """A text for a terminal with its spans in brackets, or in bold blue.
+
+    >>> bracket("Aspirin can", [(0, 7)])
+    '[Aspirin] can'
+    """
+    before, after = ("\033[1;34m", "\033[0m") if colour else ("[", "]")
+    spans = list(spans)
+    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+    pieces = []
+    for position, letter in enumerate([*text, ""]):
+        pieces.append(after * ends.count(position) + before * starts.count(position) + letter)
+    return "".join(pieces)
+
+
 def highlight_errors(
     predictions: Sequence[Prediction], *, most: int = 12
 ) -> dict[str, tuple[int, list[str]]]:
