@@ -114,7 +114,9 @@ def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, co
     """Rows, predictions by constraint and start-up seconds; ``few`` records are also asked one by one."""
     limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
     rows, found = [], {}
-    server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", max_model_len=limit)
+    # Every row asks the same prompts: each must pay for reading them.
+    options = {"max_model_len": limit, "extra_arguments": ["--no-enable-prefix-caching"]}
+    server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", **options)
     with server:
         asking = {"base_url": server.base_url, "api_key": server.api_key, "model_id": server.model_id}
         asking |= {"split": "dev", **rendering}
