@@ -89,7 +89,7 @@ def load_now() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def decode_with_transformers(model_dir: Path, records, rendering: dict[str, Any], batch_size: int):
+def decode_with_transformers(model_dir: Path, records, rendering: dict[str, Any], *, batch_size, constraints):
     """Rows and predictions by constraint, in float32."""
     max_new_tokens = rendering["max_new_tokens"]
     tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype="float32")
@@ -99,7 +99,7 @@ def decode_with_transformers(model_dir: Path, records, rendering: dict[str, Any]
     decode = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows, found = [], {}
     greedy_decode(model, tokenizer, prompts[:2], progress=None, **decode)
-    for constraint in CONSTRAINTS:
+    for constraint in constraints:
         load, started = load_now(), time.monotonic()
         answers = greedy_decode(model, tokenizer, prompts, constrained_decoding=constraint, **decode)
         seconds = time.monotonic() - started
@@ -114,7 +114,9 @@ def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, co
     """Rows, predictions by constraint and start-up seconds; ``few`` records are also asked one by one."""
     limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
     rows, found = [], {}
-    server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", max_model_len=limit)
+    # Every row asks the same prompts: each must pay for reading them.
+    options = {"max_model_len": limit, "extra_arguments": ["--no-enable-prefix-caching"]}
+    server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", **options)
     with server:
         asking = {"base_url": server.base_url, "api_key": server.api_key, "model_id": server.model_id}
         asking |= {"split": "dev", **rendering}
@@ -205,13 +207,18 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=800)
     parser.add_argument("--few", type=int, default=50, help="records asked one by one (%(default)s)")
+    parser.add_argument(
+        "--transformers", nargs="+", choices=CONSTRAINTS, default=list(CONSTRAINTS), help="its constraints"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     options = parser.parse_args()
     quiet_libraries()
     where = provenance()
     model_dir, rendering = read_model_folder(options.model)
     records = read_split(options.data_dir, "dev", limit=options.limit)
-    rows, greedy, tokenizer = decode_with_transformers(model_dir, records, rendering, options.batch_size)
+    rows, greedy, tokenizer = decode_with_transformers(
+        model_dir, records, rendering, batch_size=options.batch_size, constraints=options.transformers
+    )
     parity, startup = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for dtype, constraints, few in (("float32", CONSTRAINTS, options.few), ("bfloat16", ("off",), 0)):
@@ -229,9 +236,11 @@ def main() -> None:
             parity += [
                 compare(greedy[constraint], served[constraint], tokenizer, dtype=dtype, constraint=constraint)
                 for constraint in constraints
+                if constraint in greedy
             ]
     report = {
-        "command": f"python -m benchmarks.decoding --limit {options.limit} --few {options.few}",
+        "command": f"python -m benchmarks.decoding --limit {options.limit} --few {options.few} "
+        f"--transformers {' '.join(options.transformers)}",
         "commit": where["commit"],
         "device": where["device"],
         "python": where["python"],

@@ -19,9 +19,10 @@ F1_TOLERANCE = 0.02
 # Log-probabilities of tokens that bfloat16 may swap lie nearer than this.
 NEAR_TIE = 1.0
 CAUSES = {
-    "tokenisation": "the prompts' token ids differ: tokenizer, anchors, cue, chunking or a missing <TAG>",
+    "tokenisation": "other token ids in the prompts (tokenizer, anchors, cue, chunking, a missing <TAG>), or equal ids "
+    "that the server's tokenizer reads as another text",
     "truncation": "one answer was cut at max_new_tokens where the other went on",
-    "special-token stripping": "equal token ids became different texts",
+    "special-token stripping": "equal token ids, and one text lacks some of the other's signs",
     "stop": "one answer ended where the other went on: EOS, pad or stop tokens",
     "dtype": "near ties that other arithmetic rounds differently: one of both is not float32",
     "weights": "equal prompts, other answers, no near tie: another checkpoint, or attention to padding",
@@ -186,7 +187,9 @@ def _name_cause(one: Prediction, other: Prediction, chunk: int, position: int, *
         return "tokenisation"
     ids, other_ids = one.answer_ids[chunk], other.answer_ids[chunk]
     if ids == other_ids and one.finish[chunk] == other.finish[chunk]:
-        return "special-token stripping"
+        shorter, longer = sorted((one.answers[chunk], other.answers[chunk]), key=len)
+        rest = iter(longer)
+        return "special-token stripping" if all(sign in rest for sign in shorter) else "tokenisation"
     # Which of the two ended where the other goes on, if any did.
     ended = [p.finish[chunk] for p, own in ((one, ids), (other, other_ids)) if len(own) == position]
     if "length" in ended:

@@ -1,6 +1,6 @@
 """Evaluation through a server: nothing is lost or asked twice, and every failure says what it was.
 
-Most tests talk to a scripted HTTP server; one (``integration``) starts the real vLLM on a tiny random Llama.
+The server is a scripted one; test_served.py starts the real vLLM.
 """
 
 from __future__ import annotations
@@ -562,11 +562,28 @@ def test_a_difference_is_located_and_named(greedy, tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("margins", "cause"),
+    [((0.01, 5.0), "dtype"), ((5.0, 0.01), "dtype"), ((5.0, 4.0), "weights"), ((None, 0.01), "dtype")],
+)
+def test_a_near_tie_names_the_arithmetic_whatever_it_claims(greedy, tokenizer, margins, cause):
+    steps = [[] if margin is None else [[9.0, 9.0, margin]] for margin in margins]
+    ids = greedy[0].answer_ids[0]
+    swapped = [*ids[:2], tokenizer.convert_tokens_to_ids("<O>"), *ids[3:]]
+    change = {"answer_ids": [swapped], "answers": [tokenizer.decode(swapped)], "margins": steps[1]}
+    greedy[0] = replace(greedy[0], margins=steps[0])
+    for claims in (("float32", "float32"), ("float32", "bfloat16"), (None, None)):
+        parity = parity_of(greedy, tokenizer, (0, change), dtypes=claims)
+        assert parity.causes == {cause: 1}
+        assert parity.differences[0].margin == min(margin for margin in margins if margin is not None)
+
+
+@pytest.mark.parametrize(
     ("change", "cause", "tokens"),
     [
         (lambda p: {"answer_ids": [p.answer_ids[0][:2]], "finish": ["length"]}, "truncation", "<cut>"),
         (lambda p: {"answer_ids": [p.answer_ids[0][:2]]}, "stop", "<end>"),
         (lambda p: {"answers": [p.answers[0].strip()]}, "special-token stripping", "<end>"),
+        (lambda p: {"answers": [" 9-8"]}, "tokenisation", "<end>"),
         (lambda p: {"prompt_hashes": ["other"], "answer_ids": [[1]]}, "tokenisation", None),
         (
             lambda p: {"answer_ids": [[1], [2]], "answers": ["", ""], "finish": ["eos"] * 2},
@@ -715,86 +732,3 @@ def wait_until(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-# --- the real thing
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory):
-    """A random two-layer Llama with a tokenizer made as 01_tokenizer makes it."""
-    import torch
-    from tiny_vllm import EOS, train_bpe
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from biomerge_lib.tokenizer import add_biomerge_tokens, save_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama" / "merged"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(), eos_token=EOS)
-    add_biomerge_tokens(tokenizer)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # heads of 32: what vLLM's CPU kernels take
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # answers that vary from prompt to prompt
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
-
-
-@pytest.mark.integration
-def test_vllm_answers_as_transformers_does(tiny_llama, tmp_path):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    from biomerge_lib.decoding import greedy_decode
-    from biomerge_lib.predictions import collect_predictions
-
-    records = make_records(20)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    prompts = build_prompts(records, tokenizer, **RENDERING)
-    plain = load_plain_tokenizer(tiny_llama)
-    assert build_prompts(records, plain, **RENDERING) == prompts
-    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    answers = greedy_decode(model, tokenizer, prompts, max_new_tokens=32, batch_size=8, progress=None)
-    greedy = collect_predictions(records, prompts, answers)
-
-    with VllmServer(tiny_llama, dtype="float32", log_path=tmp_path / "vllm.log", max_model_len=256) as server:
-        group = server._process.group
-        assert len(find_group_members(group)) > 1
-        with pytest.raises(ServerError, match=f"port {server.port} on 127.0.0.1 is in use"):
-            VllmServer(
-                tiny_llama,
-                dtype="float32",
-                log_path=tmp_path / "second.log",
-                max_model_len=256,
-                port=server.port,
-            ).start()
-        evaluation = evaluate_split(
-            records,
-            plain,
-            split="dev",
-            out=tmp_path / "predictions.jsonl",
-            base_url=server.base_url,
-            model_id=server.model_id,
-            api_key=server.api_key,
-            max_new_tokens=32,
-            progress=None,
-            **RENDERING,
-        )
-    assert find_group_members(group) == []
-    assert [p.answer_ids for p in evaluation.predictions] == [p.answer_ids for p in greedy]
-    parity = check_parity(
-        greedy, evaluation.predictions, plain, reference_dtype="float32", served_dtype="float32"
-    )
-    assert (parity.passed, parity.differences) == (True, [])
-    assert len({tuple(p.answer_ids[0]) for p in greedy}) > 2
