@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from shared_corpora import skip_but_fail_in_ci
 from test_answer_grammar import assert_legal
 from tiny_vllm import save_tokenizer_files
 
@@ -90,7 +93,8 @@ def plain(served_folder):
 
 @pytest.fixture(scope="module")
 def server(served_folder, tmp_path_factory):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
+    if find_spec("vllm") is None:
+        skip_but_fail_in_ci("vLLM is not installed")
     log_path = tmp_path_factory.mktemp("log") / "vllm.log"
     with VllmServer(served_folder, dtype="float32", log_path=log_path, max_model_len=512) as server:
         group = server._process.group
@@ -177,7 +181,8 @@ def test_a_dropped_tag_is_named(server, ask, greedy, plain, monkeypatch):
 
 
 def test_a_bfloat16_server_is_named_whatever_it_claims(ask, greedy, plain, served_folder, tmp_path):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
+    if find_spec("vllm") is None:
+        skip_but_fail_in_ci("vLLM is not installed")
     log_path = tmp_path / "vllm.log"
     with VllmServer(served_folder, dtype="bfloat16", log_path=log_path, max_model_len=512) as server:
         served = ask(server)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from shared_corpora import skip_but_fail_in_ci
 
 from .fake_wandb import Server
 from .mini_cluster import SECRETS, Cluster, copy_project, prepare_data, wait_for
@@ -32,7 +33,7 @@ def wandb_server() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def cluster(tiny_backbone, sample_records, wandb_server, tmp_path_factory) -> Iterator[Cluster]:
     if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "rsync"))):
-        pytest.skip("a SLURM of our own needs root and: apt-get install slurm-wlm munge rsync")
+        skip_but_fail_in_ci("a SLURM of our own needs root and: apt-get install slurm-wlm munge rsync")
     place = tmp_path_factory.mktemp("cluster")
     daemons = Path(tempfile.mkdtemp(prefix="slurm-"))
     daemons.chmod(0o755)  # munge wants everybody to reach its socket
