@@ -31,7 +31,6 @@ def greedy_decode(
     """
     import torch
     from tqdm.auto import tqdm
-    from transformers import LogitsProcessorList
 
     grammars = _Grammars(tokenizer, model.config.vocab_size, constrained_decoding)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].prompt_ids))
@@ -41,11 +40,9 @@ def greedy_decode(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = [prompts[index] for index in indices]
-            top_two = _TopTwo()
-            processors = LogitsProcessorList([*grammars.masks(batch), top_two])
-            rows = _generate(model, tokenizer, batch, max_new_tokens, processors)
-            for index, row, best, second in zip(indices, rows, *top_two.rows(), strict=True):
-                answers[index] = read_answer(row, tokenizer, best, second)
+            rows, best, second = _continue(model, tokenizer, batch, max_new_tokens, grammars.masks(batch))
+            for index, *row in zip(indices, rows, best, second, strict=True):
+                answers[index] = read_answer(row[0], tokenizer, *row[1:])
             bar.update(len(indices))
     return answers
 
@@ -121,21 +118,31 @@ class _Grammars:
         return [LogitsProcessor([self.compiler.compile_grammar(grammar) for grammar in grammars])]
 
 
-def _generate(model, tokenizer, prompts: list[Prompt], max_new_tokens: int, processors) -> list[list[int]]:
+def _continue(model, tokenizer, prompts: list[Prompt], max_new_tokens: int, masks: list):
+    """Generated ids and the two best log-probabilities of each step, as lists of rows."""
     import torch
+    from transformers import LogitsProcessorList
+
+    from biomerge_lib.graphed_decoding import can_graph, decode_graphed
 
     prompt_ids = [prompt.prompt_ids for prompt in prompts]
     longest = max(map(len, prompt_ids))
     # Padding is known by length, not by id: pad and EOS are the same token.
     input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompt_ids])
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    if can_graph(model) and not masks:
+        ids, logprobs = decode_graphed(
+            model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id
+        )
+        return ids.tolist(), *logprobs.permute(2, 0, 1).tolist()
+    top_two = _TopTwo()
     generated = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        logits_processor=processors,
+        logits_processor=LogitsProcessorList([*masks, top_two]),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return generated[:, longest:].tolist()
+    return generated[:, longest:].tolist(), *top_two.rows()

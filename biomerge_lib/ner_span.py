@@ -283,7 +283,7 @@ def hash_split(data_dir: Path | str, split: str, **options: Any) -> str:
 
 @dataclass(frozen=True)
 class SpanCollator:
-    """Pads a list of examples on the right to the batch's longest: ``(B, T)`` int64 tensors.
+    """Pads a list of examples on the right to the batch's longest: ``(B, T)`` int64 tensors, and ``lengths`` (B,).
 
     The attention mask comes from the lengths, never from the pad id (which is EOS, a label).
     """
@@ -300,6 +300,7 @@ class SpanCollator:
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
             "labels": torch.full(shape, IGNORE),
             "token_labels": torch.full(shape, IGNORE),
+            "lengths": torch.tensor(lengths),
         }
         for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             batch["attention_mask"][row, :length] = 1

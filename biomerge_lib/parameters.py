@@ -67,6 +67,7 @@ NOT_IDENTITY = SCORING | frozenset(
         "wandb_project",
         "num_workers",
         "pin_memory",
+        "step_launch",
         "logging_steps",
         "corpora",
         "entity_types",
@@ -184,6 +185,10 @@ class Parameters(BaseModel):
     )
     warmup_ratio: float = Field(ge=0, lt=1, description="Share of the steps with a rising learning rate")
     gradient_checkpointing: bool = Field(description="Recompute activations: less memory, more time")
+    packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
+    step_launch: Literal["auto", "eager", "compiled", "graphed"] = Field(
+        description="How a step reaches the GPU: by kernels, with compiled layers, or as a CUDA graph; auto chooses"
+    )
     logging_steps: int = Field(ge=1, description="Optimiser steps between logged losses")
     eval_steps: int = Field(ge=1, description="Optimiser steps between evaluations of the watch metric")
     save_steps: int = Field(ge=1, description="Optimiser steps between checkpoints")
@@ -242,6 +247,14 @@ class Parameters(BaseModel):
             problems.append("deepspeed needs backend=peft (Unsloth trains on one device)")
         if self.num_processes > 1 and self.backend == "unsloth":
             problems.append("num_processes > 1 needs backend=peft (Unsloth trains on one device)")
+        if self.step_launch in ("compiled", "graphed") and self.backend == "unsloth":
+            problems.append(
+                f"step_launch={self.step_launch} needs backend=peft (Unsloth has kernels of its own)"
+            )
+        if self.step_launch == "graphed" and not (self.packing and self.num_processes == 1):
+            problems.append("step_launch=graphed needs packing=true and num_processes=1")
+        if self.step_launch == "graphed" and self.gradient_checkpointing:
+            problems.append("step_launch=graphed needs gradient_checkpointing=false")
         if problems:
             raise ValueError("; ".join(problems))
         return self

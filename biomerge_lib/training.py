@@ -6,6 +6,7 @@ examples + model --[NerTrainer]--> checkpoints/, log_history.json, training.json
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import time
@@ -22,16 +23,18 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from biomerge_lib.checkpoints import find_resumable_checkpoint
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import DataError, ModelError
+from biomerge_lib.graphed_pass import GraphedPass, compile_layers
 from biomerge_lib.jobs import RunInterrupted
 from biomerge_lib.ner_metrics import score_predictions, score_word_labels
 from biomerge_lib.ner_span import SpanCollator, build_dataset
+from biomerge_lib.packing import PackedCollator, unpack_rows
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.prompt import IGNORE
 from biomerge_lib.records import Record
 from biomerge_lib.runs import write_json
-from biomerge_lib.trainer_callbacks import StopOnRequest, TrackingCallback
-from biomerge_lib.training_order import LengthGroupedSampler
+from biomerge_lib.trainer_callbacks import FiniteLoss, StopOnRequest, TrackingCallback
+from biomerge_lib.training_order import StepSampler
 from biomerge_lib.unsloth_lora_ner import load_lora_model
 
 if TYPE_CHECKING:
@@ -57,14 +60,24 @@ class NerTrainer(Trainer):
     with seqeval in one forward pass (or decodes, if the model has no head).
     """
 
-    def __init__(self, *, records: dict[str, list[Record]], parameters: Parameters, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        records: dict[str, list[Record]],
+        parameters: Parameters,
+        launch: str = "eager",
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.records = records
         self.parameters = parameters
+        self.launch = launch
         # The model divides its loss by num_items_in_batch, the target tokens of the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._words_in_step: torch.Tensor | None = None
-        self.tokens_seen = 0
+        self._graphed: GraphedPass | None = None
+        self._finite = FiniteLoss(Path(self.args.output_dir), self.args.learning_rate)
+        self.tokens_seen: torch.Tensor | int = 0
         self.examples_seen = 0
         self.last_greedy: tuple[int, dict[str, Any]] = (-1, {})
 
@@ -74,34 +87,55 @@ class NerTrainer(Trainer):
         if self.args.world_size > 1:
             words = self.accelerator.gather(torch.as_tensor(words, device=device)).sum()
         self._words_in_step = torch.as_tensor(words, device=device).clamp(min=1)
-        self.tokens_seen += int(sum(batch["attention_mask"].sum() for batch in batches))
-        self.examples_seen += sum(len(batch["input_ids"]) for batch in batches)
+        for batch in batches:
+            lengths = batch.pop("lengths")
+            self.tokens_seen = self.tokens_seen + lengths.sum()  # stays on the device: reading it would wait
+            self.examples_seen += len(lengths)
         return batches, items
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         args = self.args
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedSampler(dataset["length"], step_size=step_size, seed=args.seed)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if num_items_in_batch is not None:
-            inputs = {**inputs, "num_words_in_batch": self._words_in_step}
-        result = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        return StepSampler(
+            dataset["length"], step_size=step_size, seed=args.seed, group_lengths=not self.parameters.packing
         )
-        loss, _ = result
-        if not torch.isfinite(loss.detach()):
-            raise ModelError(self._save_bad_batch(inputs, float(loss.detach())))
-        return result if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = {**inputs, "num_words_in_batch": self._words_in_step}
+        if self.launch == "graphed":
+            if self._graphed is None:
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                self._graphed = GraphedPass(functools.partial(self._run_pass, model), trained)
+            if not model.training:
+                model.train()
+            loss = self._graphed(self._prepare_inputs(inputs) | {"num_items_in_batch": num_items_in_batch})
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.watch(loss, inputs, self.state.global_step)
+        return loss
+
+    def _run_pass(self, model, batch):
+        inputs = dict(batch)
+        items = inputs.pop("num_items_in_batch")
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def floating_point_ops(self, inputs):
+        return 0  # walks over all modules at every step, for a number that nobody reads
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = model(**inputs)
         if prediction_loss_only or "token_logits" not in output:
             return output["loss"], None, None
-        return output["loss"], output["token_logits"].argmax(-1), inputs["token_labels"]
+        predicted, gold = output["token_logits"].argmax(-1), inputs["token_labels"]
+        if "cu_seq_lens" in inputs:
+            predicted, gold = (unpack_rows(row, inputs["cu_seq_lens"]) for row in (predicted, gold))
+        return output["loss"], predicted, gold
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if not self.args.predict_with_generate and self.parameters.fast_metrics:
@@ -138,15 +172,6 @@ class NerTrainer(Trainer):
             answers = [shares[index % processes][index // processes] for index in range(len(prompts))]
         scores = score_predictions(collect_predictions(self.records[split], prompts, answers))
         return scores | {"seconds": round(time.time() - started, 2)}
-
-    def _save_bad_batch(self, inputs: dict[str, Any], loss: float) -> str:
-        path = Path(self.args.output_dir) / f"bad_batch_step{self.state.global_step}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: value for name, value in inputs.items() if torch.is_tensor(value)}, path)
-        return (
-            f"the loss is {loss} at step {self.state.global_step}; the batch is in {path}. Lower learning_rate "
-            f"({self.args.learning_rate}) or set dtype=float32 to find the cause."
-        )
 
 
 class EpochEndEvaluation(TrainerCallback):
@@ -210,6 +235,34 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
     )
 
 
+def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:
+    """How steps reach the GPU: ``step_launch``, or for ``auto`` what was fastest (reports/training_speed.md).
+
+    Compiling pays after some hundred steps; graphs where launching takes longer than computing, in small models.
+
+    Raises:
+        ModelError: ``graphed`` without a GPU.
+    """
+    on_gpu = torch.cuda.is_available()
+    if parameters.step_launch == "graphed" and not on_gpu:
+        raise ModelError("step_launch=graphed needs a GPU, and PyTorch sees none here. Set step_launch=auto.")
+    if parameters.step_launch != "auto":
+        return parameters.step_launch
+    if not on_gpu or parameters.backend == "unsloth" or parameters.num_processes > 1 or steps < 200:
+        return "eager"
+    small = weights < 2e9 and parameters.packing and not parameters.gradient_checkpointing
+    return "graphed" if small else "compiled"
+
+
+def build_collator(parameters: Parameters, pad_token_id: int, launch: str) -> SpanCollator | PackedCollator:
+    """How examples become a batch: packed into a row, or padded."""
+    if not parameters.packing:
+        return SpanCollator(pad_token_id)
+    if launch == "graphed":  # few shapes, a graph each
+        return PackedCollator(pad_token_id, 256, 512, parameters.per_device_train_batch_size)
+    return PackedCollator(pad_token_id, *((64, 64) if launch == "compiled" else (1, 1)))
+
+
 def build_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -242,16 +295,22 @@ def build_trainer(
         )
         for split in ("train", "dev")
     }
+    step_size = parameters.per_device_train_batch_size * parameters.gradient_accumulation_steps
+    steps = len(datasets["train"]) / (step_size * parameters.num_processes) * parameters.num_train_epochs
+    launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
+    if launch != "eager":
+        compile_layers(model.get_base_model())
     epoch_end, stop = EpochEndEvaluation(), StopOnRequest()
     tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)
     trainer = NerTrainer(
         records=records,
         parameters=parameters,
+        launch=launch,
         model=model,
         args=training_arguments(parameters, checkpoints),
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
-        data_collator=SpanCollator(tokenizer.pad_token_id),
+        data_collator=build_collator(parameters, tokenizer.pad_token_id, launch),
         processing_class=tokenizer,
         compute_metrics=head_metrics if parameters.fast_metrics else None,
         callbacks=[
@@ -263,7 +322,7 @@ def build_trainer(
     )
     epoch_end.trainer = trainer
     trainer.stop = stop
-    tracking.count_tokens = lambda: trainer.tokens_seen
+    tracking.count_tokens = lambda: int(trainer.tokens_seen)
     return trainer
 
 
@@ -296,6 +355,7 @@ def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTr
         label_names=["labels"],
         ddp_find_unused_parameters=False,
         deepspeed=parameters.deepspeed,
+        logging_nan_inf_filter=False,  # FiniteLoss, which does not wait for the GPU
         report_to=[],  # TrackingCallback
         restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         seed=parameters.seed,
@@ -360,10 +420,11 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         **greedy,
         "steps": trainer.state.global_step,
         "train_seconds": round(seconds, 2),
-        "train_tokens_per_second": round(trainer.tokens_seen * trainer.args.world_size / seconds, 1),
+        "train_tokens_per_second": round(int(trainer.tokens_seen) * trainer.args.world_size / seconds, 1),
         "train_sentences_per_second": round(trainer.examples_seen * trainer.args.world_size / seconds, 2),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "best_checkpoint": best,
+        "step_launch": trainer.launch,
     }
     if torch.cuda.is_available():
         metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)

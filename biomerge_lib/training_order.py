@@ -1,4 +1,4 @@
-"""Knows the order of training examples: by seed and epoch alone, with similar lengths in one optimiser step."""
+"""Knows the order of training examples: by seed and epoch alone; padded ones with similar lengths in one step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch.utils.data import Sampler
 STEPS_A_POOL = 50
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Shuffles examples so that each optimiser step holds similar lengths, and the steps come in random order.
+class StepSampler(Sampler[int]):
+    """Shuffles examples; with ``group_lengths`` each optimiser step holds similar lengths, in a random order of steps.
 
-    Unlike transformers' sampler of that name the order depends on ``seed`` and epoch only, never on how much
-    random state was used before: a resumed run sees what the uninterrupted one saw, and two processes see what
-    one process with the same global batch sees. The step with the longest example comes first, so that a batch
-    that does not fit in memory fails at once.
+    Unlike transformers' samplers the order depends on ``seed`` and epoch only, never on how much random state was
+    used before: a resumed run sees what the uninterrupted one saw, and two processes see what one process with the
+    same global batch sees. The largest step comes first, so that a batch that does not fit in memory fails at once.
 
     Args:
         lengths: tokens of each example.
         step_size: examples an optimiser step, over all processes and accumulation.
+        group_lengths: for padded batches; packed rows waste nothing on unequal lengths.
     """
 
-    def __init__(self, lengths: Sequence[int], *, step_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], *, step_size: int, seed: int, group_lengths: bool):
         self.lengths = lengths
         self.step_size = step_size
         self.seed = seed
+        self.group_lengths = group_lengths
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -41,13 +42,16 @@ class LengthGroupedSampler(Sampler[int]):
         pool_size = self.step_size * STEPS_A_POOL
         steps: list[list[int]] = []
         for start in range(0, len(order), pool_size):
-            pool = sorted(order[start : start + pool_size], key=lambda index: -self.lengths[index])
+            pool = order[start : start + pool_size]
+            if self.group_lengths:
+                pool.sort(key=lambda index: -self.lengths[index])
             steps += [pool[i : i + self.step_size] for i in range(0, len(pool), self.step_size)]
         # Only the last step may be incomplete; it stays last.
         incomplete = [steps.pop()] if len(steps[-1]) < self.step_size else []
         shuffled = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
         if shuffled:
-            tokens = [max(self.lengths[index] for index in step) for step in shuffled]
+            size = max if self.group_lengths else sum  # of a padded batch, of a packed row
+            tokens = [size(self.lengths[index] for index in step) for step in shuffled]
             longest = tokens.index(max(tokens))
             shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
         return iter([index for step in shuffled + incomplete for index in step])

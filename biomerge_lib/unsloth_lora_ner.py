@@ -1,26 +1,21 @@
 """Knows the model: a causal LM with LoRA and an optional token head; knows nothing of data sets or training loops.
 
-    loss = cross-entropy(target tokens) + head_loss_weight * cross-entropy(B/I/O of each word)
-
 Both backends give the same PEFT model: LoRA on every linear layer of attention and MLP, the five added embedding
 rows, and the head as a ``modules_to_save`` module of the adapter.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import logging
 import shutil
-import types
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.errors import ModelError
-from biomerge_lib.prompt import IGNORE
 from biomerge_lib.runs import write_json
 from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
 
@@ -73,6 +68,8 @@ def load_lora_model(
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from biomerge_lib.span_loss import install_span_loss
+
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(folder)
     adapter = {
@@ -105,7 +102,7 @@ def load_lora_model(
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
     _initialise_adapter(model, seed)
-    _install_forward(model.get_base_model(), head_loss_weight=head_loss_weight)
+    install_span_loss(model.get_base_model(), head_loss_weight=head_loss_weight, max_seq_len=max_length)
     return model
 
 
@@ -242,7 +239,9 @@ def _greedy_answer(model: PreTrainedModel | PeftModel, probe: torch.Tensor) -> l
 
 @contextmanager
 def decoding_mode(model: PreTrainedModel | PeftModel):
-    """Evaluation mode with a KV cache inside the block; training mode and flags as before after it."""
+    """Evaluation mode with a KV cache and nothing compiled inside the block; mode and flags as before after it."""
+    import torch
+
     was_training = model.training
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     unsloth = _unsloth_of(model)
@@ -250,7 +249,8 @@ def decoding_mode(model: PreTrainedModel | PeftModel):
         unsloth.for_inference(model)
     model.eval()
     try:
-        yield model
+        with torch.compiler.set_stance("force_eager"):
+            yield model
     finally:
         if unsloth:
             unsloth.for_training(model, use_gradient_checkpointing=checkpointing)
@@ -289,85 +289,3 @@ def _initialise_adapter(model: PeftModel, seed: int) -> None:
         drawn = torch.rand(parameter.shape, generator=generator) * 2 - 1
         with torch.no_grad():
             parameter.copy_(drawn / fan_in**0.5)  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-
-
-def _install_forward(model: PreTrainedModel, *, head_loss_weight: float) -> None:
-    """Give the causal LM a forward with labels that projects to the vocabulary only where a label is.
-
-    Without ``labels`` (decoding) the model's own forward runs, unchanged.
-    """
-    own_forward = model.forward
-
-    @functools.wraps(own_forward)
-    def forward(
-        self,
-        *args,
-        labels=None,
-        token_labels=None,
-        num_items_in_batch=None,
-        num_words_in_batch=None,
-        **kwargs,
-    ):
-        if labels is None:
-            return own_forward(*args, **kwargs)
-        return _labelled_forward(
-            self,
-            *args,
-            labels=labels,
-            token_labels=token_labels,
-            num_items_in_batch=num_items_in_batch,
-            num_words_in_batch=num_words_in_batch,
-            head_loss_weight=head_loss_weight,
-            **kwargs,
-        )
-
-    model.forward = types.MethodType(forward, model)
-
-
-def _labelled_forward(
-    model,
-    input_ids=None,
-    *,
-    labels,
-    token_labels,
-    num_items_in_batch,
-    num_words_in_batch,
-    head_loss_weight,
-    attention_mask=None,
-    position_ids=None,
-    **_ignored,
-) -> dict[str, torch.Tensor]:
-    """Loss of a batch; ``input_ids``, ``labels`` and ``token_labels`` are (B, T).
-
-    ``num_items_in_batch`` and ``num_words_in_batch`` count the target tokens and labelled words of the whole
-    optimiser step, so that accumulation gives the mean over the step.
-    """
-    import torch.nn.functional as F
-
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    hidden = model.model(**inputs, use_cache=False)[0]  # (B, T, H)
-    targets = labels[:, 1:]
-    is_target = targets != IGNORE
-    logits = model.lm_head(hidden[:, :-1][is_target]).float()  # (targets, V)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * (logits / cap).tanh()
-    loss = _mean_loss(
-        F.cross_entropy(logits, targets[is_target], reduction="sum"), num_items_in_batch, is_target
-    )
-    output = {"loss": loss, "lm_loss": loss.detach()}
-    if token_labels is not None and hasattr(model, "token_head"):
-        token_logits = model.token_head(hidden.float())  # (B, T, 3)
-        summed = F.cross_entropy(
-            token_logits.reshape(-1, LABELS), token_labels.reshape(-1), ignore_index=IGNORE, reduction="sum"
-        )
-        head_loss = _mean_loss(summed, num_words_in_batch, token_labels != IGNORE)
-        output |= {"loss": loss + head_loss_weight * head_loss, "head_loss": head_loss.detach()}
-        output["token_logits"] = token_logits.detach()
-    return output
-
-
-def _mean_loss(summed: torch.Tensor, count: torch.Tensor | int | None, mask: torch.Tensor) -> torch.Tensor:
-    if count is None:
-        count = mask.sum().clamp(min=1)
-    return summed / count

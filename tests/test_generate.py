@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from biomerge_lib.decoding import greedy_decode, read_answer
+from biomerge_lib.graphed_decoding import decode_graphed
 from biomerge_lib.ner_span import SpanCollator, encode_example
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.records import Record
 from biomerge_lib.spans import format_spans, parse_spans
-from biomerge_lib.unsloth_lora_ner import load_lora_model
+from biomerge_lib.unsloth_lora_ner import decoding_mode, load_lora_model
 
 RECORDS = [
     Record("Aspirin can trigger asthma attacks .", ((0, 7), (20, 34)), "d1", "x"),
@@ -94,3 +95,26 @@ def test_chunks_are_answered_apart_and_mapped_back(trained, tokenizer):
     assert prediction.pred == sorted(set(gold) & set(prediction.pred)) and len(prediction.finish) == len(
         prompts
     )
+
+
+def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, tokenizer):
+    prompts = build_prompts(RECORDS, tokenizer, **RENDERING, max_input_tokens=200)
+    expected = greedy_decode(trained, tokenizer, prompts, max_new_tokens=40, batch_size=3, progress=None)
+    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    rows = [[0] * (longest - len(p.prompt_ids)) + p.prompt_ids for p in prompts]
+    mask = [[0] * (longest - len(p.prompt_ids)) + [1] * len(p.prompt_ids) for p in prompts]
+    with decoding_mode(trained), torch.inference_mode():
+        ids, logprobs = decode_graphed(
+            trained,
+            torch.tensor(rows),
+            torch.tensor(mask),
+            max_new_tokens=40,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    assert ids.shape[1] == 16  # all have ended by the second look
+    for row, probabilities, answer in zip(ids.tolist(), logprobs.tolist(), expected, strict=True):
+        best, second = zip(*probabilities, strict=True)
+        found = read_answer(row, tokenizer, best, second)
+        assert (found.token_ids, found.finish) == (answer.token_ids, answer.finish)
+        assert found.logprobs == pytest.approx(answer.logprobs, abs=1e-4)
+        assert found.margins == pytest.approx(answer.margins, abs=1e-3)

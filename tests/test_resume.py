@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from biomerge_lib.checkpoints import find_damage, find_resumable_checkpoint
 from biomerge_lib.records import write_records
-from biomerge_lib.training_order import LengthGroupedSampler
+from biomerge_lib.training_order import StepSampler
 
 SCRIPT = Path(__file__).with_name("train_tiny.py")
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
@@ -158,7 +158,7 @@ def test_the_order_of_examples_depends_on_seed_and_epoch_only():
     lengths = [(index * 37) % 101 + 5 for index in range(403)]
 
     def order(epoch, seed=1, step_size=8):
-        sampler = LengthGroupedSampler(lengths, step_size=step_size, seed=seed)
+        sampler = StepSampler(lengths, step_size=step_size, seed=seed, group_lengths=True)
         sampler.set_epoch(epoch)
         return list(sampler)
 

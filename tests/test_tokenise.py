@@ -79,7 +79,7 @@ def test_a_batch_is_padded_on_the_right_and_masked_by_length(tokenizer):
     longest = max(len(example["input_ids"]) for example in examples)
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
         name: (2, longest) for name in ("input_ids", "attention_mask", "labels", "token_labels")
-    }
+    } | {"lengths": (2,)}
     for row, example in enumerate(examples):
         length = len(example["input_ids"])
         assert batch["attention_mask"][row].sum() == length

@@ -1,0 +1,82 @@
+"""Knows how a training pass reaches the GPU: compiled decoder layers, and one CUDA graph for forward and backward.
+
+Knows nothing of what the pass computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compile a causal LM's decoder layers: one compilation serves all layers and all lengths of packed rows.
+
+    Decoding and scoring run uncompiled under ``torch.compiler.set_stance("force_eager")``.
+    """
+    for layer in model.model.layers:
+        layer.compile(dynamic=True)
+
+
+@dataclass(frozen=True)
+class _Capture:
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    loss: torch.Tensor
+
+
+@dataclass
+class GraphedPass:
+    """Calls ``run(batch)`` (forward and backward, returning the loss) as a CUDA graph, one a shape of batch.
+
+    A shape's first batch runs as it is, its second is captured; from then on a pass is a single launch. Gradients are
+    added to tensors that stay in place: a parameter without gradient (after ``zero_grad``) starts at zero.
+    """
+
+    run: Callable[[Batch], torch.Tensor]
+    parameters: Iterable[torch.nn.Parameter]
+    _captures: dict[tuple, _Capture | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.parameters)
+        self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        self._attach_gradients()
+        shape = tuple((name, *values.shape) for name, values in sorted(batch.items()))
+        if shape not in self._captures:
+            self._captures[shape] = None
+            return self._warm_up(batch)
+        capture = self._captures[shape]
+        if capture is None:
+            capture = self._captures[shape] = self._capture(batch)
+        for name, values in capture.batch.items():
+            values.copy_(batch[name])
+        capture.graph.replay()
+        return capture.loss.clone()
+
+    def _attach_gradients(self) -> None:
+        if self.parameters[0].grad is None:
+            torch._foreach_zero_(self._gradients)
+            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+                parameter.grad = gradient
+
+    def _warm_up(self, batch: Batch) -> torch.Tensor:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            loss = self.run(batch)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return loss
+
+    def _capture(self, batch: Batch) -> _Capture:
+        static = {name: values.clone() for name, values in batch.items()}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            loss = self.run(static)
+        return _Capture(graph, static, loss)
