@@ -339,11 +339,22 @@ def main() -> None:
     parser.add_argument("--no-head", dest="head", action="store_false")
     parser.add_argument("--runtime", default="h200")
     parser.add_argument("--profile", help="file for the kernels' times")
-    parser.add_argument("--out", default=str(REPORT))
+    parser.add_argument("--out", default=str(REPORT), help="JSON file of all runs; this run is added")
+    parser.add_argument("--merge", nargs="+", metavar="JSON", help="only add these files' runs to --out")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     if options["one"]:
         print("RESULT " + json.dumps(measure(options["one"], json.loads(os.environ["BIOMERGE_BENCHMARK"]))))
+        return
+    if options["merge"]:
+        add_runs(
+            Path(options["out"]),
+            [
+                run
+                for file in options["merge"]
+                for run in json.loads(Path(file).read_text(encoding="utf-8"))["runs"]
+            ],
+        )
         return
     from benchmarks.readiness import SHAPES, build_backbone, build_tokenizer
 
@@ -366,15 +377,81 @@ def main() -> None:
                     row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    out = Path(options["out"])
-    result = {
+    run = {
         "command": "python -m benchmarks.training_speed " + " ".join(sys.argv[1:]),
         "shape": options["shape"],
         "matrix_peak_tflops": peak and round(peak, 1),
         "provenance": provenance(),
         "rows": rows,
     }
-    write_json(out, result)
+    add_runs(Path(options["out"]), [run])
+
+
+def add_runs(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Add runs to a report, each in the place of an earlier one of the same command, and write its table and plot."""
+    kept = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    commands = {run["command"] for run in runs}
+    kept = [run for run in kept if run["command"] not in commands] + runs
+    write_json(path, {"runs": kept})
+    path.with_suffix(".md").write_text(describe(kept), encoding="utf-8")
+    plot(kept, path.with_suffix(".svg"))
+
+
+def describe(runs: list[dict[str, Any]]) -> str:
+    """The table of all runs."""
+    columns = {
+        "way": "way",
+        "batch": "sentences a step",
+        "anchors": "anchors",
+        "ms_a_step": "ms a step",
+        "tokens_a_second": "real tokens/s",
+        "sentences_a_second": "sentences/s",
+        "useful_tflops": "useful TFLOP/s",
+        "share_of_peak": "share of peak",
+        "peak_memory_gb": "peak GB",
+        "first_steps_seconds": "first 6 steps, s",
+    }
+    lines = ["# How fast a training step is", "", __doc__.split("\n\n", 2)[2].strip(), ""]
+    lines += ["![tokens a second](training_speed.svg)", ""]
+    for run in runs:
+        origin = run["provenance"]
+        peak = f", matrix peak {run['matrix_peak_tflops']} TFLOP/s" if run["matrix_peak_tflops"] else ""
+        lines += [
+            f"## {Path(run['shape']).name}: {origin['device']}{peak}",
+            "",
+            f"`{run['command']}`, commit `{origin['commit'][:12]}`.",
+            "",
+            "| " + " | ".join(columns.values()) + " |",
+            "|" + "---|" * len(columns),
+        ]
+        for row in run["rows"]:
+            cells = [row.get(name, "") for name in columns]
+            if "error" in row:
+                cells = [row["way"], row["batch"], row["anchors"], f"failed: {row['error']}", *[""] * 6]
+            if isinstance(row.get("tokens_a_second"), int):
+                cells[4] = f"{row['tokens_a_second']:,}"
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Real tokens a second over the sentences a step, a panel a run."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4.2), squeeze=False)
+    for panel, run in zip(panels[0], runs, strict=True):
+        rows = [row for row in run["rows"] if "error" not in row]
+        for way in dict.fromkeys(row["way"] for row in rows):
+            points = sorted((row["batch"], row["tokens_a_second"]) for row in rows if row["way"] == way)
+            panel.plot(*zip(*points, strict=True), marker="o", label=way)
+        panel.set(xscale="log", xlabel="sentences a step", ylabel="real tokens a second")
+        panel.set_xticks(sorted({row["batch"] for row in rows}), sorted({row["batch"] for row in rows}))
+        panel.set_title(f"{Path(run['shape']).name}, {run['provenance']['device']}")
+        panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def run_one(way: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -101,16 +101,26 @@ class FiniteLoss:
         if not loss.is_cuda:
             self._check(loss, batch, step)
             return
-        before = self._launched
         on_host = torch.empty((), dtype=loss.dtype, pin_memory=True)
         on_host.copy_(loss, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._launched = (arrived, on_host, batch, step)
-        if before:
-            arrived, *earlier = before
+        before, self._launched = self._launched, (arrived, on_host, batch, step)
+        self._look(before)
+
+    def finish(self) -> None:
+        """Look at the last pass's loss, too.
+
+        Raises:
+            ModelError: it is not finite.
+        """
+        self._look(self._launched)
+
+    def _look(self, launched: tuple | None) -> None:
+        if launched:
+            arrived, *seen = launched
             arrived.synchronize()
-            self._check(*earlier)
+            self._check(*seen)
 
     def _check(self, loss: torch.Tensor, batch: dict, step: int) -> None:
         if torch.isfinite(loss):

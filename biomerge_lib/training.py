@@ -76,7 +76,7 @@ class NerTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._words_in_step: torch.Tensor | None = None
         self._graphed: GraphedPass | None = None
-        self._finite = FiniteLoss(Path(self.args.output_dir), self.args.learning_rate)
+        self.finite = FiniteLoss(Path(self.args.output_dir), self.args.learning_rate)
         self.tokens_seen: torch.Tensor | int = 0
         self.examples_seen = 0
         self.last_greedy: tuple[int, dict[str, Any]] = (-1, {})
@@ -112,7 +112,7 @@ class NerTrainer(Trainer):
             loss = self._graphed(self._prepare_inputs(inputs) | {"num_items_in_batch": num_items_in_batch})
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite.watch(loss, inputs, self.state.global_step)
+        self.finite.watch(loss, inputs, self.state.global_step)
         return loss
 
     def _run_pass(self, model, batch):
@@ -392,6 +392,7 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     started = time.time()
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.finite.finish()
     except torch.OutOfMemoryError as error:
         args = trainer.args
         raise ModelError(
