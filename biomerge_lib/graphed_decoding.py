@@ -71,7 +71,7 @@ def decode_graphed(
             step()
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
             graph.replay()  # a capture computes nothing
     written = int(step.written)

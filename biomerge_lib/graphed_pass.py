@@ -77,6 +77,7 @@ class GraphedPass:
     def _capture(self, batch: Batch) -> _Capture:
         static = {name: values.clone() for name, values in batch.items()}
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # thread_local: the data loader's thread, which pins memory meanwhile, must not spoil the capture.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             loss = self.run(static)
         return _Capture(graph, static, loss)
