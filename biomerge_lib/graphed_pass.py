@@ -33,7 +33,7 @@ class _Capture:
 class GraphedPass:
     """Calls ``run(batch)`` (forward and backward, returning the loss) as a CUDA graph, one a shape of batch.
 
-    A shape's first batch runs as it is, its second is captured; from then on a pass is a single launch. Gradients are
+    A shape's first two batches run as they are, then it is captured; from then on a pass is a single launch. Gradients are
     added to tensors that stay in place: a parameter without gradient (after ``zero_grad``) starts at zero.
     """
 
@@ -50,12 +50,12 @@ class GraphedPass:
     def __call__(self, batch: Batch) -> torch.Tensor:
         self._attach_gradients()
         shape = tuple((name, *values.shape) for name, values in sorted(batch.items()))
-        if shape not in self._captures:
-            self._captures[shape] = None
-            return self._warm_up(batch)
-        capture = self._captures[shape]
+        capture = self._captures.get(shape)
         if capture is None:
-            capture = self._captures[shape] = self._capture(batch)
+            loss = self._run_as_it_is(batch)
+            # Right behind a pass, so that nothing is compiled or set up within a capture; computes nothing itself.
+            self._captures[shape] = self._capture(batch) if shape in self._captures else None
+            return loss
         for name, values in capture.batch.items():
             values.copy_(batch[name])
         capture.graph.replay()
@@ -67,7 +67,7 @@ class GraphedPass:
             for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
                 parameter.grad = gradient
 
-    def _warm_up(self, batch: Batch) -> torch.Tensor:
+    def _run_as_it_is(self, batch: Batch) -> torch.Tensor:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             loss = self.run(batch)

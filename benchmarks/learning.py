@@ -1,0 +1,216 @@
+"""What the model learns, one change at a time: trainings through 03_train side by side on one GPU, and their tables.
+
+    python -m benchmarks.learning --sets ablation grid union --at-once 6 --budget 1800
+    python -m benchmarks.learning --report runs/learning-*     # only the tables
+
+The data are made first, by 02_data (data/bc5cdr_iob/ner, and data/union/ner of bc5cdr, bc2gm, jnlpba and anatem with
+``corpus_cue=true``). Each training is `python -m biomerge_lib run 03_train` with SmolLM2-135M, rank 8, learning rate
+2e-3, 16 sentences a step, two epochs, token head and start anchors but for what its line below changes. After --budget
+seconds none is started; one that was cut off goes on when the command is given again. Writes reports/learning.json,
+.md and, for a grid, .svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.runs import PROJECT_DIR, read_metrics, write_json
+
+REPORT = PROJECT_DIR / "reports" / "learning.json"
+COMMON = (
+    "model=smollm2_135m runtime=h200 data_dir=data/bc5cdr_iob/ner num_train_epochs=2 per_device_train_batch_size=16 "
+    "per_device_eval_batch_size=512 num_workers=0 logging_steps=10"
+)
+SOME = "eval_limit=800"  # of dev, evenly spread
+SETS: dict[str, dict[str, str]] = {
+    "union": {
+        "union-start": "data_dir=data/union/ner corpus_cue=true per_device_train_batch_size=32",
+    },
+    "headline": {
+        f"{anchors}-seed{seed}": f"offset_anchors={anchors} seed={seed}"
+        for anchors, seed in product(("echo_start",), (42, 43, 44))
+    },
+    "ablation": {
+        "start": SOME,
+        "start, padded": f"{SOME} packing=false step_launch=eager",
+        "none": f"{SOME} offset_anchors=none",
+        "start_colon": f"{SOME} offset_anchors=start_colon",
+        "start_end": f"{SOME} offset_anchors=start_end",
+        "echo_start": f"{SOME} offset_anchors=echo_start",
+        "start, no head": f"{SOME} fast_metrics=false",
+        "start, cue": f"{SOME} corpus_cue=true cue_dropout=0.0",
+        "start, batch 32": f"{SOME} per_device_train_batch_size=32",
+        "start, 6 epochs": f"{SOME} num_train_epochs=6",
+    },
+    "grid": {
+        f"rank {rank}, learning rate {rate}": f"{SOME} subsample=0.5 lora_rank={rank} learning_rate={rate}"
+        for rank, rate in product((4, 8, 16), ("1e-3", "2e-3", "3e-3"))
+    },
+}
+
+
+def run_id(group: str, name: str) -> str:
+    words = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in name)
+    return f"learning-{group}-{'-'.join(filter(None, words.split('-')))}"
+
+
+def start(group: str, name: str, changes: str, extra: list[str]) -> subprocess.Popen:
+    """One training, its output in runs/<run_id>.log."""
+    folder = run_id(group, name)
+    words = {word.partition("=")[0]: word for word in [*COMMON.split(), *changes.split(), *extra]}
+    command = [sys.executable, "-m", "biomerge_lib", "run", "03_train", *words.values(), f"run_id={folder}"]
+    log = PROJECT_DIR / "runs" / f"{folder}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT_DIR)
+
+
+def run_all(sets: list[str], *, at_once: int, budget: float, extra: list[str]) -> None:
+    """Train what is not finished, ``at_once`` side by side, in the sets' order."""
+    begun = time.time()
+    waiting = [(group, name, changes) for group in sets for name, changes in SETS[group].items()]
+    running: dict[tuple[str, str], subprocess.Popen] = {}
+    while waiting or running:
+        for key, process in list(running.items()):
+            if process.poll() is not None:
+                del running[key]
+                print(
+                    f"{time.time() - begun:5.0f} s  {' / '.join(key)}: ended with {process.returncode}",
+                    flush=True,
+                )
+        while waiting and len(running) < at_once and time.time() - begun < budget:
+            group, name, changes = waiting.pop(0)
+            running[group, name] = start(group, name, changes, extra)
+        if waiting and time.time() - begun >= budget:
+            print(f"out of time: {len(waiting)} not started", flush=True)
+            waiting.clear()
+        time.sleep(0.5)
+
+
+def read_rows(folders: list[Path]) -> list[dict[str, Any]]:
+    """What each finished run's ``metrics.json`` says."""
+    ids = {run_id(group, name): (group, name) for group, names in SETS.items() for name in names}
+    rows = []
+    for folder in folders:
+        found = read_metrics(folder)
+        stage = found.get("stages", {}).get("03_train", {})
+        if folder.name not in ids or stage.get("status") != "finished":
+            continue
+        metrics = stage["metrics"]
+        group, name = ids[folder.name]
+        rows.append(
+            {
+                "set": group,
+                "name": name,
+                "changes": SETS[group][name],
+                "f1": metrics["greedy_dev_ner_f1"],
+                "low": metrics["greedy_dev_ner_f1_low"],
+                "high": metrics["greedy_dev_ner_f1_high"],
+                "snapped_f1": metrics["greedy_dev_ner_f1_snapped"],
+                "head_f1": metrics["eval_ner_f1"] if found["parameters"]["fast_metrics"] else None,
+                "per_corpus": {
+                    key.split("/")[1]: value
+                    for key, value in metrics.items()
+                    if key.startswith("greedy_dev_dataset/") and key.endswith("/ner_f1")
+                },
+                "sentences": metrics["greedy_dev_records"],
+                "tokens_an_example": metrics["train_tokens_per_second"]
+                / metrics["train_sentences_per_second"],
+                "steps": metrics["steps"],
+                "step_launch": metrics.get("step_launch"),
+                "seconds": metrics["train_seconds"],
+                "device": stage["provenance"]["device"],
+                "commit": stage["provenance"]["commit"],
+            }
+        )
+    order = list(ids.values())
+    return sorted(rows, key=lambda row: order.index((row["set"], row["name"])))
+
+
+def describe(rows: list[dict[str, Any]]) -> str:
+    """The tables."""
+    commits = ", ".join(f"`{commit[:12]}`" for commit in dict.fromkeys(row["commit"] for row in rows))
+    devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
+    lines = [
+        "# What the model learns, one change at a time",
+        "",
+        f"SmolLM2-135M on {devices}, commit {commits}; `python -m benchmarks.learning` says what all",
+        "have in common. F1 of exact spans on dev (greedy answers), 95 % bootstrap interval. Tokens are of prompt",
+        "and answer together. Trainings ran side by side on one card, so that seconds compare only roughly.",
+    ]
+    for group in dict.fromkeys(row["set"] for row in rows):
+        lines += ["", f"## {group}", ""]
+        lines += [
+            "| training | changes | dev F1 | snapped to words | token head | sentences | tokens | steps | launch | s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in (row for row in rows if row["set"] == group):
+            head = "—" if row["head_f1"] is None else f"{row['head_f1']:.3f}"
+            lines.append(
+                f"| {row['name']} | `{row['changes']}` | **{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}] "
+                f"| {row['snapped_f1']:.3f} | {head} | {row['sentences']:,} | {row['tokens_an_example']:.0f} "
+                f"| {row['steps']:,} | {row['step_launch']} | {row['seconds']:.0f} |"
+            )
+            if row["per_corpus"]:
+                parts = ", ".join(f"{name} {f1:.3f}" for name, f1 in sorted(row["per_corpus"].items()))
+                lines += ["", f"{row['name']}, per corpus: {parts}.", ""]
+        if group == "grid":
+            lines += ["", "![F1 over rank and learning rate](learning.svg)"]
+    return "\n".join(lines) + "\n"
+
+
+def plot_grid(rows: list[dict[str, Any]], path: Path) -> None:
+    """Dev F1 over rank and learning rate."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    found = {tuple(row["name"].removeprefix("rank ").split(", learning rate ")): row["f1"] for row in rows}
+    ranks, rates = (sorted({key[i] for key in found}, key=float) for i in (0, 1))
+    values = np.array([[found.get((rank, rate), np.nan) for rate in rates] for rank in ranks])
+    figure, axes = plt.subplots(figsize=(4.6, 3.4))
+    image = axes.imshow(values, cmap="viridis", aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        light = value < np.nanmean(values)
+        axes.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if light else "black")
+    axes.set(xlabel="learning rate", ylabel="LoRA rank", xticks=range(len(rates)), yticks=range(len(ranks)))
+    axes.set_xticklabels(rates)
+    axes.set_yticklabels(ranks)
+    figure.colorbar(image, label="dev F1")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument(
+        "--at-once", type=int, default=6, help="trainings side by side (default: %(default)s)"
+    )
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which none is started")
+    parser.add_argument(
+        "--report", nargs="+", type=Path, metavar="RUN", help="only write the tables of run folders"
+    )
+    parser.add_argument("extra", nargs="*", metavar="NAME=VALUE", help="parameters of all trainings")
+    options = parser.parse_args()
+    if not options.report:
+        run_all(options.sets, at_once=options.at_once, budget=options.budget, extra=options.extra)
+    rows = read_rows(options.report or sorted((PROJECT_DIR / "runs").glob("learning-*/")))
+    write_json(REPORT, rows)
+    REPORT.with_suffix(".md").write_text(describe(rows), encoding="utf-8")
+    grid = [row for row in rows if row["set"] == "grid"]
+    if grid:
+        plot_grid(grid, REPORT.with_suffix(".svg"))
+    print(json.dumps([{key: row[key] for key in ("set", "name", "f1", "seconds")} for row in rows]))
+
+
+if __name__ == "__main__":
+    main()
