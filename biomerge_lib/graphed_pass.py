@@ -33,8 +33,8 @@ class _Capture:
 class GraphedPass:
     """Calls ``run(batch)`` (forward and backward, returning the loss) as a CUDA graph, one a shape of batch.
 
-    A shape's first two batches run as they are, then it is captured; from then on a pass is a single launch. Gradients are
-    added to tensors that stay in place: a parameter without gradient (after ``zero_grad``) starts at zero.
+    A shape's first two batches run as they are, then it is captured; from then on a pass is a single launch. Gradients
+    are added to tensors that stay in place: a parameter without gradient (after ``zero_grad``) starts at zero.
     """
 
     run: Callable[[Batch], torch.Tensor]
