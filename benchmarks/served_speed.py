@@ -1,0 +1,295 @@
+"""How fast vLLM serves an 8B shape and a trained small model, and whether it answers as transformers does.
+
+    python -m benchmarks.served_speed --data_dir data/bc5cdr_iob/ner          # one GPU; about 4 minutes, 17 GB of disk
+    python -m benchmarks.served_speed --data_dir data/sample/ner --shape tiny --limit 8         # on a CPU, to try it
+
+The 8B has Llama-3's shape and tokenizer and random bfloat16 weights: its answers mean nothing and never end, so each
+is cut at 64 tokens, more than a trained model writes. The trained model is the shipped adapter, merged. Writes
+reports/served_speed.json and .md after each part, so that a part that fails costs no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.decoding import table
+from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
+from biomerge_lib.decoding import greedy_decode
+from biomerge_lib.eval_vllm import RENDERING, evaluate_split, read_model_folder
+from biomerge_lib.ner_metrics import score_predictions
+from biomerge_lib.ner_span import read_split
+from biomerge_lib.parity import check_parity
+from biomerge_lib.plain_tokenizer import load_plain_tokenizer
+from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions
+from biomerge_lib.records import Record, file_sha256
+from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
+from biomerge_lib.tagger import SHIPPED, prepare_folder, read_rendering
+from biomerge_lib.vllm_server import EXECUTION, VllmServer
+
+REPORT = PROJECT_DIR / "reports" / "served_speed.json"
+RANDOM_RENDERING = {
+    "offset_anchors": "start",
+    "corpus_cue": False,
+    "max_input_tokens": 512,
+    "max_new_tokens": 64,
+}
+WARM_UP = 8  # sentences answered before the clock of "answering" starts; their time counts as start-up
+
+
+def build_random_model(shape: str) -> Path:
+    """The folder of a Llama of that shape with random weights; made on first use."""
+    if not (TOKENIZER_DIR / "biomerge.json").is_file():
+        build_tokenizer(f"random/llama3-{shape}")
+    folder = PROJECT_DIR / "backbones" / f"llama3-{shape}"
+    if not (folder / "config.json").is_file():
+        code = f"from benchmarks.readiness import *; build_backbone(Path({str(folder)!r}), {shape!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True)  # its memory goes with it
+    return folder
+
+
+def build_trained_model(records: list[Record], folder: Path) -> Path:
+    """The shipped adapter merged in float32, so that each decoder rounds it as its own dtype wants."""
+    from biomerge_lib.tokenizer import load_tokenizer
+    from biomerge_lib.unsloth_lora_ner import merge_adapter
+
+    rendering = read_rendering(SHIPPED)
+    backbone = prepare_folder(rendering["backbone"])
+    prompt = build_prompts(records[:1], load_tokenizer(backbone), **without_answer_limit(rendering))[0]
+    merge_adapter(
+        backbone, SHIPPED, folder, dtype="float32", rendering=rendering, probe_ids=prompt.prompt_ids
+    )
+    return folder
+
+
+def without_answer_limit(rendering: dict[str, Any]) -> dict[str, Any]:
+    return {name: rendering[name] for name in RENDERING if name != "max_new_tokens"}
+
+
+def serve(
+    model_dir: Path,
+    records: list[Record],
+    rendering: dict[str, Any],
+    *,
+    dtype: str,
+    execution: str,
+    concurrency: int,
+    scratch: Path,
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Start a server, answer the records, stop it: one row of the table, and the predictions."""
+    tokenizer = load_plain_tokenizer(model_dir)
+    limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
+    name = f"{model_dir.parent.name if model_dir.name == 'merged' else model_dir.name}-{dtype}-{execution}"
+    server = VllmServer(
+        model_dir, dtype=dtype, execution=execution, log_path=scratch / f"{name}.log", max_model_len=limit
+    )
+    with server:
+        asking = {"base_url": server.base_url, "api_key": server.api_key, "model_id": server.model_id}
+        asking |= {"split": "dev", "concurrency": concurrency, **rendering}
+        warm_up = evaluate_split(
+            records[:WARM_UP], tokenizer, out=scratch / "warm.jsonl", progress=None, **asking
+        )
+        evaluation = evaluate_split(
+            records, tokenizer, out=scratch / f"{name}.jsonl", progress=None, **asking
+        )
+    prompts = build_prompts(records, tokenizer, **without_answer_limit(rendering))
+    start_up = server.startup_seconds + warm_up.seconds
+    return {
+        "model": server.model_id,
+        "dtype": dtype,
+        "execution": execution,
+        "weights GB": round(sum(path.stat().st_size for path in model_dir.glob("*.safetensors")) / 1e9, 2),
+        "sentences": len(records),
+        "in flight": concurrency,
+        "tokens a prompt": round(mean(len(prompt.prompt_ids) for prompt in prompts), 1),
+        "tokens an answer": round(evaluation.new_tokens / len(prompts), 1),
+        "start-up s": round(start_up, 1),
+        "answering s": round(evaluation.seconds, 1),
+        "together s": round(start_up + evaluation.seconds, 1),
+        "sentences/s": round(evaluation.sentences_per_second, 1),
+        "new tokens/s": round(evaluation.tokens_per_second),
+        "vLLM": server.version,
+    }, evaluation.predictions
+
+
+def decode(
+    model_dir: Path, records: list[Record], rendering: dict[str, Any], *, dtype: str, batch_size: int
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """The same with transformers."""
+    import torch
+
+    from biomerge_lib.tokenizer import load_tokenizer
+    from biomerge_lib.unsloth_lora_ner import load_causal_lm
+
+    tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
+    prompts = build_prompts(records, tokenizer, **without_answer_limit(rendering))
+    options = {"max_new_tokens": rendering["max_new_tokens"], "batch_size": batch_size, "progress": None}
+    greedy_decode(model, tokenizer, prompts[:2], **options)
+    started = time.monotonic()
+    answers = greedy_decode(model, tokenizer, prompts, **options)
+    seconds = time.monotonic() - started
+    predictions = collect_predictions(records, prompts, answers)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next server takes the memory
+    return {
+        "decoder": f"transformers, batches of {batch_size}",
+        "dtype": dtype,
+        "seconds": round(seconds, 1),
+        "sentences/s": round(len(records) / seconds, 1),
+        "F1": round(score_predictions(predictions)["ner_f1"], 4),
+    }, predictions
+
+
+def compare(
+    greedy: list[Prediction], served: list[Prediction], model_dir: Path, *, dtype: str
+) -> dict[str, Any]:
+    tokenizer = load_plain_tokenizer(model_dir)
+    parity = check_parity(greedy, served, tokenizer, reference_dtype=dtype, served_dtype=dtype)
+    scores = score_predictions(greedy)
+    margins = [difference.margin for difference in parity.differences if difference.margin is not None]
+    return {
+        "dtype": dtype,
+        "sentences": len(greedy),
+        "transformers F1": round(parity.reference.f1, 4),
+        "95 % interval": f"{scores['ner_f1_low']:.3f} to {scores['ner_f1_high']:.3f}",
+        "vLLM F1": round(parity.served.f1, 4),
+        "gap": round(parity.f1_gap, 4),
+        "differing answers": len(parity.differences),
+        "causes": ", ".join(f"{cause}: {count}" for cause, count in parity.causes.items()) or "none",
+        "largest margin": max(margins, default=""),
+        "gate": "passed" if parity.passed else "FAILED",
+    }
+
+
+def write_page(report: dict[str, Any]) -> None:
+    write_json(REPORT, report)
+    lines = [
+        "# vLLM: start-up, speed and parity on one machine",
+        "",
+        f"`{report['command']}`, commit {report['commit']}, {report['device']}, Python {report['python']}, "
+        f"torch {report['versions'].get('torch')}, transformers {report['versions'].get('transformers')}.",
+        f"{report['records']} records of {report['data']} (sha256 {report['data_sha256'][:12]}), spread evenly.",
+        "",
+        "*start-up*: from starting the server to its answer to eight sentences; *answering*: the records, through the "
+        "project's own client. The random model never writes EOS, so that each of its answers is cut at "
+        f"{RANDOM_RENDERING['max_new_tokens']} tokens. *execution*: eager, with CUDA graphs, or compiled with "
+        "torch.compile and graphs.",
+        "",
+    ]
+    parts = {
+        "served": "",
+        "decoded": "## The trained model in transformers",
+        "parity": "## Parity of the trained model",
+    }
+    for part, title in parts.items():
+        if report[part]:
+            rows = [list(row.values()) for row in report[part]]
+            lines += [*([title, ""] if title else []), *table(list(report[part][0]), rows), ""]
+    if report["failed"]:
+        lines += ["## Failed", "", *(f"- {what}: {why}" for what, why in report["failed"].items()), ""]
+    REPORT.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of dev.jsonl")
+    parser.add_argument("--shape", choices=[*sorted(SHAPES), "none"], default="8b")
+    parser.add_argument("--limit", type=int, default=800, help="records (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=256, help="requests in flight (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=128, help="of transformers (%(default)s)")
+    parser.add_argument(
+        "--execution", nargs="+", choices=EXECUTION, default=["graphs"], help="of the random model's servers"
+    )
+    parser.add_argument(
+        "--logs", type=Path, help="keep the servers' logs and the merged model in this folder"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="*", default=["bfloat16", "float32"], help="of the trained model (%(default)s)"
+    )
+    options = parser.parse_args()
+    quiet_libraries()
+    where = provenance()
+    records = read_split(options.data_dir, "dev", limit=options.limit)
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.served_speed", *sys.argv[1:]]),
+        **{name: where[name] for name in ("commit", "device", "python", "versions")},
+        "records": len(records),
+        "data": f"{options.data_dir.parent.name} dev",
+        "data_sha256": file_sha256(options.data_dir / "dev.jsonl"),
+        **{"served": [], "decoded": [], "parity": [], "failed": {}},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(options.logs or folder)
+        if options.shape != "none":
+            random_model = build_random_model(options.shape)
+        for execution in options.execution if options.shape != "none" else ():
+            attempt(
+                report,
+                f"{options.shape} {execution}",
+                lambda how=execution: report["served"].append(
+                    serve(
+                        random_model,
+                        records,
+                        RANDOM_RENDERING,
+                        dtype="bfloat16",
+                        execution=how,
+                        concurrency=options.concurrency,
+                        scratch=scratch,
+                    )[0]
+                ),
+            )
+        if options.dtypes:
+            trained = build_trained_model(records, scratch / SHIPPED.name / "merged")
+        for dtype in options.dtypes:
+            attempt(
+                report,
+                f"{SHIPPED.name} {dtype}",
+                lambda dtype=dtype: measure_trained(report, trained, records, dtype, options, scratch),
+            )
+    sys.exit(1 if report["failed"] else 0)
+
+
+def measure_trained(
+    report, model_dir: Path, records: list[Record], dtype: str, options, scratch: Path
+) -> None:
+    rendering = read_model_folder(model_dir)[1]
+    row, served = serve(
+        model_dir,
+        records,
+        rendering,
+        dtype=dtype,
+        execution="graphs",
+        concurrency=options.concurrency,
+        scratch=scratch,
+    )
+    report["served"].append(row)
+    row, greedy = decode(model_dir, records, rendering, dtype=dtype, batch_size=options.batch_size)
+    report["decoded"].append(row)
+    report["parity"].append(compare(greedy, served, model_dir, dtype=dtype))
+
+
+def attempt(report: dict[str, Any], what: str, measure) -> None:
+    """Run one part and write the page; what goes wrong is printed and kept."""
+    started = time.monotonic()
+    try:
+        measure()
+    except Exception as error:
+        report["failed"][what] = f"{type(error).__name__}: {error}".replace("\n", " ")
+    write_page(report)
+    print(f"{what}: {time.monotonic() - started:.0f} s", report["failed"].get(what, ""), flush=True)
+    for part in ("served", "decoded", "parity"):
+        print(part, report[part][-1:], flush=True)
+
+
+if __name__ == "__main__":
+    main()
