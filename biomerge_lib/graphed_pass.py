@@ -1,4 +1,4 @@
-"""Knows how a training pass reaches the GPU: compiled decoder layers, and one CUDA graph for forward and backward.
+"""Knows how a training pass reaches the GPU: compiled decoder layers, or one CUDA graph for forward and backward.
 
 Knows nothing of what the pass computes.
 """

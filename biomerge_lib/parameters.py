@@ -187,7 +187,7 @@ class Parameters(BaseModel):
     gradient_checkpointing: bool = Field(description="Recompute activations: less memory, more time")
     packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
     step_launch: Literal["auto", "eager", "compiled", "graphed"] = Field(
-        description="How a step reaches the GPU: by kernels, with compiled layers, or as a CUDA graph; auto chooses"
+        description="How a step reaches the GPU: kernel by kernel, with compiled layers, or as a CUDA graph"
     )
     logging_steps: int = Field(ge=1, description="Optimiser steps between logged losses")
     eval_steps: int = Field(ge=1, description="Optimiser steps between evaluations of the watch metric")

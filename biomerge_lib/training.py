@@ -236,9 +236,10 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
 
 
 def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:
-    """How steps reach the GPU: ``step_launch``, or for ``auto`` what was fastest (reports/training_speed.md).
+    """How steps reach the GPU: ``step_launch``, or for ``auto`` what suits the model.
 
-    Compiling pays after some hundred steps; graphs where launching takes longer than computing, in small models.
+    A small model computes a step faster than its thousands of kernels can be launched one by one: graphs. A large one
+    is held up by memory traffic between its matrix products: compiled layers, which pay after some hundred steps.
 
     Raises:
         ModelError: ``graphed`` without a GPU.
@@ -248,10 +249,11 @@ def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:
         raise ModelError("step_launch=graphed needs a GPU, and PyTorch sees none here. Set step_launch=auto.")
     if parameters.step_launch != "auto":
         return parameters.step_launch
-    if not on_gpu or parameters.backend == "unsloth" or parameters.num_processes > 1 or steps < 200:
+    if not on_gpu or parameters.backend == "unsloth" or parameters.num_processes > 1:
         return "eager"
-    small = weights < 2e9 and parameters.packing and not parameters.gradient_checkpointing
-    return "graphed" if small else "compiled"
+    if weights < 2e9 and parameters.packing and not parameters.gradient_checkpointing:
+        return "graphed"
+    return "compiled" if steps >= 400 else "eager"
 
 
 def build_collator(parameters: Parameters, pad_token_id: int, launch: str) -> SpanCollator | PackedCollator:
@@ -298,7 +300,7 @@ def build_trainer(
     step_size = parameters.per_device_train_batch_size * parameters.gradient_accumulation_steps
     steps = len(datasets["train"]) / (step_size * parameters.num_processes) * parameters.num_train_epochs
     launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
-    if launch != "eager":
+    if launch == "compiled":
         compile_layers(model.get_base_model())
     epoch_end, stop = EpochEndEvaluation(), StopOnRequest()
     tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)

@@ -1,0 +1,61 @@
+"""Which way steps are launched, and what a graphed pass does with gradients (without a GPU: the choice alone)."""
+
+import pytest
+import torch
+
+from biomerge_lib.errors import ModelError, ParameterError
+from biomerge_lib.training import build_collator, choose_launch
+
+SMALL, LARGE = 135_000_000, 8_000_000_000
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    "changes, weights, steps, launch",
+    [
+        ({}, SMALL, 20, "graphed"),
+        ({"gradient_checkpointing": True}, SMALL, 1000, "compiled"),
+        ({"packing": False}, SMALL, 1000, "compiled"),
+        ({}, LARGE, 1000, "compiled"),
+        ({}, LARGE, 100, "eager"),
+        ({"backend": "unsloth"}, LARGE, 1000, "eager"),
+        ({"num_processes": 2}, SMALL, 1000, "eager"),
+        ({"step_launch": "eager"}, SMALL, 1000, "eager"),
+    ],
+)
+def test_auto_chooses_by_model_and_length(on_gpu, tiny_parameters, changes, weights, steps, launch):
+    assert choose_launch(tiny_parameters(**changes), weights=weights, steps=steps) == launch
+
+
+def test_without_a_gpu_steps_are_eager_and_graphs_are_refused(tiny_parameters):
+    if torch.cuda.is_available():
+        pytest.fail("this test is for a machine without a GPU")
+    assert choose_launch(tiny_parameters(), weights=SMALL, steps=1000) == "eager"
+    with pytest.raises(ModelError, match="step_launch=graphed needs a GPU"):
+        choose_launch(tiny_parameters(step_launch="graphed"), weights=SMALL, steps=1000)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"packing": False}, "packing=true"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=false"),
+        ({"backend": "unsloth"}, "backend=peft"),
+    ],
+)
+def test_contradictions_are_refused(tiny_parameters, changes, named):
+    with pytest.raises(ParameterError, match=named):
+        tiny_parameters(step_launch="graphed", **changes)
+
+
+def test_a_graphed_row_has_one_of_few_sizes(tiny_parameters):
+    collator = build_collator(tiny_parameters(per_device_train_batch_size=4), 0, "graphed")
+    example = {"input_ids": [1] * 70, "labels": [-100] * 50 + [2] * 20, "token_labels": [0] * 70}
+    batch = collator([example] * 3)
+    assert batch["input_ids"].shape == (1, 256)
+    assert batch["targets"].shape == (512,)
+    assert batch["cu_seq_lens"].tolist() == [0, 70, 140, 210, 210, 256]
