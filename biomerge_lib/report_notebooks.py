@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from biomerge_lib.report_runs import ReportedRun
 
-RENDERED = 25  # notebooks of the best runs, then of the others: a fifth of a second each, and up to 0.5 MB
+RENDERED = 15  # notebooks of the best runs, then of the others: a fifth of a second each, and up to 0.5 MB
 
 
 def link_notebooks(runs: Sequence[ReportedRun], out: Path) -> dict[ReportedRun, list[tuple[str, str]]]:

@@ -391,10 +391,10 @@ def test_the_best_runs_notebooks_are_rendered_and_the_rest_are_linked(tmp_path, 
         "third": [("03_train", "runs/third/03_train.ipynb")],
     }
     page = tmp_path / "page_notebooks/best/03_train.html"
-    assert "run.finish" in page.read_text(encoding="utf-8")
+    assert "finish</span>" in page.read_text(encoding="utf-8")
     page.write_text("kept")
     link_notebooks(runs, tmp_path / "page.html")
     assert page.read_text() == "kept"  # newer than its notebook
     os.utime(tmp_path / "runs/best/03_train.ipynb", (2e9, 2e9))
     link_notebooks(runs, tmp_path / "page.html")
-    assert "run.finish" in page.read_text(encoding="utf-8")
+    assert "finish</span>" in page.read_text(encoding="utf-8")
