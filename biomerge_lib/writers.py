@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,17 +98,19 @@ def keep_longest(spans: Iterable[Span]) -> list[Span]:
     >>> keep_longest([(0, 4), (0, 9), (10, 12)])
     [(0, 9), (10, 12)]
     """
-    kept: list[Span] = []
+    kept: list[Span] = []  # sorted, and apart from each other
     for start, end in sorted(set(spans), key=lambda span: (span[0] - span[1], span)):
-        if all(end <= first or last <= start for first, last in kept):
-            kept.append((start, end))
-    return sorted(kept)
+        place = bisect_left(kept, (start, end))
+        before_is_apart = place == 0 or kept[place - 1][1] <= start
+        if before_is_apart and (place == len(kept) or end <= kept[place][0]):
+            kept.insert(place, (start, end))
+    return kept
 
 
 def _tag_tokens(text: str, sentence: Span, spans: Sequence[Span], spaced: bool) -> Iterator[tuple[Span, str]]:
     """The tokens of a sentence with their tags; a token is cut where a span begins or ends inside it."""
     first, last = sentence
-    inside = [span for span in spans if first <= span[0] and span[1] <= last]
+    inside = spans[bisect_left(spans, (first, first)) : bisect_left(spans, (last, last))]
     edges = sorted({position for span in inside for position in span})
     starts = {span[0] for span in inside}
     find = find_pieces if spaced else find_words
