@@ -26,7 +26,7 @@ EXAMPLES = {
     "sweep": [
         "sweep parameters/sweep/lora_ner_span.yaml",
         "sweep --run parameters/sweep/lora_ner_span.yaml runtime=a100",
-        "sweep --point $SLURM_ARRAY_TASK_ID parameters/sweep/lora_ner_span.yaml",
+        "sweep --point 3 parameters/sweep/lora_ner_span.yaml runtime=a100",
     ],
     "predict": [
         'predict "Aspirin can trigger asthma attacks ."',
@@ -45,7 +45,8 @@ EXIT_CODES = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of every command, with examples."""
     layout = argparse.RawDescriptionHelpFormatter
     shown = [EXAMPLES[command][0] for command in EXAMPLES]
     parser = argparse.ArgumentParser(
@@ -132,7 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("out", help="folder to write; its name is the adapter's")
     sync = add("wandb-sync", "send to W&B what runs could not send while they ran")
     sync.add_argument("runs", nargs="+", help="run folders")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     verbs = {
         "run": _run,
         "parameters": _parameters,

@@ -107,8 +107,13 @@ def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[
     from biomerge_lib.unsloth_lora_ner import load_causal_lm
 
     tokenizer, model = load_tokenizer(folder), load_causal_lm(folder, dtype="float32")
-    options = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, progress=None)
-    return tokenizer, lambda prompts: greedy_decode(model, tokenizer, prompts, **options)
+
+    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
+        return greedy_decode(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=None
+        )
+
+    return tokenizer, answer
 
 
 def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any, Answerer]:
@@ -121,10 +126,17 @@ def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any
     from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model
 
     tokenizer = load_plain_tokenizer(folder)
-    server = dict(base_url=complete_url(base_url), api_key=os.environ.get("VLLM_API_KEY") or "EMPTY")
-    model_id = find_served_model(**server).id
-    limits = dict(max_new_tokens=max_new_tokens, concurrency=64, request_seconds=120, max_retries=5)
-    client = GreedyClient(**server, model_id=model_id, tokenizer=tokenizer, **limits)
+    url, api_key = complete_url(base_url), os.environ.get("VLLM_API_KEY") or "EMPTY"
+    client = GreedyClient(
+        base_url=url,
+        api_key=api_key,
+        model_id=find_served_model(url, api_key).id,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        concurrency=64,
+        request_seconds=120,
+        max_retries=5,
+    )
 
     def answer(prompts: list[Prompt]) -> list[RawAnswer]:
         answers: dict[int, RawAnswer] = {}

@@ -121,7 +121,7 @@ def draw_sweep(ranked: Sequence[ReportedRun]) -> list[str]:
     varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
     numeric = [name for name, values in varying.items() if all(map(is_number, values))]
     varying = {name: v if name in numeric else [str(x) for x in v] for name, v in varying.items()}
-    scores = [run.score for run in ranked]
+    scores = [run.score for run in ranked if run.score is not None]  # ranked runs have one
     gridded = [name for name in numeric if len(set(varying[name])) <= min(25, len(ranked) / 2)]
     drawn = []
     if len(ranked) >= 4 and len(gridded) >= 2:

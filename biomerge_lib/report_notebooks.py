@@ -5,6 +5,7 @@ runs/<run_id>/03_train.ipynb --[link_notebooks]--> <report>_notebooks/<run_id>/0
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -44,10 +45,12 @@ def _render(notebook: Path, page: Path) -> bool:
         from nbconvert import HTMLExporter
     except ImportError:
         return False
+    quiet = logging.getLogger("nbconvert")
+    quiet.setLevel(logging.ERROR)  # plots have no alternative text
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scrapbook's scraps have no picture
-            html, _ = HTMLExporter().from_filename(str(notebook))
+            html, _ = HTMLExporter(log=quiet).from_filename(str(notebook))
     except Exception:  # a notebook that is cut short: whatever nbformat, jsonschema or jinja2 raise
         return False
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,13 @@
 """What `predict` reads and writes: readers read back what writers wrote, long texts stream, bad input is named."""
 
 import json
+import shlex
 import tracemalloc
 
 import pytest
 
 from biomerge_lib import predict, ready_models
-from biomerge_lib.__main__ import main
+from biomerge_lib.__main__ import EXAMPLES, build_parser, main
 from biomerge_lib.documents import ReadCounts, read_spans
 from biomerge_lib.errors import DataError, ParameterError
 from biomerge_lib.predictions import RawAnswer
@@ -241,3 +242,23 @@ def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_p
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(ready_models.ModelError, match=r"adapter_config\.json missing"):
         ready_models.merge_for_use(adapter)
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_shows_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for example in EXAMPLES[command]:
+        assert f"python -m biomerge_lib {example}" in shown
+        assert build_parser().parse_args(shlex.split(example)).command == command
+
+
+def test_an_interrupt_is_said_in_a_word(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("biomerge_lib.predict_command.predict_texts", interrupt)
+    assert main(["predict", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
