@@ -3,55 +3,89 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
-from biomerge_lib.errors import BioMergeError, DataError
+from biomerge_lib.errors import BioMergeError
 from biomerge_lib.jobs import INTERRUPTED, RunInterrupted, kept_path
 from biomerge_lib.parameters import Parameters, compose_parameters
 
-EXAMPLES = """examples:
-  python -m biomerge_lib run 03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4
-  python -m biomerge_lib run 02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner
-  python -m biomerge_lib preflight data_dir=data/bc5cdr/ner corpus_cue=true
-  python -m biomerge_lib sweep parameters/sweep/lora_ner_span.yaml
-  python -m biomerge_lib report runs
-  python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."
-  python -m biomerge_lib export-adapter runs/my-run my-adapter
-"""
+EXAMPLES = {
+    "run": [
+        "run 03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4",
+        "run 02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner",
+        "run 05_vllm_eval run_id=my-run",
+    ],
+    "parameters": ["parameters", "parameters model=lora_ner_unsloth runtime=h100"],
+    "preflight": ["preflight data_dir=data/bc5cdr/ner corpus_cue=true"],
+    "report": ["report runs", "report runs/one runs/two --out comparison.html"],
+    "publish": ["publish runs/my-run", "publish runs/lr-* --into ablation", "publish"],
+    "sweep": [
+        "sweep parameters/sweep/lora_ner_span.yaml",
+        "sweep --run parameters/sweep/lora_ner_span.yaml runtime=a100",
+        "sweep --point 3 parameters/sweep/lora_ner_span.yaml runtime=a100",
+    ],
+    "predict": [
+        'predict "Aspirin can trigger asthma attacks ."',
+        "predict --file abstract.txt",
+        "predict --file abstracts.jsonl --out mentions.jsonl",
+        "predict --file brat_folder --format brat --out predicted",
+        "predict --file corpus.PubTator.txt --out mentions.conll --model runs/my-run",
+        "predict --file abstracts.jsonl --out mentions.jsonl --base-url http://127.0.0.1:8001",
+    ],
+    "export-adapter": ["export-adapter runs/my-run my-adapter"],
+    "wandb-sync": ["wandb-sync runs/my-run"],
+}
+EXIT_CODES = (
+    f"exit codes: 0 done; 1 a fault of the program, please report it; 2 the input is at fault, the message says how; "
+    f"{INTERRUPTED} stopped on a job's request, to be started again; 130 interrupted"
+)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of every command, with examples."""
+    layout = argparse.RawDescriptionHelpFormatter
+    shown = [EXAMPLES[command][0] for command in EXAMPLES]
     parser = argparse.ArgumentParser(
-        prog="python -m biomerge_lib", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m biomerge_lib",
+        description="BioMerge: biomedical named entities with LoRA-tuned language models.",
+        epilog=_epilog(shown) + "\n\n" + fill(EXIT_CODES, 100),
+        formatter_class=layout,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute a notebook with papermill into its run folder")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=_epilog(EXAMPLES[name]),
+            formatter_class=layout,
+        )
+
+    run = add("run", "execute a notebook with papermill into its run folder")
     run.add_argument("notebook", help="01_tokenizer ... 06_report")
     run.add_argument(
         "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value, as Hydra takes them"
     )
-    show = commands.add_parser("parameters", help="list every parameter with its value and meaning")
+    show = add("parameters", "list every parameter with its value and meaning")
     show.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
-    preflight = commands.add_parser(
-        "preflight", help="say in seconds whether these data, tokenizer and parameters can train"
-    )
+    preflight = add("preflight", "say in seconds whether these data, tokenizer and parameters can train")
     preflight.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
-    report = commands.add_parser("report", help="write one report page from run folders")
+    report = add("report", "write one report page from run folders")
     report.add_argument("runs", nargs="+", help="run folders, or folders of run folders")
     report.add_argument(
         "--out", default="reports/report.html", help="the page to write (default: %(default)s)"
     )
-    publish = commands.add_parser(
-        "publish", help="copy finished runs to reports/ and rewrite the README's table"
-    )
+    publish = add("publish", "copy finished runs to reports/ and rewrite the README's table")
     publish.add_argument("runs", nargs="*", help="run folders (none: only rewrite the table)")
     publish.add_argument(
         "--into", metavar="NAME", help="publish in reports/NAME/, whose README.md has a table of its own"
     )
-    sweep = commands.add_parser("sweep", help="rank a sweep file's points, or run them without a server")
+    sweep = add("sweep", "rank a sweep file's points, or run them without a server")
     todo = sweep.add_mutually_exclusive_group()
     todo.add_argument(
         "--point", type=int, metavar="N", help="train point N, unless it is finished (SLURM arrays)"
@@ -64,25 +98,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep.add_argument(
         "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value for all points"
     )
-    predict = commands.add_parser("predict", help="print the mentions of texts or of text files")
+    predict = add("predict", "find the mentions of texts, files or folders")
     predict.add_argument("texts", nargs="*", help="texts to read")
-    predict.add_argument("--file", action="append", default=[], help="a UTF-8 text file; may be repeated")
-    predict.add_argument("--json", action="store_true", help="one JSON object a text instead of brackets")
+    predict.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a .txt, .jsonl or PubTator file, a folder of them (BRAT's .ann are ignored), or - for standard input; "
+        "may be repeated",
+    )
+    predict.add_argument(
+        "--format",
+        choices=["text", "jsonl", "conll", "brat"],
+        help="how answers are written (default: by --out's ending, else text with the mentions in brackets)",
+    )
+    predict.add_argument("--out", metavar="PATH", help="file to write, for brat a folder (default: print)")
     choice = predict.add_mutually_exclusive_group()
     choice.add_argument("--adapter", help="folder made by export-adapter (default: the shipped one)")
     choice.add_argument("--model", help="run folder or merged model folder")
-    predict.add_argument("--base-url", help="vLLM server that answers (key: VLLM_API_KEY)")
+    predict.add_argument("--base-url", metavar="URL", help="vLLM server that answers (key: VLLM_API_KEY)")
+    predict.add_argument("--cue", help="corpus whose annotation policy is wanted, if the model knows several")
     predict.add_argument(
         "--as-is", action="store_true", help="leave punctuation at its words, as in the text"
     )
-    export = commands.add_parser(
-        "export-adapter", help="write a run's best adapter to a folder to share, with a model card"
+    predict.add_argument("--batch-size", type=int, default=16, help="sentences at a time (default: 16)")
+    predict.add_argument(
+        "--print-model-folder",
+        action="store_true",
+        help="print the folder of the model that would answer, for a vLLM server to load, and stop",
     )
+    export = add("export-adapter", "write a run's best adapter to a folder to share, with a model card")
     export.add_argument("run", help="run folder")
     export.add_argument("out", help="folder to write; its name is the adapter's")
-    sync = commands.add_parser("wandb-sync", help="send to W&B what runs could not send while they ran")
+    sync = add("wandb-sync", "send to W&B what runs could not send while they ran")
     sync.add_argument("runs", nargs="+", help="run folders")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
     verbs = {
         "run": _run,
         "parameters": _parameters,
@@ -102,6 +157,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BioMergeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _epilog(examples: Sequence[str]) -> str:
+    return "examples:\n" + "\n".join(f"  python -m biomerge_lib {example}" for example in examples)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -175,21 +240,9 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from biomerge_lib.runs import quiet_libraries
+    from biomerge_lib.predict_command import predict_texts
 
-    quiet_libraries()
-    from biomerge_lib.display import bracket
-    from biomerge_lib.tagger import load_tagger, read_text_file
-
-    texts = [*options.texts, *map(read_text_file, options.file)]
-    if not any(text.strip() for text in texts):
-        raise DataError('no text: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."')
-    tagger = load_tagger(adapter=options.adapter, model=options.model, base_url=options.base_url)
-    found = tagger.find_mentions(texts, spaced=not options.as_is)
-    for text, spans in zip(texts, found, strict=True):
-        line = json.dumps({"text": text, "spans": spans}, ensure_ascii=False)
-        print(line if options.json else bracket(text, spans, colour=sys.stdout.isatty()), flush=True)
-    return 0
+    return predict_texts(options)
 
 
 def _export_adapter(options: argparse.Namespace) -> int:

@@ -24,6 +24,8 @@ from biomerge_lib.runs import load_run_parameters, read_metrics, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOTES = Path(__file__).parent / "corpus_notes.yaml"
+# Between these lines of a model card stands what benchmarks/shipped_adapter.py measured.
+BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
 DECODERS = {"greedy": "transformers", "vllm": "vLLM"}
 # Where a run was made, not what it is.
 PLACES = {
@@ -109,6 +111,38 @@ def build_card(
         provenance=stages["03_train"]["provenance"],
         commands=_commands(name, parameters),
     )
+
+
+def write_scores(adapter: Path | str, report: Mapping[str, Any]) -> Path:
+    """Put what ``benchmarks/shipped_adapter.py`` measured beside the weights, and its table into the model card.
+
+    Raises:
+        DataError: the folder has no model card with a place for the table.
+    """
+    card = Path(adapter) / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if not text.count(BEGIN) == text.count(END) == 1:
+        raise DataError(f"{card}: no place for the scores ({BEGIN} ... {END}); export the adapter anew.")
+    before, rest = text.split(BEGIN)
+    write_json(Path(adapter) / "scores.json", dict(report))
+    card.write_text(f"{before}{BEGIN}\n{_score_table(report)}{END}{rest.split(END)[1]}", encoding="utf-8")
+    return card
+
+
+def _score_table(report: Mapping[str, Any]) -> str:
+    lines = [
+        "| dev of | what it is | sentences | precision | recall | F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        corpus = row["corpus"] + (f" ({', '.join(row['types'])})" if row["types"] else "")
+        interval = f"**{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
+        share = f"{row['sentences']:,} of {row['of']:,}"
+        scores = f"{row['precision']:.3f} | {row['recall']:.3f} | {interval}"
+        lines.append(f"| {corpus} | {row['what']} | {share} | {scores} |")
+    seconds = sum(row["seconds"] for row in report["rows"])
+    made = f"`{report['command']}`, commit `{report['commit']}`, {report['device']}, {seconds:,.0f} s."
+    return "\n".join([*lines, "", made, ""])
 
 
 def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from biomerge_lib import __version__
 from biomerge_lib import report_figures as figures
@@ -23,6 +22,7 @@ from biomerge_lib.parameters import compose_parameters
 from biomerge_lib.predictions import Prediction, read_predictions
 from biomerge_lib.prompt import find_words
 from biomerge_lib.records import SPLITS
+from biomerge_lib.report_notebooks import link_notebooks
 from biomerge_lib.report_runs import (
     COST_COLUMNS,
     F1_COLUMNS,
@@ -71,7 +71,7 @@ def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
         curves=curves,
         scores=draw_scores(ranked),
         sweep=draw_sweep(ranked),
-        links={run: _links(run, out) for run in runs},
+        links=link_notebooks(runs, out),
         environments=_group(ranked, lambda run: run.provenance),
         data=_group(ranked, lambda run: {"data_dir": run.parameters.get("data_dir"), **run.data}),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -114,22 +114,35 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> str:
 
 
 def draw_sweep(ranked: Sequence[ReportedRun]) -> list[str]:
-    """A heat map where two numeric hyperparameters vary, parallel coordinates where more do; nothing below 4 runs."""
+    """A heat map of the two numeric hyperparameters that matter most, and parallel coordinates where more vary.
+
+    Nothing below 4 runs, and no heat map of more than 25 rows or columns, or where hardly two runs share a value.
+    """
     varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
     numeric = [name for name, values in varying.items() if all(map(is_number, values))]
     varying = {name: v if name in numeric else [str(x) for x in v] for name, v in varying.items()}
+    scores = [run.score for run in ranked if run.score is not None]  # ranked runs have one
+    gridded = [name for name in numeric if len(set(varying[name])) <= min(25, len(ranked) / 2)]
     drawn = []
-    if len(ranked) >= 4 and len(numeric) == 2:
+    if len(ranked) >= 4 and len(gridded) >= 2:
+        chosen = sorted(gridded, key=lambda name: -_explained(varying[name], scores))[:2]
+        x_name, y_name = sorted(chosen, key=numeric.index)
         cells = defaultdict(list)
-        x_values, y_values = (varying[name] for name in numeric)
-        for x, y, run in zip(x_values, y_values, ranked, strict=True):
-            cells[x, y].append(run.score)
-        if max(len(set(x_values)), len(set(y_values))) <= 25:
-            drawn.append(figures.heat_map(*numeric, cells, score="greedy dev F1"))
+        for x, y, score in zip(varying[x_name], varying[y_name], scores, strict=True):
+            cells[x, y].append(score)
+        drawn.append(figures.heat_map(x_name, y_name, cells, score="greedy dev F1"))
     if len(ranked) >= 4 and (len(varying) > 2 or (len(numeric) == 2 and not drawn)):
-        scores = [run.score for run in ranked]
         drawn.append(figures.parallel_coordinates(varying, scores, score="greedy dev F1"))
     return drawn
+
+
+def _explained(values: Sequence[float], scores: Sequence[float]) -> float:
+    """How far the mean scores of a parameter's values lie apart."""
+    by_value = defaultdict(list)
+    for value, score in zip(values, scores, strict=True):
+        by_value[value].append(score)
+    means = [sum(found) / len(found) for found in by_value.values()]
+    return max(means) - min(means)
 
 
 def show_value(value: Any) -> str:
@@ -219,13 +232,6 @@ def _override(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-def _links(run: ReportedRun, out: Path) -> list[tuple[str, str]]:
-    """``(name, relative address)`` of the run's executed notebooks, rendered as HTML where that exists."""
-    base = quote(Path(os.path.relpath(run.folder.resolve(), out.parent.resolve())).as_posix())
-    files = sorted(file for file in run.folder.glob("0*") if file.suffix in (".ipynb", ".html"))
-    return [(file.name.removesuffix(".ipynb"), f"{base}/{quote(file.name)}") for file in files]
 
 
 def _group(runs: Sequence[ReportedRun], key: Callable[[ReportedRun], dict]) -> list[tuple[list[int], dict]]:

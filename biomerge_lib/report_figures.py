@@ -81,11 +81,11 @@ def dot_plot(
     rows: Sequence[tuple[str, Mapping[str, float], Point | None]], marks: Sequence[str], *, title: str
 ) -> str:
     """One row a run: a shape for each named value, and the interval of the first as a bar."""
-    width, row, left, right, top = 640, 30, 150, 16, 56
+    width, row, left, right, top = 460, 30, 146, 16, 56
     height = top + row * len(rows) + 30
     values = [value for _, named, _ in rows for value in named.values()]
     values += [edge for *_, interval in rows if interval for edge in interval]
-    ticks = nice_ticks(min(values), max(values), 6)
+    ticks = nice_ticks(min(values), max(values), 5)
     to_x = _scale(min(ticks[0], min(values)), max(ticks[-1], max(values)), left, width - right)
     body, x = [_text(0, 12, title, "head")], 0
     for number, name in enumerate(marks):
@@ -107,7 +107,7 @@ def dot_plot(
                 tooltip = f"{label}, {name}: {named[name]:.4f}"
                 body.append(_mark(style, to_x(named[name]), y + 5 * style, tooltip))
     text = f"{title}: {len(rows)} rows; the numbers are in the table of ranked runs."
-    return _svg(width, height, text, body, 500, 760)
+    return _svg(width, height, text, body, 340, 700)
 
 
 def heat_map(
@@ -117,11 +117,10 @@ def heat_map(
     xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells}, reverse=True)
     means = {key: sum(values) / len(values) for key, values in cells.items()}
     low, high = min(means.values()), max(means.values())
-    left, top, wide, tall = 84, 30, 76, 42
-    title = f"{score} by {y_name} (rows) and {x_name} (columns)"
-    width, height = max(left + wide * len(xs) + 8, 7.4 * len(title)), top + tall * len(ys) + 40
+    left, top, wide, tall = 84, 52, 76, 42
+    width, height = left + wide * len(xs) + 8, top + tall * len(ys) + 40
     best = max(means, key=lambda key: means[key])
-    body = [_text(0, 12, title, "head")]
+    body = [_text(0, 12, f"{score}, mean of each cell", "head"), _text(0, 38, y_name, "soft")]
     for column, x in enumerate(xs):
         body.append(_text(left + wide * (column + 0.5), height - 22, f"{x:g}", "soft", "middle"))
     for line, y in enumerate(ys):
@@ -153,7 +152,7 @@ def parallel_coordinates(
         axes: for each parameter its values (numbers, or names), one a run, in the order of ``scores``.
         scores: of the runs, best first.
     """
-    step, top, bottom, left = 124, 44, 330, 70
+    step, top, bottom, left = max(124, min(200, 840 // len(axes))), 44, 330, 70
     positions, body = {}, []
     for number, (name, values) in enumerate({**axes, score: scores}.items()):
         x = left + step * number

@@ -308,7 +308,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    for noisy in ("torchao", "torch.utils._pytree", "httpx", "httpx2", "unsloth"):
+    for noisy in ("torchao", "torch.utils._pytree", "httpx", "httpx2", "unsloth", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("hydra", "datasets", "accelerate"):

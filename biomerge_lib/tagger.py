@@ -1,83 +1,141 @@
 """Knows how raw texts get their mentions: sentences, words apart as in the corpora, a model's answers, offsets back.
 
-    text --[find_sentences, space_words]--> records --[prompts, greedy decoding | vLLM]--> spans of the text
+    texts --[find_sentences, find_pieces]--> records --[prompts, greedy decoding | vLLM]--> spans of each text
 
-Knows nothing of gold spans or scores.
+Knows nothing of files, gold spans or scores.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.errors import DataError
-from biomerge_lib.ner_span import cue_record
+from biomerge_lib.errors import DataError, ModelError
 from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
 from biomerge_lib.prompt import find_words
+from biomerge_lib.ready_models import (
+    SHIPPED,
+    ask_server,
+    choose_cues,
+    decode_here,
+    merge_for_use,
+    read_rendering,
+)
 from biomerge_lib.records import Record
 from biomerge_lib.sentences import find_sentences
 from biomerge_lib.spans import Span, is_inside
+from biomerge_lib.texts import is_english
 
-SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
-SENTENCES_AT_ONCE = 256
-_PIECE = re.compile(r"[^\W_]+|[^\w\s]|_")
-_LATIN_OR_GREEK = re.compile(r"[A-Za-zÀ-ɏͰ-Ͽ]")
+# No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL).
+_PIECE = re.compile(r"[^\W_]{1,60}|[^\w\s]|_")
+WARNINGS = 3  # texts that are named as not English
 log = logging.getLogger("biomerge")
+
+
+@dataclass(slots=True)
+class _Open:
+    """A text whose sentences are being answered."""
+
+    text: str
+    found: set[Span] = field(default_factory=set)
+    waiting: int = 0
+    is_read: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tagger:
-    """A model that can be asked: its tokenizer, how its prompts are rendered, and who answers them."""
+    """A model that can be asked: its tokenizer, how its prompts are rendered, and who answers ``at_once`` of them."""
 
     tokenizer: Any
     rendering: dict[str, Any]
     cues: dict[str, Any] | None
     answer: Callable[[list[Prompt]], list[RawAnswer]]
+    at_once: int = 64
 
-    def find_mentions(self, texts: Sequence[str], *, spaced: bool = True) -> Iterator[list[Span]]:
-        """The mentions of each text, in order, as sorted offsets in that text; long texts go in batches.
+    def find_mentions(
+        self, texts: Iterable[str], *, spaced: bool = True, note: Callable[[int], object] | None = None
+    ) -> Iterator[list[Span]]:
+        """The mentions of each text, in order, as sorted offsets in that text.
 
-        ``spaced`` sets punctuation apart for the model, as the corpora it was trained on have it; spans are mapped
-        back either way. Answers that point outside a sentence are left out.
+        Sentences of many texts share a batch; a text's spans come as soon as its last sentence is answered, and
+        memory holds no more texts than that. ``spaced`` sets punctuation apart for the model, as the corpora it was
+        trained on have it; spans are mapped back either way. Answers that point outside a sentence are left out.
+        ``note`` is called with the number of characters that each batch has answered.
 
         Raises:
-            DataError: a word alone is over the model's limit.
             ServerError: a vLLM server cannot be reached or refuses.
         """
+        queue: deque[_Open] = deque()
+        batch: list[tuple[_Open, Span]] = []
+        foreign = 0
         for text in texts:
-            _warn_about(text)
-            sentences = iter(find_sentences(text))
-            found: list[Span] = []
-            while batch := list(islice(sentences, SENTENCES_AT_ONCE)):
-                for (start, _), spans in zip(batch, self._ask(text, batch, spaced), strict=True):
-                    found += [(first + start, last + start) for first, last in spans]
-            yield sorted(set(found))
+            if not is_english(text):
+                foreign += 1
+                if foreign <= WARNINGS:
+                    log.warning("this does not look like English, do not trust its spans: %r", text[:60])
+            queue.append(_Open(text))
+            for sentence in find_sentences(text):
+                queue[-1].waiting += 1
+                batch.append((queue[-1], sentence))
+                if len(batch) == self.at_once:
+                    self._answer(batch, spaced, note)
+                    batch = []
+                    yield from _finished(queue)
+            queue[-1].is_read = True
+            yield from _finished(queue)
+        self._answer(batch, spaced, note)
+        yield from _finished(queue)
+        if foreign > WARNINGS:
+            log.warning("%d texts in all do not look like English", foreign)
 
-    def _ask(self, text: str, sentences: Sequence[Span], spaced: bool) -> Iterator[list[Span]]:
-        words = [find_pieces(text[start:end], spaced=spaced) for start, end in sentences]
-        records = []
-        for (start, end), pieces in zip(sentences, words, strict=True):
-            sentence = text[start:end]
-            shown = " ".join(sentence[a:b] for a, b in pieces) if spaced else sentence
-            records.append(Record(shown, (), "text", "text"))
+    def _answer(
+        self, batch: Sequence[tuple[_Open, Span]], spaced: bool, note: Callable[[int], object] | None
+    ) -> None:
+        sentences = [item.text[start:end] for item, (start, end) in batch]
+        for (item, (start, _)), spans in zip(batch, self._ask(sentences, spaced), strict=True):
+            item.found |= {(first + start, last + start) for first, last in spans}
+            item.waiting -= 1
+        if note and batch:
+            note(sum(map(len, sentences)))
+
+    def _ask(self, sentences: Sequence[str], spaced: bool) -> Iterator[list[Span]]:
+        pieces = [find_pieces(sentence, spaced=spaced) for sentence in sentences]
+        shown = [
+            " ".join(sentence[a:b] for a, b in words) if spaced else sentence
+            for sentence, words in zip(sentences, pieces, strict=True)
+        ]
+        records = [Record(text, (), "text", "text") for text in shown]
         if self.cues:
+            from biomerge_lib.ner_span import cue_record
+
             records = [cue_record(record, **self.cues) for record in records]
-        options = {
-            name: self.rendering[name] for name in ("offset_anchors", "corpus_cue", "max_input_tokens")
-        }
-        prompts = build_prompts(records, self.tokenizer, **options)
-        for prediction, pieces in zip(
-            collect_predictions(records, prompts, self.answer(prompts)), words, strict=True
-        ):
+        prompts = [prompt for index, record in enumerate(records) for prompt in self._prompts(index, record)]
+        predictions = collect_predictions(records, prompts, self.answer(prompts) if prompts else [])
+        for prediction, words in zip(predictions, pieces, strict=True):
             inside = [span for span in prediction.pred if is_inside(span, len(prediction.text))]
-            yield [map_back(span, pieces) for span in inside] if spaced else inside
+            found = [map_back(span, words) for span in inside] if spaced else inside
+            yield [(start, end) for start, end in found if start < end]
+
+    def _prompts(self, index: int, record: Record) -> list[Prompt]:
+        names = ("offset_anchors", "corpus_cue", "max_input_tokens")
+        options = {name: self.rendering[name] for name in names}
+        try:
+            prompts = build_prompts([record], self.tokenizer, **options)
+        except DataError:  # only where punctuation stays at its words
+            limit = options["max_input_tokens"]
+            log.warning("a word over %d tokens is left out with its sentence: %r", limit, record.text[:60])
+            return []
+        return [replace(prompt, record_index=index) for prompt in prompts]
+
+
+def _finished(queue: deque[_Open]) -> Iterator[list[Span]]:
+    while queue and queue[0].is_read and not queue[0].waiting:
+        yield sorted(queue.popleft().found)
 
 
 def find_pieces(sentence: str, *, spaced: bool) -> list[Span]:
@@ -114,121 +172,36 @@ def load_tagger(
     adapter: Path | str | None = None,
     model: Path | str | None = None,
     base_url: str | None = None,
+    cue: str | None = None,
     batch_size: int = 16,
-    dtype: str = "float32",
 ) -> Tagger:
     """The shipped adapter, another ``adapter`` folder, or a ``model`` (run folder or merged model).
 
-    With ``base_url`` a running vLLM server answers, and the folder only says how to ask it. An adapter's backbone is
-    prepared on first use and kept.
+    With ``base_url`` a running vLLM server answers, and the folder only says how to ask it. ``cue`` names the corpus
+    whose annotation policy is wanted, for a model that knows several.
 
     Raises:
-        ModelError: no model or adapter in the folder.
+        DataError, ModelError: no model or adapter in the folder.
+        ParameterError: the model knows no such cue.
         ServerError: the server cannot be reached.
     """
-    from biomerge_lib.eval_vllm import read_cues, read_model_folder
-
     if model is not None:
+        from biomerge_lib.eval_vllm import read_model_folder
+
         folder, rendering = read_model_folder(Path(model))
-        described = folder
+        if "max_new_tokens" not in rendering:
+            raise ModelError(
+                f"{folder}/biomerge.json does not say how to ask the model; name its run's folder."
+            )
+        cues = choose_cues(rendering, cue, folder)
     else:
         described = Path(adapter or SHIPPED)
         rendering = read_rendering(described)
-        folder = prepare_folder(rendering["backbone"])
-    cues = read_cues(described) if rendering["corpus_cue"] else None
+        cues = choose_cues(rendering, cue, described)
+        folder = merge_for_use(described)
+    new_tokens = rendering["max_new_tokens"]
     if base_url:
-        tokenizer, answer = _serve(folder, base_url, rendering["max_new_tokens"])
-    else:
-        tokenizer, answer = _decode(folder, described, rendering["max_new_tokens"], batch_size, dtype)
+        tokenizer, answer = ask_server(folder, base_url, max_new_tokens=new_tokens)
+        return Tagger(tokenizer, rendering, cues, answer, at_once=512)
+    tokenizer, answer = decode_here(folder, max_new_tokens=new_tokens, batch_size=batch_size)
     return Tagger(tokenizer, rendering, cues, answer)
-
-
-def read_rendering(adapter: Path) -> dict[str, Any]:
-    """What ``biomerge.json`` of an exported adapter says.
-
-    Raises:
-        DataError: it is missing.
-    """
-    path = adapter / "biomerge.json"
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file. `python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def prepare_folder(backbone: str) -> Path:
-    """The prepared backbone in the project's folder; made on first use."""
-    from biomerge_lib.backbones import SMOLLM2, backbone_name, build_tokenizer, prepare_backbone
-    from biomerge_lib.parameters import compose_parameters
-    from biomerge_lib.runs import PROJECT_DIR
-
-    defaults = compose_parameters([])
-    name = backbone_name(backbone)
-    tokenizer_dir = PROJECT_DIR / (defaults.tokenizer_dir if backbone == SMOLLM2 else f"tokenizers/{name}")
-    backbones_dir = PROJECT_DIR / defaults.backbones_dir
-    if not (backbones_dir / name / "config.json").is_file():
-        log.info("preparing the backbone %s in %s (once)", backbone, backbones_dir / name)
-    build_tokenizer(backbone, tokenizer_dir)
-    return prepare_backbone(backbone, tokenizer_dir, backbones_dir)
-
-
-def read_text_file(path: Path | str) -> str:
-    """A UTF-8 text file, to the character.
-
-    Raises:
-        DataError: no such file, binary, or another encoding.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
-    raw = path.read_bytes()
-    if b"\0" in raw:
-        raise DataError(f"{path}: a binary file; text (UTF-8) is needed.")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}).") from None
-
-
-def _decode(folder: Path, described: Path, max_new_tokens: int, batch_size: int, dtype: str):
-    from biomerge_lib.decoding import greedy_decode
-    from biomerge_lib.tokenizer import load_tokenizer
-    from biomerge_lib.unsloth_lora_ner import load_adapter, load_causal_lm
-
-    tokenizer = load_tokenizer(folder)
-    if folder == described:
-        model = load_causal_lm(folder, dtype=dtype)
-    else:  # merged in memory, where decoding is faster
-        model = load_adapter(folder, described, dtype=dtype).merge_and_unload()
-
-    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
-        progress = "decoding" if len(prompts) > batch_size else None
-        options = dict(max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
-        return greedy_decode(model, tokenizer, prompts, **options)
-
-    return tokenizer, answer
-
-
-def _serve(folder: Path, base_url: str, max_new_tokens: int):
-    from biomerge_lib.plain_tokenizer import load_plain_tokenizer
-    from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model
-
-    tokenizer = load_plain_tokenizer(folder)
-    server = dict(base_url=complete_url(base_url), api_key=os.environ.get("VLLM_API_KEY") or "EMPTY")
-    model_id = find_served_model(**server).id
-    limits = dict(max_new_tokens=max_new_tokens, concurrency=64, request_seconds=120, max_retries=5)
-    client = GreedyClient(**server, model_id=model_id, tokenizer=tokenizer, **limits)
-
-    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
-        answers: dict[int, RawAnswer] = {}
-        client.answer_all(dict(enumerate(prompts)), answers.__setitem__)
-        return [answers[number] for number in range(len(prompts))]
-
-    return tokenizer, answer
-
-
-def _warn_about(text: str) -> None:
-    letters = sum(map(str.isalpha, text))
-    if letters and len(_LATIN_OR_GREEK.findall(text)) < letters / 2:
-        log.warning("a text is mostly in another script than English (%r): do not trust its spans", text[:40])

@@ -1,6 +1,7 @@
 """The report ranks finished runs only, says what is broken, escapes what it shows, and loads nothing."""
 
 import json
+import os
 import re
 import time
 from html.parser import HTMLParser
@@ -13,12 +14,14 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from biomerge_lib import report_notebooks
 from biomerge_lib.__main__ import main
 from biomerge_lib.display import highlight, highlight_errors
 from biomerge_lib.errors import DataError
 from biomerge_lib.predictions import Prediction, write_predictions
 from biomerge_lib.report import read_answers, write_page, write_report
 from biomerge_lib.report_figures import heat_map, nice_ticks
+from biomerge_lib.report_notebooks import link_notebooks
 from biomerge_lib.report_runs import collect_runs, runs_table
 from biomerge_lib.spans import parse_spans
 
@@ -145,7 +148,7 @@ def test_the_page_loads_nothing_and_its_links_lead_to_files(tmp_path):
     page = page_of([tmp_path / "runs" / "a run"], out)
     assert not re.search(r"https?://|<script|<link|<img|@import|url\(|src=", page)
     links = [unquote(link) for link in re.findall(r'href="([^"#]+)"', page)]
-    assert links == ["../runs/a run/03_train.ipynb"]
+    assert links == ["report_notebooks/a_run/03_train.html"]
     assert (out.parent / links[0]).is_file()
 
 
@@ -302,7 +305,7 @@ def test_a_sweep_is_a_heat_map_of_two_numbers_and_parallel_coordinates_of_more(t
     assert (best in two, "Parallel coordinates of" in two) == (True, False)
     axes = "learning_rate, lora_dropout, lora_rank"
     coordinates = f"Parallel coordinates of 4 runs over {axes}; best greedy dev F1 0.530."
-    assert ("Heat map" in three, coordinates in three) == (False, True)
+    assert (best in three, coordinates in three) == (True, True)  # lora_dropout has no value twice
     fourth = tmp_path / "two" / "run3"
     assert "Heat map" not in page_of(
         [path for path in (tmp_path / "two").iterdir() if path != fourth], fourth / "x"
@@ -373,3 +376,25 @@ def test_the_readme_picture_marks_the_offsets_that_the_model_answers():
     assert bold == [(0, "Aspirin"), (20, "asthma"), (27, "attacks")]
     ticks = [int(text.text) for text in root.iter(f"{name}text") if text.get("class") == "offset"]
     assert ticks == [edge for span in parse_spans(lines[1]) for edge in span] == [0, 7, 20, 34]
+
+
+def test_the_best_runs_notebooks_are_rendered_and_the_rest_are_linked(tmp_path, monkeypatch):
+    for name, f1 in (("best", 0.7), ("second", 0.6), ("third", 0.5)):
+        make_run(tmp_path / "runs", name, f1)
+    (tmp_path / "runs/second/03_train.ipynb").write_text('{"cells": [')
+    monkeypatch.setattr(report_notebooks, "RENDERED", 2)
+    runs = collect_runs(tmp_path / "runs")
+    links = {run.name: found for run, found in link_notebooks(runs, tmp_path / "page.html").items()}
+    assert links == {
+        "best": [("03_train", "page_notebooks/best/03_train.html")],
+        "second": [("03_train", "runs/second/03_train.ipynb")],
+        "third": [("03_train", "runs/third/03_train.ipynb")],
+    }
+    page = tmp_path / "page_notebooks/best/03_train.html"
+    assert "finish</span>" in page.read_text(encoding="utf-8")
+    page.write_text("kept")
+    link_notebooks(runs, tmp_path / "page.html")
+    assert page.read_text() == "kept"  # newer than its notebook
+    os.utime(tmp_path / "runs/best/03_train.ipynb", (2e9, 2e9))
+    link_notebooks(runs, tmp_path / "page.html")
+    assert "finish</span>" in page.read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ from shared_corpora import skip_but_fail_in_ci
 from test_answer_grammar import assert_legal
 from tiny_vllm import save_tokenizer_files
 
-from biomerge_lib import eval_vllm
+from biomerge_lib import eval_vllm, predict
+from biomerge_lib.__main__ import main
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import ServerError
 from biomerge_lib.eval_vllm import evaluate_split
@@ -19,6 +20,8 @@ from biomerge_lib.ner_span import SpanCollator, encode_example
 from biomerge_lib.parity import NEAR_TIE, check_parity
 from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import build_prompts, collect_predictions
+from biomerge_lib.records import parse_record
+from biomerge_lib.runs import write_json
 from biomerge_lib.spans import TAG, format_spans
 from biomerge_lib.tokenizer import save_tokenizer
 from biomerge_lib.vllm_server import VllmServer
@@ -191,3 +194,22 @@ def test_a_bfloat16_server_is_named_whatever_it_claims(ask, greedy, plain, serve
         assert set(parity.causes) == {"dtype"}
         assert all(0 <= difference.margin <= NEAR_TIE for difference in parity.differences)
     assert not compare(greedy, served, plain, "float32").passed
+
+
+def test_predict_asks_a_server_as_it_asks_the_model(
+    server, served_folder, records, monkeypatch, tmp_path, capsys
+):
+    write_json(served_folder / "biomerge.json", {**RENDERING, "max_new_tokens": NEW_TOKENS})
+    monkeypatch.setenv("VLLM_API_KEY", server.api_key)
+    documents = ["\n".join(record.text for record in records[start : start + 8]) for start in (0, 8, 16)]
+    served = predict(documents, model=served_folder, base_url=server.base_url.removesuffix("/v1"))
+    assert served == predict(documents, model=served_folder)
+    assert all(len(spans) > 3 for spans in served)
+    (tmp_path / "a.txt").write_text(documents[0], encoding="utf-8")
+    arguments = ["predict", "--model", str(served_folder), "--file", str(tmp_path / "a.txt")]
+    out = ["--format", "jsonl", "--base-url", server.base_url]
+    assert main([*arguments, *out]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert parse_record(line, "out").spans == tuple(served[0])
+    assert main([*arguments, "--base-url", "http://127.0.0.1:9"]) == 2
+    assert "http://127.0.0.1:9/v1: no connection to the server" in capsys.readouterr().err

@@ -4,9 +4,8 @@ import pytest
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.display import bracket
-from biomerge_lib.errors import DataError
 from biomerge_lib.predictions import RawAnswer
-from biomerge_lib.tagger import Tagger, find_pieces, map_back, read_text_file
+from biomerge_lib.tagger import Tagger, find_pieces, map_back
 
 
 @pytest.mark.parametrize("sentence", ["asthma attacks.", "N-acetyl (5-HT), β-blocker_2!", "x"])
@@ -37,12 +36,6 @@ def test_offsets_are_those_of_the_whole_document(tokenizer):
     assert bracket(text, [(0, 7), (16, 23)]) == "[Aspirin] works.\n\n[Heparin], too."
 
 
-def test_what_is_no_text_is_refused(tmp_path, capsys):
-    (tmp_path / "a.bin").write_bytes(b"\x00\x01")
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match="binary"):
-        read_text_file(tmp_path / "a.bin")
-    with pytest.raises(DataError, match="not UTF-8"):
-        read_text_file(tmp_path / "latin")
+def test_no_text_is_refused(capsys):
     assert main(["predict", "  "]) == 2
     assert "no text" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""Knows what ``python -m biomerge_lib predict`` does with its options; the library's way in is ``predict``.
+
+texts, files, folders --[texts]--> a tagger's answers --[writers]--> terminal, JSONL, CoNLL, BRAT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, tee
+from pathlib import Path
+from typing import TextIO
+
+from biomerge_lib.display import bracket
+from biomerge_lib.errors import DataError, ParameterError
+from biomerge_lib.runs import quiet_libraries
+from biomerge_lib.texts import STDIN, Text, iter_texts
+from biomerge_lib.writers import Tagged, write_brat, write_iob, write_jsonl
+
+FORMAT_OF_ENDING = {".jsonl": "jsonl", ".conll": "conll", ".iob": "conll", ".tsv": "conll"}
+LONG = 2_000  # characters that take long enough for a progress bar
+
+
+def predict_texts(options: Namespace) -> int:
+    """Run the command; all files are read once before the model is loaded, so that a broken one is named at once."""
+    quiet_libraries()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading weights, for half a second
+    if options.print_model_folder:
+        print(_find_folder(options))
+        return 0
+    kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
+    if kind == "brat" and not options.out:
+        raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
+    if options.batch_size < 1:
+        raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
+    given = [Text(f"text-{number}", text) for number, text in enumerate(options.texts, 1) if text.strip()]
+    files = list(options.file)
+    if STDIN in files:  # can be read once
+        given += [text for path in files if path == STDIN for text in iter_texts([path])]
+        files = [path for path in files if path != STDIN]
+    characters = sum(len(text.text) for text in chain(given, iter_texts(files) if files else ()))
+    if not characters:
+        raise DataError('no text: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."')
+    texts = chain(given, iter_texts(files) if files else ())
+    tagged = _tag(texts, characters, options)
+    if kind == "brat":
+        write_brat(tagged, options.out)
+    else:
+        with _open_out(options.out) as out:
+            _write(tagged, kind, out, spaced=not options.as_is)
+    return 0
+
+
+def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator[Tagged]:
+    # transformers imports scikit-learn (a second) where it finds it, for a way of decoding that is not used here.
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
+    from tqdm import tqdm
+
+    from biomerge_lib.tagger import load_tagger
+
+    names = ("adapter", "model", "base_url", "cue", "batch_size")
+    tagger = load_tagger(**{name: getattr(options, name) for name in names})
+    texts, again = tee(texts)
+    interval = 0.5 if sys.stderr.isatty() else 30
+    bar = tqdm(
+        total=characters, desc="reading", unit=" characters", mininterval=interval, disable=characters < LONG
+    )
+    with bar:
+        found = tagger.find_mentions(
+            (text.text for text in again), spaced=not options.as_is, note=lambda count: bar.update(count)
+        )
+        for text, spans in zip(texts, found, strict=True):
+            yield Tagged(text.doc_id, text.text, spans)
+
+
+def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) -> None:
+    if kind == "jsonl":
+        write_jsonl(tagged, out)
+    elif kind == "conll":
+        write_iob(tagged, out, spaced=spaced)
+    else:
+        for text in tagged:
+            print(bracket(text.text, text.spans, colour=out.isatty()), file=out, flush=True)
+
+
+@contextmanager
+def _open_out(path: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears under its name when it is whole (``.partial`` until then)."""
+    if path is None:
+        yield sys.stdout
+        return
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8", newline="\n") as out:
+        yield out
+    os.replace(partial, path)
+
+
+def _find_folder(options: Namespace) -> Path:
+    from biomerge_lib.ready_models import SHIPPED, merge_for_use
+
+    if options.model:
+        from biomerge_lib.eval_vllm import read_model_folder
+
+        return read_model_folder(Path(options.model))[0]
+    return merge_for_use(Path(options.adapter or SHIPPED))

@@ -1,0 +1,178 @@
+"""Knows which model answers: an adapter merged once into the user's cache folder, a run's model, or a vLLM server.
+
+    adapter folder --[merge_for_use]--> <cache>/models/<name>-<hash>/, a plain causal LM that vLLM serves, too
+
+The cache folder is ``$BIOMERGE_CACHE``, or ``biomerge`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. A merged SmolLM2-135M
+takes 540 MB there; deleting the folder is safe. Loading it takes neither PEFT nor the adapter (3 s on a CPU).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.errors import DataError, ModelError, ParameterError, nearest
+from biomerge_lib.predictions import Prompt, RawAnswer
+
+SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "biomerge.json")
+Answerer = Callable[[list[Prompt]], list[RawAnswer]]
+log = logging.getLogger("biomerge")
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of BioMerge; not made here."""
+    if chosen := os.environ.get("BIOMERGE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "biomerge"
+
+
+def read_rendering(adapter: Path) -> dict[str, Any]:
+    """What ``biomerge.json`` of an exported adapter says.
+
+    Raises:
+        DataError: it is missing.
+    """
+    path = adapter / "biomerge.json"
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file. `python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def choose_cues(rendering: dict[str, Any], cue: str | None, folder: Path) -> dict[str, Any] | None:
+    """How ``cue_record`` marks texts for a model that was trained with corpus cues; None for one that was not.
+
+    ``cue`` names the corpus whose annotation policy is wanted; without it the model's default one.
+
+    Raises:
+        ParameterError: the model knows no cues, or not this one.
+    """
+    if not rendering["corpus_cue"]:
+        if cue:
+            raise ParameterError(f"cue={cue}: this model was trained without corpus cues; leave it out.")
+        return None
+    from biomerge_lib.eval_vllm import read_cues
+
+    cues = read_cues(folder)
+    known = sorted({*cues["trained"], cues["default_cue"]})
+    if cue and cue not in known:
+        raise ParameterError(f"cue={cue} is none of {', '.join(known)}.{nearest(cue, known)}")
+    return cues | ({"default_cue": cue} if cue else {})
+
+
+def merge_for_use(adapter: Path) -> Path:
+    """The adapter and its backbone as one merged model, made on first use (some 10 s and 540 MB for SmolLM2-135M).
+
+    The folder's name holds a hash of the adapter, so that a changed one is merged anew.
+
+    Raises:
+        ModelError: the adapter or its backbone is missing, or the cache folder cannot be written.
+    """
+    missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
+    if missing:
+        raise ModelError(f"{adapter}: no exported adapter ({', '.join(missing)} missing).")
+    digest = hashlib.sha256(b"".join((adapter / name).read_bytes() for name in ADAPTER_FILES)).hexdigest()[
+        :12
+    ]
+    folder = cache_dir() / "models" / f"{adapter.resolve().name}-{digest}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it
+            if not (folder / "config.json").is_file():
+                log.info("first use of %s: merging it into %s (once)", adapter.name, folder)
+                _merge(adapter, folder)
+    except OSError as error:
+        raise ModelError(
+            f"{folder}: cannot be written ({error.strerror}). Set BIOMERGE_CACHE to a folder with 1 GB free."
+        ) from error
+    return folder
+
+
+def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:
+    """A merged model's tokenizer, and transformers' greedy decoding with it, in float32."""
+    from biomerge_lib.decoding import greedy_decode
+    from biomerge_lib.tokenizer import load_tokenizer
+    from biomerge_lib.unsloth_lora_ner import load_causal_lm
+
+    tokenizer, model = load_tokenizer(folder), load_causal_lm(folder, dtype="float32")
+
+    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
+        return greedy_decode(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=None
+        )
+
+    return tokenizer, answer
+
+
+def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any, Answerer]:
+    """A merged model's tokenizer, and a vLLM server that serves this model (key: ``$VLLM_API_KEY``).
+
+    Raises:
+        ServerError: no server there, or one that serves several models or refuses.
+    """
+    from biomerge_lib.plain_tokenizer import load_plain_tokenizer
+    from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model
+
+    tokenizer = load_plain_tokenizer(folder)
+    url, api_key = complete_url(base_url), os.environ.get("VLLM_API_KEY") or "EMPTY"
+    client = GreedyClient(
+        base_url=url,
+        api_key=api_key,
+        model_id=find_served_model(url, api_key).id,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        concurrency=64,
+        request_seconds=120,
+        max_retries=5,
+    )
+
+    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
+        answers: dict[int, RawAnswer] = {}
+        client.answer_all(dict(enumerate(prompts)), answers.__setitem__)
+        return [answers[number] for number in range(len(prompts))]
+
+    return tokenizer, answer
+
+
+def _merge(adapter: Path, folder: Path) -> None:
+    from biomerge_lib.prompt import encode_prompt
+    from biomerge_lib.tokenizer import load_tokenizer
+    from biomerge_lib.unsloth_lora_ner import merge_adapter
+
+    rendering = read_rendering(adapter)
+    backbone = _prepare(rendering.pop("backbone"))
+    probe = "Aspirin can trigger asthma attacks ."
+    anchors = rendering["offset_anchors"]
+    probe_ids, _, _ = encode_prompt(probe, load_tokenizer(backbone), offset_anchors=anchors)
+    try:
+        merge_adapter(backbone, adapter, folder, dtype="float32", rendering=rendering, probe_ids=probe_ids)
+    finally:
+        shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+
+
+def _prepare(backbone: str) -> Path:
+    """The prepared backbone: the project's where there is one, else one in the cache folder."""
+    from biomerge_lib.backbones import backbone_name, build_tokenizer, prepare_backbone
+    from biomerge_lib.parameters import compose_parameters
+    from biomerge_lib.runs import PROJECT_DIR
+
+    name = backbone_name(backbone)
+    prepared = PROJECT_DIR / compose_parameters([]).backbones_dir / name
+    source = prepared / "biomerge.json"
+    if source.is_file() and json.loads(source.read_text(encoding="utf-8"))["backbone"] == backbone:
+        return prepared
+    tokenizer_dir = cache_dir() / "tokenizers" / name
+    build_tokenizer(backbone, tokenizer_dir)
+    return prepare_backbone(backbone, tokenizer_dir, cache_dir() / "backbones")

@@ -1,0 +1,58 @@
+"""Knows how executed notebooks become pages beside a report: rendered by nbconvert, code and outputs as they ran.
+
+runs/<run_id>/03_train.ipynb --[link_notebooks]--> <report>_notebooks/<run_id>/03_train.html
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from biomerge_lib.report_runs import ReportedRun
+
+RENDERED = 15  # notebooks of the best runs, then of the others: a fifth of a second each, and up to 0.5 MB
+
+
+def link_notebooks(runs: Sequence[ReportedRun], out: Path) -> dict[ReportedRun, list[tuple[str, str]]]:
+    """``(name, relative address)`` of each run's executed notebooks.
+
+    The first ``RENDERED`` lead to pages that open in any browser (made anew only where the notebook is newer), the
+    rest to the .ipynb files themselves, as all do where nbconvert is not installed or cannot read one.
+    """
+    folder = out.with_name(f"{out.stem}_notebooks")
+    links: dict[ReportedRun, list[tuple[str, str]]] = {}
+    left = RENDERED
+    for run in runs:
+        links[run] = []
+        for notebook in sorted(run.folder.glob("0*.ipynb")):
+            page = folder / re.sub(r"[^\w.-]+", "_", run.name) / f"{notebook.stem}.html"
+            shown = page if left > 0 and _render(notebook, page) else notebook
+            left -= 1
+            address = Path(os.path.relpath(shown.resolve(), out.parent.resolve())).as_posix()
+            links[run].append((notebook.stem, quote(address)))
+    return links
+
+
+def _render(notebook: Path, page: Path) -> bool:
+    if page.is_file() and page.stat().st_mtime >= notebook.stat().st_mtime:
+        return True
+    try:
+        from nbconvert import HTMLExporter
+    except ImportError:
+        return False
+    quiet = logging.getLogger("nbconvert")
+    quiet.setLevel(logging.ERROR)  # plots have no alternative text
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scrapbook's scraps have no picture
+            html, _ = HTMLExporter(log=quiet).from_filename(str(notebook))
+    except Exception:  # a notebook that is cut short: whatever nbformat, jsonschema or jinja2 raise
+        return False
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(html, encoding="utf-8")
+    return True

@@ -1,0 +1,151 @@
+"""Knows the files that raw texts come from, and whether a text is English; knows nothing of models or spans.
+
+    .txt, a BRAT folder (.ann ignored), JSONL, PubTator --[iter_texts]--> (doc_id, text), one at a time
+
+Offsets count in the text as given here: a file's own characters, the title and abstract of PubTator joined by a line
+break, ``text`` of a JSONL line or what follows ``<NER> `` in the ``input`` of a record.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from biomerge_lib.documents import ReadCounts
+from biomerge_lib.errors import DataError
+from biomerge_lib.readers_standoff import read_pubtator, read_text
+from biomerge_lib.records import NER_PREFIX
+
+STDIN = "-"
+ENDINGS = (".txt", ".jsonl", ".pubtator")
+_PUBTATOR = re.compile(r"\s*[^|\t\n]+\|t\|")
+_WORD = re.compile(r"[^\W\d_]+")
+_LATIN_OR_GREEK = re.compile(r"[A-Za-zÀ-ɏͰ-Ͽ]")
+# English function words that neighbouring languages do not spell the same (not a, in, is, was, an, to, for, we).
+_ENGLISH = re.compile(
+    r"(?<!\w)(?:the|of|and|with|were|by|from|that|this|these|those|which|are|been|has|have|had|not|its?|than|between|"
+    r"after|during|but|may|can|both|their|when|other|using|as|at|be|on|or)(?!\w)",
+    re.IGNORECASE,
+)
+log = logging.getLogger("biomerge")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text and the name of its document."""
+
+    doc_id: str
+    text: str
+
+
+def iter_texts(paths: Iterable[Path | str]) -> Iterator[Text]:
+    """The texts of files and folders in order; memory holds one file, or one line of JSONL.
+
+    ``-`` is one text from standard input. A folder gives its .txt, .jsonl and .pubtator files by name. A .txt that
+    begins with ``ID|t|`` is PubTator. Texts of nothing but white space are left out, and named in a warning.
+
+    Raises:
+        DataError: a path or every text is missing, a file is binary or not UTF-8, a line is broken (``file:line``).
+    """
+    found = 0
+    for path in paths:
+        for text in _read_path(path):
+            found += 1
+            if text.text.strip():
+                yield text
+            else:
+                log.warning("%s: document %s is empty and is left out", path, text.doc_id)
+    if not found:
+        raise DataError("no text was given.")
+
+
+def find_files(path: Path | str) -> list[Path]:
+    """The file itself, or the files of a folder that hold texts.
+
+    Raises:
+        DataError: no such path, a folder without texts, or a file of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+        if not files:
+            raise DataError(f"{path}: no {', '.join(ENDINGS)} file in this folder.")
+        return files
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder.")
+    return [path]
+
+
+def is_english(text: str, *, least_words: int = 30) -> bool:
+    """Whether a text may be English: its letters are Latin, and in a longer one English function words occur.
+
+    >>> is_english("Aspirin kann bei manchen Menschen einen Asthmaanfall auslösen. " * 5)
+    False
+    """
+    start = text[:20_000]
+    letters = sum(map(str.isalpha, start))
+    if letters and len(_LATIN_OR_GREEK.findall(start)) < letters / 2:
+        return False
+    words = len(_WORD.findall(start))
+    return words < least_words or len(_ENGLISH.findall(start)) >= 0.04 * words
+
+
+def _read_path(path: Path | str) -> Iterator[Text]:
+    if str(path) == STDIN:
+        yield Text("stdin", _decode(sys.stdin.buffer.read(), "standard input"))
+        return
+    for file in find_files(path):
+        if _is_binary(file):
+            raise DataError(f"{file}: a binary file; text (UTF-8) is needed.")
+        if file.suffix.lower() == ".jsonl":
+            yield from _read_jsonl(file)
+        elif file.suffix.lower() == ".pubtator" or _begins_pubtator(file):
+            for document in read_pubtator(file, ReadCounts()):
+                yield Text(document.doc_id, document.text)
+        else:
+            yield Text(file.stem, read_text(file))
+
+
+def _read_jsonl(path: Path) -> Iterator[Text]:
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            line = _decode(raw, where)
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+                text = fields.get("text")
+                if text is None:
+                    text = fields["input"].removeprefix(NER_PREFIX)
+                doc_id = fields.get("doc_id", fields.get("id", f"{path.stem}-{number}"))
+            except (ValueError, KeyError, AttributeError):
+                raise DataError(
+                    f'{where}: expected an object with a text, {{"text": "...", "doc_id": "..."}} or the project\'s '
+                    f"record, found {line[:60]!r}."
+                ) from None
+            if not isinstance(text, str):
+                raise DataError(f"{where}: text must be a string.")
+            yield Text(str(doc_id), text)
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}).") from None
+
+
+def _is_binary(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b"\0" in stream.read(1 << 16)
+
+
+def _begins_pubtator(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return bool(_PUBTATOR.match(stream.read(1 << 12).decode("utf-8-sig", errors="replace")))

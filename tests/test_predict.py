@@ -1,0 +1,264 @@
+"""What `predict` reads and writes: readers read back what writers wrote, long texts stream, bad input is named."""
+
+import json
+import shlex
+import tracemalloc
+
+import pytest
+
+from biomerge_lib import predict, ready_models
+from biomerge_lib.__main__ import EXAMPLES, build_parser, main
+from biomerge_lib.documents import ReadCounts, read_spans
+from biomerge_lib.errors import DataError, ParameterError
+from biomerge_lib.predictions import RawAnswer
+from biomerge_lib.readers import read_iob
+from biomerge_lib.readers_standoff import read_brat
+from biomerge_lib.records import iter_records
+from biomerge_lib.tagger import Tagger
+from biomerge_lib.texts import Text, is_english, iter_texts
+from biomerge_lib.writers import Tagged, write_brat, write_iob, write_jsonl
+
+RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512, "max_new_tokens": 64}
+TEXT = "Aspirin-induced asthma (AIA).\r\n\r\nβ-blockers\tmay harm\u2028too; 5-HT𝛼 rose."
+SPANS = [(0, 7), (16, 22), (24, 27), (33, 43), (58, 63)]
+TAGGED = [Tagged("d 1", TEXT, SPANS), Tagged("d 2", "Nothing here.", [])]
+
+
+@pytest.fixture
+def tagger(tokenizer):
+    """One that answers each prompt with its first word, and how many prompts it was asked at a time."""
+    asked = []
+
+    def answer(prompts):
+        asked.append(len(prompts))
+        words = [prompt.chunk.record.text.split()[0] for prompt in prompts]
+        return [RawAnswer([], f" 0-{len(word)}", "eos") for word in words]
+
+    return Tagger(tokenizer, RENDERING, None, answer, at_once=4), asked
+
+
+def test_spans_of_the_example_are_its_mentions():
+    found = [TEXT[start:end] for start, end in SPANS]
+    assert found == ["Aspirin", "asthma", "AIA", "β-blockers", "5-HT𝛼"]
+
+
+def test_jsonl_reads_back(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with path.open("w", encoding="utf-8") as out:
+        write_jsonl(TAGGED, out)
+    records = list(iter_records(path))
+    assert [(r.doc_id, r.text, list(r.spans)) for r in records] == [
+        (t.doc_id, t.text, t.spans) for t in TAGGED
+    ]
+    first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
+    assert first["mentions"][3] == [33, 43, "β-blockers"]
+    assert list(iter_texts([path])) == [Text(t.doc_id, t.text) for t in TAGGED]
+
+
+def test_brat_reads_back(tmp_path):
+    write_brat([*TAGGED, Tagged("d 1", "Line\nbreak", [(0, 10)])], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "d_1-2.ann",
+        "d_1-2.txt",
+        "d_1.ann",
+        "d_1.txt",
+        "d_2.ann",
+        "d_2.txt",
+    ]
+    counts = ReadCounts()
+    documents = {d.doc_id: d for d in read_brat(sorted(tmp_path.iterdir()), counts)}
+    spans = {
+        name: read_spans(d, types=None, discontinuous="skip", counts=counts) for name, d in documents.items()
+    }
+    assert documents["d_1"].text == TEXT
+    assert spans == {"d_1": SPANS, "d_2": [], "d_1-2": [(0, 10)]}
+    assert (tmp_path / "d_1-2.ann").read_text() == "T1\tEntity 0 4;5 10\tLine break\n"
+    with pytest.raises(DataError, match=r"d_1\.txt is there already"):
+        write_brat(TAGGED, tmp_path)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_conll_reads_back(tmp_path, spaced):
+    path = tmp_path / "out.conll"
+    with path.open("w", encoding="utf-8") as out:
+        write_iob(TAGGED, out, spaced=spaced)
+    records = list(read_iob(path, dataset="predicted"))
+    assert [r.doc_id for r in records] == ["d 1", "d 1", "d 2"]
+    words = [r.text[start:end].replace(" ", "") for r in records for start, end in r.spans]
+    assert words == ["Aspirin", "asthma", "AIA", "β-blockers", "5-HT𝛼"]
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if "\t" in line]
+    assert all(TEXT[int(a) : int(b)] == token for token, a, b, _ in rows[:-3])
+    assert rows[0] == ["Aspirin", "0", "7", "B-Entity"]
+
+
+def test_what_conll_cannot_say_is_counted(tmp_path, caplog):
+    with (tmp_path / "out.conll").open("w") as out:
+        write_iob([Tagged("d", "lung cancer cell", [(0, 11), (5, 11)])], out)
+    (record,) = read_iob(tmp_path / "out.conll", dataset="x")
+    assert record.spans == ((0, 11),)
+    assert "d: 1 overlapping mentions" in caplog.text
+
+
+def test_every_format_of_texts_is_found(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("Aspirin.")
+    (tmp_path / "a.ann").write_text("T1\tDrug 0 7\tAspirin\n")
+    (tmp_path / "b.txt").write_text("7|t|Title.\n7|a|Abstract.\n7\t0\t5\tTitle\tDisease\tD1\n")
+    (tmp_path / "c.jsonl").write_text(
+        '{"text": "One.", "id": 3}\n\n{"input": "<NER> Two .", "target": "<TAG>"}\n'
+    )
+    (tmp_path / "d.txt").write_text(" \n")
+    assert list(iter_texts([tmp_path])) == [
+        Text("a", "Aspirin."),
+        Text("7", "Title.\nAbstract."),
+        Text("3", "One."),
+        Text("c-3", "Two ."),
+    ]
+    assert "document d is empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"x\x00y", "a binary file"),
+        ("a.txt", b"fine\ncaf\xe9", r"a\.txt:2: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: expected an object with a text"),
+        ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: expected an object with a text"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: not UTF-8"),
+        ("a.pubtator", b"7|t|x\n8\t0\t1\tx\tD\tD1", r"a\.pubtator:2: expected a line of document '7'"),
+        ("a.docx", b"PK", r"no \.txt, \.jsonl, \.pubtator file in this folder"),
+    ],
+)
+def test_bad_files_are_named_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, name, content, reason):
+    monkeypatch.setattr(ready_models, "merge_for_use", lambda _: pytest.fail("a model was loaded"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        list(iter_texts([tmp_path]))
+    assert main(["predict", "--file", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_sentences_of_many_texts_share_a_batch(tagger):
+    tagger, asked = tagger
+    texts = ["Aspirin.", "", "One. Two."] * 3
+    expected = [[(0, 7)], [], [(0, 3), (5, 8)]] * 3
+    assert list(tagger.find_mentions(texts)) == expected
+    assert asked == [4, 4, 1]
+
+
+def test_a_long_text_streams_in_bounded_memory(tagger):
+    tagger, asked = tagger
+    line = "Aspirin can trigger asthma in sensitive patients of every age.\n"
+    texts = (line * 4 for _ in range(500))
+    notes = []
+    tracemalloc.start()
+    found = tagger.find_mentions(texts, note=notes.append)
+    first = next(found)
+    assert first == [(len(line) * n, len(line) * n + 7) for n in range(4)] and asked == [4]
+    peak_of_first = tracemalloc.get_traced_memory()[1]
+    assert sum(1 for _ in found) == 499
+    assert tracemalloc.get_traced_memory()[1] < peak_of_first + 300_000
+    tracemalloc.stop()
+    assert sum(notes) == 2000 * (len(line) - 1) and len(asked) == 500
+
+
+def test_a_word_without_end_is_no_end(tagger, caplog):
+    tagger, _ = tagger
+    sequence = "ACGT" * 3000
+    assert next(tagger.find_mentions([f"{sequence} binds."]))[:2] == [(0, 60), (360, 420)]
+    assert list(tagger.find_mentions([f"{sequence} binds.", "It heals."], spaced=False)) == [[], [(0, 2)]]
+    assert "a word over 512 tokens is left out" in caplog.text
+
+
+def test_what_is_no_english_is_warned_about(tagger, caplog):
+    tagger, _ = tagger
+    german = (
+        "Die Patienten wurden mit Aspirin behandelt und zeigten eine deutliche Besserung der Symptome. " * 3
+    )
+    english = "The patients were treated with aspirin and showed a clear improvement of their symptoms. " * 3
+    assert (is_english(german), is_english(english), is_english("阿司匹林"), is_english("IL-2")) == (
+        False,
+        True,
+        False,
+        True,
+    )
+    list(tagger.find_mentions([english, german, *["阿司匹林。"] * 4]))
+    assert caplog.text.count("does not look like English") == 3 and "5 texts in all" in caplog.text
+
+
+def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("biomerge_lib.tagger.load_tagger", lambda **_: tagger[0])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("Aspirin works.")
+    arguments = ["predict", "Heparin.", "--file", str(tmp_path / "in")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "[Heparin].\n[Aspirin] works.\n"
+    assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [record.target for record in iter_records(tmp_path / "out.jsonl")] == ["<TAG> 0-7", "<TAG> 0-7"]
+    assert main([*arguments, "--out", str(tmp_path / "out.conll")]) == 0
+    assert [r.doc_id for r in read_iob(tmp_path / "out.conll", dataset="x")] == ["text-1", "a"]
+    assert main([*arguments, "--format", "brat", "--out", str(tmp_path / "in")]) == 2
+    assert "is not overwritten" in capsys.readouterr().err
+    assert main([*arguments, "--format", "brat", "--out", str(tmp_path / "brat")]) == 0
+    assert (tmp_path / "brat/a.ann").read_text() == "T1\tEntity 0 7\tAspirin\n"
+    assert main([*arguments, "--format", "brat"]) == 2
+    assert predict(["Aspirin works."]) == [[(0, 7)]]
+    with pytest.raises(TypeError, match="a list of texts"):
+        predict("Aspirin works.")
+
+
+def test_a_cue_must_be_one_that_the_model_knows(tmp_path):
+    stored = {"corpus_cue": True, "cues": ["bc5cdr", "anatem"], "default_cue": "any"}
+    (tmp_path / "biomerge.json").write_text(json.dumps(stored))
+    assert ready_models.choose_cues(stored, None, tmp_path)["default_cue"] == "any"
+    assert ready_models.choose_cues(stored, "anatem", tmp_path)["default_cue"] == "anatem"
+    with pytest.raises(
+        ParameterError, match=r"cue=anatme is none of anatem, any, bc5cdr\. Did you mean 'anatem'"
+    ):
+        ready_models.choose_cues(stored, "anatme", tmp_path)
+    with pytest.raises(ParameterError, match="without corpus cues"):
+        ready_models.choose_cues({"corpus_cue": False}, "anatem", tmp_path)
+
+
+def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    from biomerge_lib.unsloth_lora_ner import load_causal_lm
+
+    monkeypatch.setenv("BIOMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ready_models, "_prepare", lambda backbone: tiny_prepared)
+    model = get_peft_model(
+        load_causal_lm(tiny_prepared, dtype="float32"), LoraConfig(target_modules="all-linear")
+    )
+    adapter = tmp_path / "mine"
+    model.save_pretrained(adapter)
+    (adapter / "biomerge.json").write_text(json.dumps({"backbone": "tiny", **RENDERING}))
+    folder = ready_models.merge_for_use(adapter)
+    assert folder.parent == tmp_path / "cache/models" and (folder / "model.safetensors").is_file()
+    made = (folder / "config.json").stat().st_mtime_ns
+    assert ready_models.merge_for_use(adapter) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == made
+    (adapter / "biomerge.json").write_text(json.dumps({"backbone": "tiny", **RENDERING, "max_new_tokens": 9}))
+    assert ready_models.merge_for_use(adapter) != folder
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ready_models.ModelError, match=r"adapter_config\.json missing"):
+        ready_models.merge_for_use(adapter)
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_help_shows_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for example in EXAMPLES[command]:
+        assert f"python -m biomerge_lib {example}" in shown
+        assert build_parser().parse_args(shlex.split(example)).command == command
+
+
+def test_an_interrupt_is_said_in_a_word(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("biomerge_lib.predict_command.predict_texts", interrupt)
+    assert main(["predict", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
