@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from biomerge_lib import jobs, tracking
@@ -79,6 +80,41 @@ class TrackingCallback(TrainerCallback):
             self._run, self.run_folder, exit_code=jobs.INTERRUPTED if self.stop.stopped_at else 0
         )
         self._run = None
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the time left and the last loss, and a line an evaluation, in place of a line a logged step."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                mininterval=2.0,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._bar is None or not logs:
+            return
+        if "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        scores = [f"{name} {logs[name]:.3f}" for name in ("eval_ner_f1", "greedy_dev_ner_f1") if name in logs]
+        if scores:
+            print(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 class FiniteLoss:

@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from biomerge_lib.checkpoints import find_resumable_checkpoint
 from biomerge_lib.decoding import greedy_decode
@@ -33,7 +41,7 @@ from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.prompt import IGNORE
 from biomerge_lib.records import Record
 from biomerge_lib.runs import write_json
-from biomerge_lib.trainer_callbacks import FiniteLoss, StopOnRequest, TrackingCallback
+from biomerge_lib.trainer_callbacks import FiniteLoss, ProgressBar, StopOnRequest, TrackingCallback
 from biomerge_lib.training_order import StepSampler
 from biomerge_lib.unsloth_lora_ner import load_lora_model
 
@@ -320,8 +328,11 @@ def build_trainer(
             epoch_end,
             stop,
             tracking,
+            ProgressBar(),
         ],
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     epoch_end.trainer = trainer
     trainer.stop = stop
     tracking.count_tokens = lambda: int(trainer.tokens_seen)

@@ -31,9 +31,8 @@ def test_auto_chooses_by_model_and_length(on_gpu, tiny_parameters, changes, weig
     assert choose_launch(tiny_parameters(**changes), weights=weights, steps=steps) == launch
 
 
-def test_without_a_gpu_steps_are_eager_and_graphs_are_refused(tiny_parameters):
-    if torch.cuda.is_available():
-        pytest.fail("this test is for a machine without a GPU")
+def test_without_a_gpu_steps_are_eager_and_graphs_are_refused(monkeypatch, tiny_parameters):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_launch(tiny_parameters(), weights=SMALL, steps=1000) == "eager"
     with pytest.raises(ModelError, match="step_launch=graphed needs a GPU"):
         choose_launch(tiny_parameters(step_launch="graphed"), weights=SMALL, steps=1000)
