@@ -204,7 +204,9 @@ def write_page(report: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of dev.jsonl")
-    parser.add_argument("--shape", choices=[*sorted(SHAPES), "none"], default="8b")
+    parser.add_argument(
+        "--shape", choices=[*sorted(SHAPES), "none"], default="8b", help="of the random model"
+    )
     parser.add_argument("--limit", type=int, default=800, help="records (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=256, help="requests in flight (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=128, help="of transformers (%(default)s)")
@@ -213,7 +215,10 @@ def main() -> None:
     )
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     parser.add_argument(
-        "--dtypes", nargs="*", default=["bfloat16", "float32"], help="of the trained model (%(default)s)"
+        "--dtypes",
+        nargs="*",
+        default=["bfloat16", "float32"],
+        help="of the trained model (both; none leaves it out)",
     )
     options = parser.parse_args()
     quiet_libraries()
