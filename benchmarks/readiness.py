@@ -27,7 +27,7 @@ SHAPES = {
         "num_key_value_heads": 8,
     },
     "tiny": {
-        "hidden_size": 64,
+        "hidden_size": 128,  # vLLM on a CPU wants heads of 32
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

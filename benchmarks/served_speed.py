@@ -83,13 +83,14 @@ def serve(
     execution: str,
     concurrency: int,
     scratch: Path,
+    logs: Path,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Start a server, answer the records, stop it: one row of the table, and the predictions."""
     tokenizer = load_plain_tokenizer(model_dir)
     limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
     name = f"{model_dir.parent.name if model_dir.name == 'merged' else model_dir.name}-{dtype}-{execution}"
     server = VllmServer(
-        model_dir, dtype=dtype, execution=execution, log_path=scratch / f"{name}.log", max_model_len=limit
+        model_dir, dtype=dtype, execution=execution, log_path=logs / f"{name}.log", max_model_len=limit
     )
     with server:
         asking = {"base_url": server.base_url, "api_key": server.api_key, "model_id": server.model_id}
@@ -203,18 +204,21 @@ def write_page(report: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of dev.jsonl")
-    parser.add_argument("--shape", choices=[*sorted(SHAPES), "none"], default="8b")
+    parser.add_argument(
+        "--shape", choices=[*sorted(SHAPES), "none"], default="8b", help="of the random model"
+    )
     parser.add_argument("--limit", type=int, default=800, help="records (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=256, help="requests in flight (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=128, help="of transformers (%(default)s)")
     parser.add_argument(
         "--execution", nargs="+", choices=EXECUTION, default=["graphs"], help="of the random model's servers"
     )
+    parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     parser.add_argument(
-        "--logs", type=Path, help="keep the servers' logs and the merged model in this folder"
-    )
-    parser.add_argument(
-        "--dtypes", nargs="*", default=["bfloat16", "float32"], help="of the trained model (%(default)s)"
+        "--dtypes",
+        nargs="*",
+        default=["bfloat16", "float32"],
+        help="of the trained model (both; none leaves it out)",
     )
     options = parser.parse_args()
     quiet_libraries()
@@ -229,7 +233,7 @@ def main() -> None:
         **{"served": [], "decoded": [], "parity": [], "failed": {}},
     }
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(options.logs or folder)
+        scratch = Path(folder)
         if options.shape != "none":
             random_model = build_random_model(options.shape)
         for execution in options.execution if options.shape != "none" else ():
@@ -245,6 +249,7 @@ def main() -> None:
                         execution=how,
                         concurrency=options.concurrency,
                         scratch=scratch,
+                        logs=options.logs or scratch,
                     )[0]
                 ),
             )
@@ -271,6 +276,7 @@ def measure_trained(
         execution="graphs",
         concurrency=options.concurrency,
         scratch=scratch,
+        logs=options.logs or scratch,
     )
     report["served"].append(row)
     row, greedy = decode(model_dir, records, rendering, dtype=dtype, batch_size=options.batch_size)

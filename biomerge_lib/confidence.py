@@ -11,7 +11,8 @@ from itertools import groupby
 import numpy as np
 
 from biomerge_lib.errors import DataError
-from biomerge_lib.predictions import Prediction
+from biomerge_lib.ner_metrics import score_spans
+from biomerge_lib.predictions import Prediction, keep_probable
 
 
 def rank_spans(predictions: Sequence[Prediction]) -> list[tuple[float, bool]]:
@@ -64,6 +65,18 @@ def choose_threshold(predictions: Sequence[Prediction]) -> float | None:
         return None
     best = max(reversed(rows), key=lambda row: row["ner_f1"])
     return None if best is rows[-1] else best["threshold"]
+
+
+def score_threshold(predictions: Sequence[Prediction], threshold: float | None) -> dict[str, float]:
+    """Spans kept, precision, recall and F1 without the spans below a threshold; None keeps all.
+
+    Raises:
+        DataError: spans without probabilities.
+    """
+    kept = [keep_probable(prediction, threshold) for prediction in predictions]
+    score = score_spans((prediction.gold, prediction.pred) for prediction in kept)
+    spans = sum(len(prediction.pred) for prediction in kept)
+    return {"spans": spans, "precision": score.precision, "recall": score.recall, "ner_f1": score.f1}
 
 
 def calibrate(predictions: Sequence[Prediction], *, bins: int = 10) -> list[dict[str, float]]:

@@ -38,6 +38,11 @@ from biomerge_lib.records import SPLITS, Record, file_sha256
 from biomerge_lib.runs import load_run_parameters, write_json
 from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model, served_names
 
+EXAMPLES = """examples:
+  VLLM_API_KEY=... python -m vllm.entrypoints.openai.api_server --model runs/my-run/merged \\
+      --served-model-name my-run --host 127.0.0.1 --port 8001
+  VLLM_API_KEY=... python -m biomerge_lib.eval_vllm --split dev --port 8001 --data_dir data/bc5cdr_iob/ner
+  python -m biomerge_lib.eval_vllm --base-url http://node7:8001 --model runs/my-run --constrained-decoding offsets"""
 RENDERING = ("offset_anchors", "corpus_cue", "max_input_tokens", "max_new_tokens")
 
 
@@ -244,10 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m biomerge_lib.eval_vllm",
-        description="Span F1 of a split through a running vLLM server.",
+        description="Span F1 of a split through a running vLLM server. After a crash or an interrupt the same command "
+        "goes on from the answers so far.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--split", default="dev", choices=SPLITS)
+    add("--split", default="dev", choices=SPLITS, help="what to score (%(default)s)")
     add(
         "--data_dir",
         "--data-dir",
@@ -273,11 +281,16 @@ def _build_parser() -> argparse.ArgumentParser:
     add(
         "--offset-anchors",
         choices=ANCHOR_STYLES,
-        help="this and the next three: default as the run was trained",
+        help="how prompts show offsets (this and the next three: as the run was trained)",
     )
-    add("--corpus-cue", action=argparse.BooleanOptionalAction, default=None)
-    add("--max-input-tokens", type=_positive)
-    add("--max-new-tokens", type=_positive)
+    add(
+        "--corpus-cue",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether prompts name the record's corpus",
+    )
+    add("--max-input-tokens", type=_positive, help="longer prompts are chunked")
+    add("--max-new-tokens", type=_positive, help="longer answers are cut")
     add(
         "--constrained-decoding",
         choices=CONSTRAINTS,

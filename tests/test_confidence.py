@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 from test_ner_metrics import prediction
 
-from biomerge_lib.confidence import calibrate, calibration_error, choose_threshold, score_thresholds
+from biomerge_lib.confidence import (
+    calibrate,
+    calibration_error,
+    choose_threshold,
+    score_threshold,
+    score_thresholds,
+)
 from biomerge_lib.errors import DataError
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.predictions import keep_probable, read_predictions, write_predictions
@@ -35,6 +41,13 @@ def test_the_threshold_chosen_on_dev_does_on_test_what_the_curve_says(tmp_path):
     assert [one.probabilities for one in kept] == [[0.9], [0.8], []]
     assert score_predictions(kept)["ner_f1"] == pytest.approx(4 / 5)
     assert keep_probable(PREDICTIONS[0], None) is PREDICTIONS[0]
+    assert score_threshold(PREDICTIONS, threshold) == {
+        "spans": 2,
+        "precision": 1.0,
+        "recall": pytest.approx(2 / 3),
+        "ner_f1": pytest.approx(4 / 5),
+    }
+    assert score_threshold(PREDICTIONS, None)["spans"] == 4
 
 
 def test_no_threshold_where_dropping_gains_nothing():

