@@ -15,6 +15,7 @@ import_backend(backend)
 import torch  # noqa: E402
 
 from biomerge_lib.ner_span import SpanCollator, encode_example  # noqa: E402
+from biomerge_lib.packing import PackedCollator  # noqa: E402
 from biomerge_lib.readers import read_corpus  # noqa: E402
 from biomerge_lib.tokenizer import load_tokenizer  # noqa: E402
 
@@ -39,6 +40,22 @@ examples = [encode_example(r, tokenizer, offset_anchors="start", corpus_cue=Fals
 batch = {name: t.to(model.device) for name, t in SpanCollator(tokenizer.pad_token_id)(examples).items()}
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+
+
+def gradients(rows) -> tuple[float, dict[str, torch.Tensor]]:
+    optimizer.zero_grad()
+    loss = model(**{name: values.to(model.device) for name, values in rows.items()})["loss"]
+    loss.backward()
+    return loss.item(), {name: parameter.grad.clone() for name, parameter in trained.items()}
+
+
+packed_gap = {}
+for anchors in ("none", "start"):
+    rows = [encode_example(r, tokenizer, offset_anchors=anchors, corpus_cue=False) for r in records]
+    padded_loss, padded = gradients(SpanCollator(tokenizer.pad_token_id)(rows))
+    packed_loss, packed = gradients(PackedCollator(tokenizer.pad_token_id)(rows))
+    gaps = [float((packed[name] - gradient).abs().max()) for name, gradient in padded.items()]
+    packed_gap[anchors] = max(abs(packed_loss - padded_loss), *gaps)
 losses, heads = [], []
 for _ in range(4):
     output = model(**batch)
@@ -61,4 +78,8 @@ states = [state(checkpointed)]
 with decoding_mode(checkpointed):
     states.append(state(checkpointed))
 states.append(state(checkpointed))
-print(json.dumps({"losses": losses, "heads": heads, "shapes": shapes, "states": states}))
+print(
+    json.dumps(
+        {"losses": losses, "heads": heads, "shapes": shapes, "states": states, "packed_gap": packed_gap}
+    )
+)

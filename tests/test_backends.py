@@ -33,6 +33,8 @@ def test_both_backends_train_alike_and_read_each_others_checkpoints(tiny_prepare
     assert peft["heads"] == pytest.approx(unsloth["heads"], abs=1e-4)
     assert peft["losses"][-1] < peft["losses"][0]
     for backend in (peft, unsloth):
+        # Loss and every gradient of a packed batch against the padded one.
+        assert backend["packed_gap"] == pytest.approx({"none": 0.0, "start": 0.0}, abs=1e-5)
         # (training, gradient checkpointing) before, in and after decoding.
         assert backend["states"][0] == backend["states"][2] == [True, True], backend["states"]
         assert not backend["states"][1][0]
