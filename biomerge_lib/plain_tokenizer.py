@@ -41,7 +41,7 @@ class PlainTokenizer:
         encoded = self._tokenizer.encode_batch(
             [text] if is_one else list(text), add_special_tokens=add_special_tokens
         )
-        columns = {"input_ids": [encoding.ids for encoding in encoded]}
+        columns: dict[str, list] = {"input_ids": [encoding.ids for encoding in encoded]}
         if return_offsets_mapping:
             columns["offset_mapping"] = [encoding.offsets for encoding in encoded]
         return {name: column[0] for name, column in columns.items()} if is_one else columns
