@@ -70,7 +70,8 @@ def load_plain_tokenizer(folder: Path | str) -> PlainTokenizer:
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: no tokenizer here ({', '.join(missing)} missing). Is it a merged model's folder?"
+            f"{folder}: no tokenizer here ({', '.join(missing)} missing). 01_tokenizer writes one to "
+            "tokenizer_dir; a model folder to score is a merged one."
         )
     try:
         tokenizer = PlainTokenizer(folder)
