@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from biomerge_lib.parameters import NOT_IDENTITY, PARAMETERS_DIR, SCORING, Parameters, compose_parameters
@@ -65,8 +64,9 @@ def _type_name(annotation: Any) -> str:
 
 
 def _bounds(metadata: Iterable[Any]) -> list[str]:
-    signs = {Gt: "> {0.gt}", Ge: "≥ {0.ge}", Lt: "< {0.lt}", Le: "≤ {0.le}", MinLen: "not empty"}
-    bounds = [signs[type(bound)].format(bound) for bound in metadata if type(bound) in signs]
+    signs = {"Gt": "> {0.gt}", "Ge": "≥ {0.ge}", "Lt": "< {0.lt}", "Le": "≤ {0.le}", "MinLen": "not empty"}
+    names = [(type(bound).__name__, bound) for bound in metadata]  # pydantic's, from annotated_types
+    bounds = [signs[name].format(bound) for name, bound in names if name in signs]
     patterns = [pattern for bound in metadata if (pattern := getattr(bound, "pattern", None))]
     return [*bounds, *(f"like `{pattern}`" for pattern in patterns)]
 
