@@ -62,11 +62,13 @@ def _imports(path: Path) -> set[str]:
 
 
 def _fixed_text(path: Path) -> str:
-    """The texts in a module, its f-strings with a new line for each value."""
+    """The texts in a module but its docstrings, f-strings with a new line for each value."""
     texts = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             texts.append("".join(v.value if isinstance(v, ast.Constant) else "\n" for v in node.values))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
             texts.append(node.value)
     return "\n".join(texts)
