@@ -70,8 +70,8 @@ def load_plain_tokenizer(folder: Path | str) -> PlainTokenizer:
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: no tokenizer here ({', '.join(missing)} missing). 01_tokenizer writes one to "
-            "tokenizer_dir; a model folder to score is a merged one."
+            f"{folder}: no tokenizer here ({', '.join(missing)} missing). Run 01_tokenizer first, with "
+            "the same tokenizer_dir; to score a model, name its merged folder."
         )
     try:
         tokenizer = PlainTokenizer(folder)
