@@ -34,9 +34,10 @@ test: env lint ## environment, lint, then every test and every notebook (PYTEST_
 cluster: env ## the tests on a SLURM of one node alone (root, slurm-wlm, munge, rsync)
 	@$(BIN)/pytest -q tests/cluster $(PYTEST_ARGS)
 
-lint: env ## ruff, notebooks without outputs, shellcheck where it is installed; changes nothing
+lint: env ## ruff, mypy, notebooks without outputs, shellcheck where it is installed; changes nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 	@$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
 	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_SCRIPTS); else echo "shellcheck is not installed: skipped"; fi
 

@@ -72,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value, as Hydra takes them"
     )
     show = add("parameters", "list every parameter with its value and meaning")
+    show.add_argument(
+        "--markdown", action="store_true", help="the page docs/parameters.md (for every model and runtime)"
+    )
     show.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
     preflight = add("preflight", "say in seconds whether these data, tokenizer and parameters can train")
     preflight.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
@@ -179,6 +182,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _parameters(options: argparse.Namespace) -> int:
+    if options.markdown:
+        from biomerge_lib.parameter_page import parameters_as_markdown
+
+        print(parameters_as_markdown(), end="")
+        return 0
     values = compose_parameters(options.overrides).model_dump()
     for name, field in Parameters.model_fields.items():
         print(f"{name + ' = ' + repr(values[name]):<55} {field.description}")

@@ -22,7 +22,7 @@ from biomerge_lib.errors import ModelError
 from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -168,7 +168,7 @@ def _load_source_model(backbone: str) -> PreTrainedModel:
         raise ModelError(_unreachable(backbone, error)) from error
 
 
-def _greedy_generation_config(tokenizer: PreTrainedTokenizerFast):
+def _greedy_generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     from transformers import GenerationConfig
 
     return GenerationConfig(

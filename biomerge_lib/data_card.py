@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.records import Record
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
@@ -17,7 +20,7 @@ def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
     return sum(mention not in seen for mention in mentions) / max(len(mentions), 1)
 
 
-def data_card_table(card: Mapping[str, Any]):
+def data_card_table(card: Mapping[str, Any]) -> pandas.DataFrame:
     """The data card's counts as a table: one row a source and split."""
     import pandas as pd
 
@@ -29,7 +32,7 @@ def data_card_table(card: Mapping[str, Any]):
     return pd.DataFrame(rows).set_index(["dataset", "split"])
 
 
-def union_table(card: Mapping[str, Any]):
+def union_table(card: Mapping[str, Any]) -> pandas.DataFrame:
     """What each step of the union left of each corpus's training sentences: one row a step, one column a corpus."""
     import pandas as pd
 
@@ -40,7 +43,7 @@ def union_table(card: Mapping[str, Any]):
     return table
 
 
-def leak_table(card: Mapping[str, Any], when: str = "before"):
+def leak_table(card: Mapping[str, Any], when: str = "before") -> pandas.DataFrame:
     """Which sentences train, dev and test share: one row a pair of corpora and splits. ``when``: before, after."""
     import pandas as pd
 
@@ -49,7 +52,7 @@ def leak_table(card: Mapping[str, Any], when: str = "before"):
     return table.astype(dict.fromkeys(["from", "into"], str) | dict.fromkeys(counts, int))
 
 
-def reading_table(card: Mapping[str, Any]):
+def reading_table(card: Mapping[str, Any]) -> pandas.DataFrame:
     """What the readers found and did, one row a source and split: mentions left out, joined sentences, other units."""
     import pandas as pd
 
@@ -62,7 +65,7 @@ def reading_table(card: Mapping[str, Any]):
     return table.rename_axis(["dataset", "split"])
 
 
-def conflict_table(card: Mapping[str, Any]):
+def conflict_table(card: Mapping[str, Any]) -> pandas.DataFrame:
     """Sentences with different gold, before and after the union: in train alone, and in all splits."""
     import pandas as pd
 
@@ -80,7 +83,7 @@ def read_conflicts(data_dir: Path | str) -> list[list[dict[str, Any]]]:
     return [json.loads(line) for line in lines]
 
 
-def seen_table(train: Iterable[Record], other: Iterable[Record]):
+def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pandas.DataFrame:
     """Share of each corpus's mentions whose string is a mention in each corpus's train (lower case), and in any.
 
     One row a corpus of ``other``. What stands in the column ``any`` a dictionary could find.

@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.draws import Document, document_of
 from biomerge_lib.errors import DataError
@@ -78,7 +78,7 @@ def scan_records(
     A token is at least a byte long, so only a record with more bytes than ``max_input_tokens`` (or a target with more
     than ``max_target_tokens``) has to be tokenised to count those over the limits exactly.
     """
-    rendering = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
+    rendering: dict[str, Any] = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
     limits = {"max_input_tokens": max_input_tokens}
     if for_training:
         limits["max_target_tokens"] = max_target_tokens
@@ -129,7 +129,12 @@ def count_record(scan: Scan, record: Record, *, corpus_cue: bool, reserved: Sequ
 
 
 def _measure(
-    scan: Scan, record: Record, tokenizer, rendering: dict, limits: dict, max_target_tokens: int
+    scan: Scan,
+    record: Record,
+    tokenizer: PlainTokenizer,
+    rendering: dict,
+    limits: dict,
+    max_target_tokens: int,
 ) -> None:
     prompt, target = count_tokens(record, tokenizer, **rendering)
     scan.prompt_tokens += prompt

@@ -5,11 +5,16 @@ from __future__ import annotations
 import html
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from biomerge_lib.confidence import calibrate, calibration_error, score_thresholds
 from biomerge_lib.ner_metrics import SpanError, find_errors
 from biomerge_lib.predictions import Prediction
 from biomerge_lib.spans import Span, is_inside
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind-safe palette: blue, orange, vermilion, purple; the underline's shape repeats the colour.
 STYLE = """<style>
@@ -117,14 +122,14 @@ def _highlight_error(prediction: Prediction, error: SpanError, *, around: int = 
     return highlight(text[start:end], inside(prediction.gold), inside(prediction.pred), note)
 
 
-def show_html(parts: Sequence[str]):
+def show_html(parts: Sequence[str]) -> HTML:
     """An IPython HTML object of highlighted texts, with their style."""
     from IPython.display import HTML
 
     return HTML(STYLE + "".join(parts))
 
 
-def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]):
+def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]) -> Figure:
     """One panel for each title in ``curves``, with the named keys of the Trainer's log history against steps."""
     import matplotlib.pyplot as plt
 
@@ -143,7 +148,7 @@ def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]):
     return figure
 
 
-def plot_confidence(predictions: Sequence[Prediction]):
+def plot_confidence(predictions: Sequence[Prediction]) -> Figure:
     """Two panels: precision and recall against the share of spans kept, and precision against probability."""
     import matplotlib.pyplot as plt
 

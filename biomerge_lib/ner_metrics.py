@@ -113,7 +113,7 @@ def score_seen(
     Gold and predicted spans are sorted by their own strings: an exact hit has the same one on both sides.
     """
     known = {record.text[start:end].lower() for record in train for start, end in record.spans}
-    rows = []
+    rows: list[dict[str, float | int | str]] = []
     for name, wanted in (("seen", True), ("unseen", False)):
 
         def chosen(prediction: Prediction, spans: Iterable[Span], wanted: bool = wanted) -> list[Span]:
@@ -122,7 +122,7 @@ def score_seen(
         score = score_spans((chosen(p, p.gold), chosen(p, p.pred)) for p in predictions)
         gold = score.true_positives + score.false_negatives
         scores = {"ner_f1": score.f1, "ner_precision": score.precision, "ner_recall": score.recall}
-        rows.append({"mentions": name, "gold": gold} | scores)
+        rows.append({"mentions": name, "gold": gold, **scores})
     return rows
 
 
@@ -135,7 +135,7 @@ def score_by_length(
         words = len(find_words(prediction.text))
         buckets.setdefault(sum(words > edge for edge in edges), []).append(prediction)
     names = [f"{low + 1}-{high}" for low, high in zip((0, *edges), edges, strict=False)] + [f">{edges[-1]}"]
-    rows = []
+    rows: list[dict[str, float | int | str]] = []
     for bucket, members in sorted(buckets.items()):
         score = score_spans((p.gold, p.pred) for p in members)
         rows.append({"words": names[bucket], "records": len(members), "ner_f1": score.f1})

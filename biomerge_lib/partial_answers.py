@@ -78,7 +78,8 @@ class PartialAnswers:
     def _read_lines(self) -> tuple[list[dict], int]:
         self._stream.seek(0)
         raw_lines = self._stream.read().splitlines(keepends=True)
-        lines, good_bytes = [], 0
+        lines: list[dict] = []
+        good_bytes = 0
         for number, raw in enumerate(raw_lines, start=1):
             if number == len(raw_lines) and not raw.endswith(b"\n"):
                 break

@@ -41,7 +41,7 @@ class PlainTokenizer:
         encoded = self._tokenizer.encode_batch(
             [text] if is_one else list(text), add_special_tokens=add_special_tokens
         )
-        columns = {"input_ids": [encoding.ids for encoding in encoded]}
+        columns: dict[str, list] = {"input_ids": [encoding.ids for encoding in encoded]}
         if return_offsets_mapping:
             columns["offset_mapping"] = [encoding.offsets for encoding in encoded]
         return {name: column[0] for name, column in columns.items()} if is_one else columns
@@ -70,7 +70,8 @@ def load_plain_tokenizer(folder: Path | str) -> PlainTokenizer:
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: no tokenizer here ({', '.join(missing)} missing). Is it a merged model's folder?"
+            f"{folder}: no tokenizer here ({', '.join(missing)} missing). Run 01_tokenizer first, with "
+            "the same tokenizer_dir; to score a model, name its merged folder."
         )
     try:
         tokenizer = PlainTokenizer(folder)

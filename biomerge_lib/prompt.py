@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.records import NER_PREFIX, Record
@@ -21,6 +21,10 @@ from biomerge_lib.spans import TAG, Span, format_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from biomerge_lib.plain_tokenizer import PlainTokenizer
+
+    Tokenizer = PreTrainedTokenizerFast | PlainTokenizer
 
 ANCHOR_STYLES = ("none", "start", "start_end", "start_colon", "echo_start")
 IGNORE = -100
@@ -132,7 +136,7 @@ def cue_of(record: Record, *, corpus_cue: bool) -> str | None:
 
 
 def encode_prompt(
-    text: str, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, cue: str | None = None
+    text: str, tokenizer: Tokenizer, *, offset_anchors: str, cue: str | None = None
 ) -> tuple[list[int], list[Span], list[int]]:
     """Token ids of a prompt, closed by ``<TAG>``; the words; the index of each word's last token."""
     rendering = render(text, offset_anchors=offset_anchors, cue=cue)
@@ -143,7 +147,7 @@ def encode_prompt(
 
 
 def count_tokens(
-    record: Record, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
+    record: Record, tokenizer: Tokenizer, *, offset_anchors: str, corpus_cue: bool
 ) -> tuple[int, int]:
     """The lengths of the prompt's and the completion's token ids, in half the time of :func:`encode`."""
     cue = cue_of(record, corpus_cue=corpus_cue)
@@ -151,16 +155,14 @@ def count_tokens(
     return len(tokenizer(prompt)["input_ids"]) + 1, len(encode_completion(record.spans, tokenizer))
 
 
-def encode_completion(spans: Iterable[Span], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def encode_completion(spans: Iterable[Span], tokenizer: Tokenizer) -> list[int]:
     """Token ids of what the model must write after ``<TAG>``: `` 0-7 ; 20-34`` and EOS."""
     completion = _completion(spans)
     ids = tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
     return [*ids, tokenizer.eos_token_id]
 
 
-def encode(
-    record: Record, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
-) -> Encoding:
+def encode(record: Record, tokenizer: Tokenizer, *, offset_anchors: str, corpus_cue: bool) -> Encoding:
     """Token ids of a record; training, greedy decoding and vLLM all get them here."""
     prompt_ids, words, last_tokens = encode_prompt(
         record.text, tokenizer, offset_anchors=offset_anchors, cue=cue_of(record, corpus_cue=corpus_cue)
@@ -169,7 +171,7 @@ def encode(
 
 
 def encode_many(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
+    records: Sequence[Record], tokenizer: Tokenizer, *, offset_anchors: str, corpus_cue: bool
 ) -> list[Encoding]:
     """What :func:`encode` gives for each record, in two calls of the tokenizer."""
     if not records:
@@ -181,7 +183,8 @@ def encode_many(
     prompts = tokenizer([rendering.prompt for rendering in renderings], return_offsets_mapping=True)
     # A record without spans still gets an (empty) completion, so that no index moves.
     completions = tokenizer([_completion(record.spans) for record in records], add_special_tokens=False)
-    tag, eos = tokenizer.convert_tokens_to_ids(TAG), tokenizer.eos_token_id
+    tag: Any = tokenizer.convert_tokens_to_ids(TAG)
+    eos: Any = tokenizer.eos_token_id
     return [
         Encoding(
             [*ids, tag], [*answer, eos], rendering.words, _last_tokens(offsets, rendering.rendered_words)
@@ -221,7 +224,7 @@ class Chunk:
 
 def split_record(
     record: Record,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     offset_anchors: str,
     corpus_cue: bool,
@@ -246,7 +249,7 @@ def split_record(
         chunk = todo.pop()
         encoding = encode(chunk.record, tokenizer, offset_anchors=offset_anchors, corpus_cue=corpus_cue)
         too_long = len(encoding.prompt_ids) > max_input_tokens
-        if use_gold and len(encoding.completion_ids) > max_target_tokens:
+        if max_target_tokens is not None and len(encoding.completion_ids) > max_target_tokens:
             too_long = True
         if not too_long:
             pieces.append(chunk)

@@ -24,6 +24,8 @@ def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:
     Raises:
         DataError: the folder is no run, or its training has not finished (a partial run is not a result).
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such run folder.")
     stages = read_metrics(folder).get("stages", {})
     if stages.get("03_train", {}).get("status") != "finished":
         raise DataError(f"{folder}: 03_train has not finished here; only finished runs are published.")

@@ -71,7 +71,9 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
     Raises:
         DataError: not UTF-8, a line that is neither, or one of another document.
     """
-    doc_id, start, texts, mentions = "", 0, [], []
+    doc_id, start = "", 0
+    texts: list[str] = []
+    mentions: list[Mention] = []
     for number, line in split_lines(read_text(path).removeprefix("\ufeff")):
         where = f"{path}:{number}"
         text = _PUBTATOR_TEXT.fullmatch(line)

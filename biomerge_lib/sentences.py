@@ -62,7 +62,7 @@ def join_cut(sentences: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
     [(0, 9), (10, 20)]
     """
     starts = [start for start, _ in sentences]
-    joined_to_next = set()
+    joined_to_next: set[int] = set()
     for start, end in spans:
         joined_to_next.update(range(bisect_right(starts, start) - 1, bisect_right(starts, end - 1) - 1))
     joined: list[Span] = []

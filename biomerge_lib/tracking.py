@@ -14,7 +14,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,7 +261,7 @@ def _sync_command(folder: Path) -> str:
 
 
 @contextmanager
-def _environment_without(names: Sequence[str]):
+def _environment_without(names: Sequence[str]) -> Iterator[None]:
     taken = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

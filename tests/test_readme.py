@@ -1,17 +1,21 @@
-"""The README names only what exists, and its results are those of the files in reports/."""
+"""The README and the pages name only what exists, and the results are those of the files in reports/."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from biomerge_lib.__main__ import main
 from biomerge_lib.errors import DataError
 from biomerge_lib.parameters import PARAMETER_NAMES, compose_parameters
 from biomerge_lib.published import BEGIN, END, publish_run, results_table, write_results
+from biomerge_lib.runs import find_notebook
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Made by runs, or standing for the reader's own.
 GENERATED = (
     "runs/",
@@ -22,14 +26,24 @@ GENERATED = (
     "out.ipynb",
     "reports/<run>",
     "checkpoints/",
+    "ENTITY/",
 )
 
 
-def test_every_link_points_to_something():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(links) > 15
-    missing = [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_points_to_something(page):
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+    local = [(link, anchor) for link, anchor in links if not link.startswith("http")]
+    assert local
+    missing = [link for link, _ in local if not (page.parent / link).exists()]
     assert not missing
+    targets = [(page.parent / link, anchor) for link, anchor in local if anchor]
+    assert not [anchor for target, anchor in targets if anchor not in _anchors(target)]
+
+
+def test_the_readme_leads_to_every_page():
+    links = set(re.findall(r"\]\(([^)#]+)", README))
+    assert {str(page.relative_to(ROOT)) for page in PAGES} - {"README.md"} <= links
 
 
 def test_the_clusters_page_names_what_exists():
@@ -44,25 +58,63 @@ def test_the_clusters_page_names_what_exists():
     assert len(variables) > 8 and not [name for name in variables if f"{name}=${{{name}" not in site]
 
 
-def test_every_path_in_a_command_exists():
-    commands = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)) + "\n".join(
-        re.findall(r"`((?:python|papermill|wandb|bash|sbatch) [^`]+)`", README)
-    )
-    paths = [
-        word for word in re.findall(r"[\w./<>-]+/[\w./<>-]+", commands) if not word.startswith(GENERATED)
-    ]
-    assert "parameters/sweep/lora_ner_span.yaml" in paths
-    missing = [path for path in paths if not (ROOT / path).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_in_a_command_exists(page):
+    words = " ".join(commands_of(page)).split()
+    paths = [word for word in words if re.fullmatch(r"[\w./<>-]+/[\w./<>*-]+", word)]
+    if page.name == "README.md":
+        assert "parameters/sweep/lora_ner_span.yaml" in paths
+    missing = [path for path in paths if not path.startswith(GENERATED) and not (ROOT / path).exists()]
     assert not missing
 
 
-def test_every_override_in_a_command_is_a_parameter():
-    commands = re.findall(r"python -m biomerge_lib (?:run \w+|preflight) ([^`\n]*)", README)
-    assert len(commands) >= 4
-    names = {word.partition("=")[0] for command in commands for word in command.split() if "=" in word}
-    assert names <= PARAMETER_NAMES | {"task", "model", "runtime"}
-    for command in commands:
-        compose_parameters([word for word in command.split() if "=" in word])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_and_override_is_known(page, capsys):
+    for command in commands_of(page):
+        if not command.startswith("python -m biomerge_lib "):
+            continue
+        words = shlex.split(command, comments=True)[3:]
+        with pytest.raises(SystemExit) as help_asked:
+            main([words[0], "--help"])
+        assert help_asked.value.code == 0
+        shown = capsys.readouterr().out
+        assert not [word for word in words if word.startswith("--") and word not in shown]
+        overrides = [word for word in words if "=" in word]
+        if words[0] == "run":
+            find_notebook(words[1])
+        if words[0] in ("run", "preflight", "parameters"):
+            compose_parameters(overrides)
+            names = {word.partition("=")[0] for word in overrides}
+            assert names <= PARAMETER_NAMES | {"task", "model", "runtime"}
+
+
+def test_the_pages_have_commands():
+    counts = {page.name: len(commands_of(page)) for page in PAGES}
+    assert counts["README.md"] > 15 and counts["corpora.md"] > 3 and counts["backbones.md"] > 1
+
+
+def test_every_make_target_on_a_page_exists():
+    targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    named = {
+        target
+        for page in PAGES
+        for command in commands_of(page)
+        for target in re.findall(r"^make (\w+)", command)
+    }
+    assert {"debug", "test", "lint", "lab"} <= named <= targets
+
+
+def commands_of(page: Path) -> list[str]:
+    """The lines of a page's bash blocks, and the commands that stand in its text."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    return lines + re.findall(r"`((?:python|papermill|wandb|bash|sbatch|make|pytest) [^`\n]+)`", text)
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def test_the_results_table_is_made_from_the_files():
@@ -85,6 +137,8 @@ def test_every_published_run_says_where_its_numbers_come_from():
 def test_only_finished_runs_are_published(tmp_path):
     run = tmp_path / "runs/x"
     run.mkdir(parents=True)
+    with pytest.raises(DataError, match="no such run folder"):
+        publish_run(run / "misspelt", tmp_path / "reports")
     with pytest.raises(DataError, match="has not finished"):
         publish_run(run, tmp_path / "reports")
     (run / "metrics.json").write_text(json.dumps({"stages": {"03_train": {"status": "failed"}}}))
