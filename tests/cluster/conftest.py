@@ -85,6 +85,11 @@ def campaign(cluster) -> dict[str, str]:
     with (data / "broken/dev.jsonl").open("a") as lines:
         lines.write("not json\n")
     online = "wandb_mode=online"
+    single = ["slurm/job_single_ner.sbatch", *cluster.tiny]
+    jobs = {}
+    jobs["expired"] = cluster.submit("--time=2", "--signal=B:CONT@10", *single, "run_id=expired")
+    mortal, url = start_mortal_server()
+    jobs["bereft"] = cluster.submit(*single, "run_id=bereft", online, WANDB_BASE_URL=url)
     chain = cluster.call(
         "bash", "slurm/submit_chain.sh", "03_train", "04_greedy_dev", *cluster.tiny, "run_id=whole", online
     )
@@ -98,14 +103,10 @@ def campaign(cluster) -> dict[str, str]:
         "data_dir=data/broken",
         "run_id=broken",
     )
-    jobs = dict(zip(("whole", "scored"), job_numbers(chain), strict=True))
+    jobs |= dict(zip(("whole", "scored"), job_numbers(chain), strict=True))
     jobs |= dict(zip(("broken", "after"), job_numbers(failing), strict=True))
-    single = ["slurm/job_single_ner.sbatch", *cluster.tiny]
     jobs["limited"] = cluster.submit("--time=2", "--signal=B:USR1@80", *single, "run_id=limited", online)
     jobs["cancelled"] = cluster.submit(*single, "run_id=cancelled")
-    jobs["expired"] = cluster.submit("--time=2", "--signal=B:CONT@10", *single, "run_id=expired")
-    mortal, url = start_mortal_server()
-    jobs["bereft"] = cluster.submit(*single, "run_id=bereft", online, WANDB_BASE_URL=url)
     waiting = [
         (cluster.hang_at, jobs["cancelled"], "checkpoint-4", "scancel", jobs["cancelled"]),
         (cluster.hang_at, jobs["expired"], "checkpoint-4"),

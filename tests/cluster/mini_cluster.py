@@ -102,12 +102,14 @@ class Cluster:
         """A job's kernel, stopped (SIGSTOP) from a checkpoint on, as if a step took long."""
         written = f"runs/*/checkpoints/{checkpoint}/trainer_state.json"
         wait_for(lambda: self._asked(job) or list(self.workplace(job).glob(written)), self, job)
-        kernel = self.kernel(job)
-        os.kill(kernel, signal.SIGSTOP)
+        kernel = self.kernel(job)  # none yet, when a slow machine is asked to stop before it has begun
+        if kernel:
+            os.kill(kernel, signal.SIGSTOP)
         try:
             yield
         finally:
-            os.kill(kernel, signal.SIGCONT)
+            if kernel:
+                os.kill(kernel, signal.SIGCONT)
 
     def hang_at(self, job: str, checkpoint: str, *then: str) -> None:
         """Hold a job's kernel until the job asks it to stop; ``then`` is a command for the time between."""
