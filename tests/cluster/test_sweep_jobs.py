@@ -140,8 +140,19 @@ def test_agents_train_each_point_once_through_the_notebook(cluster, agents, wand
     assert "2 of 2 points finished" in sweep_command(cluster, "parameters/sweep/agents.yaml")
 
 
+def test_parameters_behind_a_server_sweep_are_refused_not_ignored(cluster):
+    job = cluster.submit(
+        "--array=0", "slurm/job_sweep_ner.sbatch", "local/TaskMerge/s1", "model=smollm2_135m"
+    )
+    cluster.wait(job)
+    assert cluster.state(job) == "FAILED"
+    assert "ERROR: model=smollm2_135m: W&B's agents run the command that the server has" in cluster.log(job)
+
+
 def test_the_shipped_sweep_is_one_that_wandb_takes(cluster, wandb_server):
     cluster.call("wandb", "sweep", "--project", "TaskMerge", SHIPPED)
     [*_, sweep] = wandb_server.sweeps.values()
     assert len(sweep["waiting"]) == 18
     assert sweep_command(cluster, "--pending", SHIPPED).strip() == "0-17"
+    small = ("model=smollm2_135m", "runtime=cpu_debug")  # the same grid with another model
+    assert "smollm2-135m" in sweep_command(cluster, SHIPPED, *small)
