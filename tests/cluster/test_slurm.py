@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +147,15 @@ def test_wandb_holds_the_curve_the_parameters_and_the_files(cluster, campaign, w
         "predictions-dev-greedy.jsonl",
     } <= files
     assert all(found["committed"] for found in artifacts) and not wandb_server.unknown
+
+
+def test_jobs_at_once_on_a_node_do_not_collide(cluster, campaign):
+    shown = {name: cluster.show(campaign[name]) for name in ("whole", "bereft", "cancelled", "expired")}
+    assert max(job["StartTime"] for job in shown.values()) < min(job["EndTime"] for job in shown.values())
+    assert {job["NodeList"] for job in shown.values()} == {"node1"}
+    trained = curve(cluster.runs / "whole")
+    assert trained and curve(cluster.runs / "bereft") == trained
+    assert not list(Path(cluster.environment["TMPDIR"]).glob("biomerge-*"))  # each removed its own
 
 
 def test_a_wandb_server_that_is_killed_costs_a_job_nothing_and_gets_it_later(cluster, campaign, wandb_server):

@@ -32,11 +32,13 @@ def sweep_command(cluster, *words, expect=0):
 @pytest.fixture(scope="module")
 def light(cluster, tmp_path_factory):
     """An array's cost without training's."""
-    finish = """from biomerge_lib.runs import write_json
+    finish = """import os
+from biomerge_lib.runs import write_json
 
 write_json(run.checkpoints / "checkpoint-1/adapter_config.json", {})
 score = parameters.learning_rate * 100 + parameters.lora_rank / 100
-run.finish({"eval_ner_f1": score, "best_checkpoint": "checkpoint-1"})"""
+wandb = {"group": os.environ["WANDB_RUN_GROUP"], "name": os.environ["WANDB_NAME"]}
+run.finish({"eval_ner_f1": score, "best_checkpoint": "checkpoint-1", **wandb})"""
     return with_light_training(cluster, tmp_path_factory.mktemp("light") / "project", finish)
 
 
@@ -79,8 +81,9 @@ def test_the_points_are_ranked_and_the_best_checkpoint_is_named(light, swept):
     scores = [float(line.split()[1]) for line in lines[2:8]]
     assert scores == sorted(scores, reverse=True)
     best = light.runs / lines[2].split()[-1]
-    score = json.loads((best / "metrics.json").read_text())["stages"]["03_train"]["metrics"]["eval_ner_f1"]
-    assert f"{score:.4f}" == lines[2].split()[1]
+    metrics = json.loads((best / "metrics.json").read_text())["stages"]["03_train"]["metrics"]
+    assert f"{metrics['eval_ner_f1']:.4f}" == lines[2].split()[1]
+    assert (metrics["group"], metrics["name"]) == ("tiny", "learning_rate=0.004 lora_rank=8")  # W&B's
     checkpoint = lines[8].removeprefix("best checkpoint: ")
     assert checkpoint.startswith(f"{best}/checkpoints/checkpoint-")
     assert (light.project / checkpoint / "adapter_config.json").is_file()

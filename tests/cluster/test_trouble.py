@@ -93,7 +93,7 @@ def troubled(cluster, requeued, small_disk, tmp_path_factory):
 def test_the_first_lines_name_the_trouble_and_results_are_kept(troubled, name, state, message):
     cluster, jobs = troubled
     log = cluster.log(jobs[name])
-    assert message in "".join(log.splitlines(keepends=True)[:5])
+    assert message in "".join(log.splitlines(keepends=True)[:8])
     assert cluster.state(jobs[name]) == state
     assert (cluster.runs / name / "metrics.json").is_file() == (state == "COMPLETED")
 
@@ -110,11 +110,14 @@ def test_a_disk_that_fills_in_the_middle_is_named_and_what_was_written_is_kept(c
     assert (f"disk      {disk} is full" in end) == bool(disk)
 
 
-def test_a_node_that_dies_costs_one_interval(cluster, tmp_path):
+def test_a_run_has_one_job_at_a_time_and_a_node_that_dies_costs_one_interval(cluster, tmp_path):
     light = with_light_training(cluster, tmp_path / "project", HANG)
     job = light.submit(SINGLE, *light.tiny, "run_id=lost")
     copied = light.runs / "lost/checkpoints/checkpoint-1/adapter_config.json"
     wait_for(copied.is_file, light, job)
+    second = light.submit(SINGLE, *light.tiny, "run_id=lost")
+    light.wait(second)
+    assert "another process is training this run" in light.log(second) and light.state(second) == "FAILED"
     light.kill(job)
     light.wait(job)
     assert copied.is_file() and "results are in" not in light.log(job)
