@@ -37,7 +37,7 @@ from biomerge_lib.runs import write_json
 
 write_json(run.checkpoints / "checkpoint-1/adapter_config.json", {})
 score = parameters.learning_rate * 100 + parameters.lora_rank / 100
-wandb = {"group": os.environ["WANDB_RUN_GROUP"], "name": os.environ["WANDB_NAME"]}
+wandb = {"group": os.environ.get("WANDB_RUN_GROUP"), "name": os.environ.get("WANDB_NAME")}
 run.finish({"eval_ner_f1": score, "best_checkpoint": "checkpoint-1", **wandb})"""
     return with_light_training(cluster, tmp_path_factory.mktemp("light") / "project", finish)
 
@@ -100,6 +100,13 @@ def test_a_finished_point_is_skipped_until_the_data_change(light, swept):
         assert sweep_command(light, "--pending", swept[0]).strip() == "0-5"
     finally:
         dev.write_text(lines)
+
+
+def test_an_agent_on_this_machine_trains_every_point(light):
+    path = write_sweep(light, "local", {"learning_rate": [3e-3, 5e-3]})
+    created = light.call("wandb", "sweep", "--project", "TaskMerge", path)
+    light.call("wandb", "agent", re.search(r"wandb agent (\S+)", created)[1])
+    assert "2 of 2 points finished" in sweep_command(light, path)
 
 
 @pytest.mark.parametrize(
