@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,7 @@ def execute_notebook(
     for attempt in range(1, KERNEL_STARTS + 1):
         executed.unlink(missing_ok=True)
         try:
-            with _kernel_sockets() as config:
+            with _kernel_sockets() as config, _imports_from(cwd):
                 papermill.execute_notebook(
                     notebook,
                     executed,
@@ -77,6 +78,22 @@ def execute_notebook(
             log.warning("the kernel did not start (%s), try %d of %d", error, attempt, KERNEL_STARTS)
             time.sleep(attempt)
     raise BioMergeError(f"{notebook.name}: no kernel could be started: {reason}") from reason
+
+
+@contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    """Let kernels import what lies in ``folder`` before what the environment was installed from.
+
+    Two clones may share an environment; each one's notebooks are for its own library.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), before] if before else [str(folder)])
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 @contextmanager
