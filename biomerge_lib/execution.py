@@ -5,8 +5,10 @@ notebook + parameters --[execute_notebook]--> executed notebook | NotebookFailed
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -37,7 +39,7 @@ def execute_notebook(
     """Execute ``notebook`` with papermill into ``executed``.
 
     Raises:
-        NotebookFailed: ``executed`` holds the cells up to the failing one, with its error.
+        NotebookFailed: ``executed`` holds the cells up to the failing one, with its error; or the disk is full.
         BioMergeError: no kernel could be started, after several tries.
     """
     import papermill
@@ -47,7 +49,7 @@ def execute_notebook(
     for attempt in range(1, KERNEL_STARTS + 1):
         executed.unlink(missing_ok=True)
         try:
-            with _kernel_sockets() as config:
+            with _kernel_sockets() as config, _imports_from(cwd):
                 papermill.execute_notebook(
                     notebook,
                     executed,
@@ -61,6 +63,11 @@ def execute_notebook(
             return
         except PapermillExecutionError as error:
             raise NotebookFailed(f"In [{error.exec_count}]", f"{error.ename}: {error.evalue}") from None
+        except OSError as error:  # papermill writes the executed notebook after each cell
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = f"{executed} could not be written: {error}"
+            raise NotebookFailed(_running_cell(executed) or "In [?]", reason) from None
         except (DeadKernelError, RuntimeError) as error:
             cell = _running_cell(executed)
             if cell:
@@ -71,6 +78,22 @@ def execute_notebook(
             log.warning("the kernel did not start (%s), try %d of %d", error, attempt, KERNEL_STARTS)
             time.sleep(attempt)
     raise BioMergeError(f"{notebook.name}: no kernel could be started: {reason}") from reason
+
+
+@contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    """Let kernels import what lies in ``folder`` before what the environment was installed from.
+
+    Two clones may share an environment; each one's notebooks are for its own library.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), before] if before else [str(folder)])
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 @contextmanager
@@ -90,14 +113,12 @@ def _kernel_sockets() -> Iterator[Any]:
 
 
 def _running_cell(executed: Path) -> str | None:
-    """The cell that papermill left running; None if none had begun."""
-    if not executed.is_file():
+    """The cell that papermill left running; None if none had begun, or if that was never written."""
+    try:
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):
         return None
-    code = [
-        cell
-        for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]
-        if cell["cell_type"] == "code"
-    ]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
     # Their status does not tell: papermill ends by calling all of them completed.
     begun = sum(cell["metadata"].get("papermill", {}).get("start_time") is not None for cell in code)
     return f"In [{begun}]" if begun else None

@@ -62,7 +62,8 @@ def archived_run(folder: Path) -> Path:
 def kept_path(path: Path) -> Path:
     """Where a file of a run folder will lie after the job."""
     archive = os.environ.get(ARCHIVE)
-    return Path(archive) / path.parent.name / path.name if archive else path
+    # Without a copy on the node's disk, runs/ of the job's workplace is a link to the archive, and goes with it.
+    return Path(archive) / path.parent.name / path.name if archive else path.resolve()
 
 
 def fetch_run(folder: Path) -> None:

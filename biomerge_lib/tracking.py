@@ -45,8 +45,12 @@ CURVE_SECONDS, FILES_SECONDS = 60, 600  # how long a notebook's end waits for an
 
 def run_tracked_notebook(name: str, overrides: Sequence[str]) -> Path:
     """:func:`runs.run_notebook`; what it leaves, also when it fails, is added to the run's W&B run."""
-    folder = PROJECT_DIR / compose_parameters(overrides).run_folder
+    parameters = compose_parameters(overrides)
+    folder = PROJECT_DIR / parameters.run_folder
     stage = find_notebook(name).stem
+    if stage == "03_train" and not _disabled(parameters) and (reason := _offline_reason(parameters)):
+        # The notebook says it too, but a job's log begins here.
+        print(_offline_notice(reason, folder), flush=True)
     try:
         executed = run_notebook(name, overrides, progress=sys.stderr.isatty())
     except RunInterrupted:
@@ -60,10 +64,9 @@ def run_tracked_notebook(name: str, overrides: Sequence[str]) -> Path:
 
 def open_run(parameters: Parameters, folder: Path) -> wandb.Run | None:
     """Begin, or go on with, the W&B run of a training; offline without a key or network; None when disabled."""
-    mode = os.environ.get("WANDB_MODE", parameters.wandb_mode)
-    if "disabled" in (mode, parameters.wandb_mode):
+    if _disabled(parameters):
         return None
-    reason = "WANDB_MODE or wandb_mode says so" if mode == "offline" else why_offline()
+    reason = _offline_reason(parameters)
     known = _identity(folder)
     given_id = os.environ.get("WANDB_RUN_ID")  # a sweep's agent hands it out
     resumed = bool(known) and given_id in (None, known["id"])
@@ -82,7 +85,7 @@ def open_run(parameters: Parameters, folder: Path) -> wandb.Run | None:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if run is None:
         run = _init(folder, settings, mode="offline", resumed=False, seconds=CURVE_SECONDS)
-        print(f"W&B: offline ({reason}). Later, from a machine that reaches it: {_sync_command(folder)}")
+        print(_offline_notice(reason, folder))
     else:
         print(f"W&B: {run.name} in {run.project}, {run.url}")
     found = {
@@ -163,6 +166,20 @@ def why_offline() -> str | None:
     except OSError as error:
         return f"no network: {url.hostname} cannot be reached, {error}"
     return None
+
+
+def _disabled(parameters: Parameters) -> bool:
+    return "disabled" in (os.environ.get("WANDB_MODE"), parameters.wandb_mode)
+
+
+def _offline_reason(parameters: Parameters) -> str | None:
+    if os.environ.get("WANDB_MODE", parameters.wandb_mode) == "offline":
+        return "WANDB_MODE or wandb_mode says so"
+    return why_offline()
+
+
+def _offline_notice(reason: str, folder: Path) -> str:
+    return f"W&B: offline ({reason}). Later, from a machine that reaches it: {_sync_command(folder)}"
 
 
 def _netrc_has(host: str | None) -> bool:

@@ -103,7 +103,7 @@ make_workplace() { # staged or linked
   if [[ $1 == staged ]] && has_room; then
     WORKPLACE=${TMPDIR:-/tmp}/biomerge-$JOB_NAME STAGED=yes
     if ! stage; then
-      warn "$TMPDIR has no room for $PERSIST_DATA: the job works in $ARCHIVE."
+      warn "${TMPDIR:-/tmp} has no room for the code and $PERSIST_DATA (above): the job works in $ARCHIVE."
       rm -rf -- "$WORKPLACE"
       STAGED=''
     fi
@@ -326,9 +326,13 @@ run_sweep() { # sweep file [name=value ...] | [entity/project/]sweep
   LEAVE_OUT=('/*/merged') # an 8B's merged model is 16 GB; running 03_train again makes it from the checkpoint
   local sweep=$1
   read_overrides "${@:2}"
+  if [[ $sweep != *.yaml ]] && ((${#OVERRIDES[@]})); then
+    die "${OVERRIDES[*]}: W&B's agents run the command that the server has, and take no more parameters." \
+      "Write them into the sweep file's command, and: wandb sweep FILE"
+  fi
   begin_job
   make_workplace staged
-  if [[ -f $sweep || $sweep == *.yaml ]]; then
+  if [[ $sweep == *.yaml ]]; then
     run_command python -m biomerge_lib sweep --point "${SLURM_ARRAY_TASK_ID:?submit this file with --array}" "$sweep" "${OVERRIDES[@]}"
   else
     run_command wandb agent --count 1 "$sweep"

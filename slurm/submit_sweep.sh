@@ -23,4 +23,4 @@ points=$(python -m biomerge_lib sweep --pending "$@")
 mkdir -p logs
 job=$(sbatch --parsable --array="$points%${AT_ONCE:-4}" "${options[@]}" slurm/job_sweep_ner.sbatch "$@")
 echo "job $job trains the points $points: logs/ner_sweep-${job}_*.out"
-echo "the ranking so far: python -m biomerge_lib sweep $*"
+echo "the ranking so far: $VIRTUAL_ENV/bin/python -m biomerge_lib sweep $*"

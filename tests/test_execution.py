@@ -42,6 +42,16 @@ def test_a_failing_cell_and_a_dying_kernel_are_named(execute):
         execute("import os; os.kill(os.getpid(), 9)", "x")
 
 
+def test_a_notebook_imports_what_lies_beside_it_before_what_is_installed(execute, tmp_path, monkeypatch):
+    (tmp_path / "biomerge_lib.py").write_text("here = True")
+    monkeypatch.setenv("PYTHONPATH", str(runs.PROJECT_DIR))
+    assert (
+        execute("from biomerge_lib import here; here")["cells"][-1]["outputs"][0]["data"]["text/plain"]
+        == "True"
+    )
+    assert os.environ["PYTHONPATH"] == str(runs.PROJECT_DIR)
+
+
 def test_a_kernel_that_dies_at_its_start_is_started_again(execute, tmp_path, monkeypatch):
     """As it does when another kernel takes one of its ports ("Address already in use")."""
     died = tmp_path / "died"

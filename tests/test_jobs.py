@@ -104,6 +104,10 @@ def test_a_run_is_fetched_whole_without_what_is_too_large_or_anothers(tmp_path, 
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert found == {"parameters.yaml", "checkpoints/checkpoint-4/x"}
     assert jobs.kept_path(folder / "03_train.ipynb") == archive / "a/03_train.ipynb"
+    monkeypatch.delenv(jobs.ARCHIVE)
+    (tmp_path / "workplace").mkdir()
+    (tmp_path / "workplace/runs").symlink_to(archive)  # of a job that works in the archive
+    assert jobs.kept_path(tmp_path / "workplace/runs/a/02_data.ipynb") == archive / "a/02_data.ipynb"
 
 
 def test_a_fetch_that_fails_leaves_no_folder(tmp_path, monkeypatch):

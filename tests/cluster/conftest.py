@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -76,13 +77,19 @@ def campaign(cluster) -> dict[str, str]:
 
     ``whole``: a chain's 03_train, undisturbed; ``scored``: the chain's 04. ``broken`` fails; ``after`` waits for it.
     ``limited`` hangs at checkpoint-4 until SLURM warns it of its time limit, and is requeued with more time.
-    ``cancelled`` hangs there until scancel.
+    ``cancelled`` hangs there until scancel, ``expired`` until SLURM ends it at its time limit without a warning.
+    ``bereft`` trains on when its W&B server is killed.
     """
     data = cluster.project / "data"
     shutil.copytree(data / "tiny", data / "broken")
     with (data / "broken/dev.jsonl").open("a") as lines:
         lines.write("not json\n")
     online = "wandb_mode=online"
+    single = ["slurm/job_single_ner.sbatch", *cluster.tiny]
+    jobs = {}
+    jobs["expired"] = cluster.submit("--time=2", "--signal=B:CONT@10", *single, "run_id=expired")
+    mortal, url = start_mortal_server()
+    jobs["bereft"] = cluster.submit(*single, "run_id=bereft", online, WANDB_BASE_URL=url)
     chain = cluster.call(
         "bash", "slurm/submit_chain.sh", "03_train", "04_greedy_dev", *cluster.tiny, "run_id=whole", online
     )
@@ -96,21 +103,44 @@ def campaign(cluster) -> dict[str, str]:
         "data_dir=data/broken",
         "run_id=broken",
     )
-    jobs = dict(zip(("whole", "scored"), job_numbers(chain), strict=True))
+    jobs |= dict(zip(("whole", "scored"), job_numbers(chain), strict=True))
     jobs |= dict(zip(("broken", "after"), job_numbers(failing), strict=True))
-    single = ["slurm/job_single_ner.sbatch", *cluster.tiny]
     jobs["limited"] = cluster.submit("--time=2", "--signal=B:USR1@80", *single, "run_id=limited", online)
     jobs["cancelled"] = cluster.submit(*single, "run_id=cancelled")
-    cancelled = threading.Thread(
-        target=cluster.hang_at, args=(jobs["cancelled"], "checkpoint-4", "scancel", jobs["cancelled"])
-    )
-    cancelled.start()
+    waiting = [
+        (cluster.hang_at, jobs["cancelled"], "checkpoint-4", "scancel", jobs["cancelled"]),
+        (cluster.hang_at, jobs["expired"], "checkpoint-4"),
+        (kill_server, cluster, jobs["bereft"], mortal),
+    ]
+    threads = [threading.Thread(target=target, args=arguments) for target, *arguments in waiting]
+    for thread in threads:
+        thread.start()
     cluster.hang_at(jobs["limited"], "checkpoint-4")
     wait_for(lambda: cluster.show(jobs["limited"])["Restarts"] == "1", cluster, jobs["limited"])
     cluster.call("scontrol", "update", f"JobId={jobs['limited']}", "TimeLimit=60")
-    cancelled.join()
+    for thread in threads:
+        thread.join()
     cluster.wait(*jobs.values())
     return jobs
+
+
+def start_mortal_server() -> tuple[subprocess.Popen, str]:
+    """A W&B stand-in that is a process of its own, and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, Path(__file__).with_name("fake_wandb.py"), str(port)])
+    return server, f"http://127.0.0.1:{port}"
+
+
+def kill_server(cluster: Cluster, job: str, server: subprocess.Popen) -> None:
+    """Kill a job's W&B server when training has got to checkpoint-4."""
+    try:
+        with cluster.held(job, "checkpoint-4"):
+            server.kill()
+    finally:
+        server.kill()
+        server.wait()
 
 
 def job_numbers(output: str) -> list[str]:

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -97,20 +97,29 @@ class Cluster:
                 if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     os.kill(pid, signal.SIGKILL)
 
-    def hang_at(self, job: str, checkpoint: str, *then: str) -> None:
-        """Hold a job's kernel (SIGSTOP) from a checkpoint until the job asks it to stop, as if a step took long.
-
-        ``then`` is a command for the time between.
-        """
-        asked = (self.workplace(job) / ".messages/stop").is_file
+    @contextmanager
+    def held(self, job: str, checkpoint: str) -> Iterator[None]:
+        """A job's kernel, stopped (SIGSTOP) from a checkpoint on, as if a step took long."""
         written = f"runs/*/checkpoints/{checkpoint}/trainer_state.json"
-        wait_for(lambda: asked() or list(self.workplace(job).glob(written)), self, job)
-        kernel = self.kernel(job)
-        os.kill(kernel, signal.SIGSTOP)
-        if then:
-            self.call(*then)
-        wait_for(asked, self, job)
-        os.kill(kernel, signal.SIGCONT)
+        wait_for(lambda: self._asked(job) or list(self.workplace(job).glob(written)), self, job)
+        kernel = self.kernel(job)  # none yet, when a slow machine is asked to stop before it has begun
+        if kernel:
+            os.kill(kernel, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            if kernel:
+                os.kill(kernel, signal.SIGCONT)
+
+    def hang_at(self, job: str, checkpoint: str, *then: str) -> None:
+        """Hold a job's kernel until the job asks it to stop; ``then`` is a command for the time between."""
+        with self.held(job, checkpoint):
+            if then:
+                self.call(*then)
+            wait_for(lambda: self._asked(job), self, job)
+
+    def _asked(self, job: str) -> bool:
+        return (self.workplace(job) / ".messages/stop").is_file()
 
 
 def wait_for(condition: Callable[[], object], cluster: Cluster, job: str, seconds: float = 200) -> None:

@@ -49,11 +49,11 @@ MinJobAge=3600
 KillWait=30
 InactiveLimit=0
 Waittime=0
-NodeName=node1 NodeHostname=$HOST NodeAddr=127.0.0.1 CPUs=64 Boards=1 SocketsPerBoard=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=524288 Gres=gpu:a100:4,gpu:h100:2 State=UNKNOWN
+NodeName=node1 NodeHostname=$HOST NodeAddr=127.0.0.1 CPUs=64 Boards=1 SocketsPerBoard=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=524288 Gres=gpu:a100:6,gpu:h100:2 State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
-  for device in {0..5}; do ln -sfn /dev/null "$DIR/dev/nvidia$device"; done # links to null stand in for GPUs
-  printf 'NodeName=node1 Name=gpu Type=%s File=%s\n' a100 "$DIR/dev/nvidia[0-3]" h100 "$DIR/dev/nvidia[4-5]" >"$DIR/gres.conf"
+  for device in {0..7}; do ln -sfn /dev/null "$DIR/dev/nvidia$device"; done # links to null stand in for GPUs
+  printf 'NodeName=node1 Name=gpu Type=%s File=%s\n' a100 "$DIR/dev/nvidia[0-5]" h100 "$DIR/dev/nvidia[6-7]" >"$DIR/gres.conf"
   echo "CgroupPlugin=cgroup/v1" >"$DIR/cgroup.conf" # keeps slurmd 22.05 from probing /sys/fs/cgroup
 }
 

@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,19 @@ def test_results_come_back_after_scancel_with_a_last_checkpoint(cluster, campaig
     assert not cluster.workplace(campaign["cancelled"]).exists()
 
 
+def test_results_and_a_last_checkpoint_come_back_when_slurm_ends_a_job_at_its_limit(cluster, campaign):
+    """No warning came before: SIGTERM is the first that the job hears."""
+    shown = cluster.show(campaign["expired"])
+    assert shown["JobState"] == "TIMEOUT" and shown["Restarts"] == "0"
+    folder = cluster.runs / "expired"
+    newest = max(int(name.rpartition("-")[2]) for name in checkpoints(folder))
+    assert 0 < newest < 24 and stage(folder)["status"] == "interrupted"
+    assert (folder / "03_train.ipynb").is_file()
+    log = cluster.log(campaign["expired"])
+    assert "SIGUSR1" not in log and "The same command goes on from the newest checkpoint" in log
+    assert not cluster.workplace(campaign["expired"]).exists()
+
+
 def test_a_job_at_its_time_limit_is_requeued_and_ends_like_one_that_was_not(cluster, campaign):
     assert cluster.state(campaign["limited"]) == "COMPLETED"
     log = cluster.log(campaign["limited"])
@@ -133,3 +147,30 @@ def test_wandb_holds_the_curve_the_parameters_and_the_files(cluster, campaign, w
         "predictions-dev-greedy.jsonl",
     } <= files
     assert all(found["committed"] for found in artifacts) and not wandb_server.unknown
+
+
+def test_jobs_at_once_on_a_node_do_not_collide(cluster, campaign):
+    shown = {name: cluster.show(campaign[name]) for name in ("whole", "bereft", "cancelled", "expired")}
+    assert max(job["StartTime"] for job in shown.values()) < min(job["EndTime"] for job in shown.values())
+    assert {job["NodeList"] for job in shown.values()} == {"node1"}
+    trained = curve(cluster.runs / "whole")
+    assert trained and curve(cluster.runs / "bereft") == trained
+    assert not list(Path(cluster.environment["TMPDIR"]).glob("biomerge-*"))  # each removed its own
+
+
+def test_a_wandb_server_that_is_killed_costs_a_job_nothing_and_gets_it_later(cluster, campaign, wandb_server):
+    folder = cluster.runs / "bereft"
+    assert cluster.state(campaign["bereft"]) == "COMPLETED" and stage(folder)["status"] == "finished"
+    assert curve(folder) == curve(cluster.runs / "whole")
+    log = cluster.log(campaign["bereft"])
+    assert "W&B: 03_train was not sent (no network" in log and "wandb-sync runs/bereft" in log
+    assert "the server did not take everything" in (folder / "03_train.ipynb").read_text()
+
+    known = json.loads((folder / "wandb.json").read_text())
+    assert known["id"] not in wandb_server.runs
+    cluster.call("python", "-m", "biomerge_lib", "wandb-sync", "runs/bereft")
+    run = wandb_server.runs[known["id"]]
+    losses = [(entry["_step"], entry["loss"]) for entry in run["history"] if "loss" in entry]
+    assert losses == [(step, value) for step, name, value in curve(folder) if name == "loss"]
+    files = [found["files"] for found in wandb_server.artifacts.values() if found["run"] == known["id"]]
+    assert ["03_train.ipynb"] in files and any("adapter_model.safetensors" in names for names in files)

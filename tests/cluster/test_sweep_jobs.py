@@ -32,11 +32,13 @@ def sweep_command(cluster, *words, expect=0):
 @pytest.fixture(scope="module")
 def light(cluster, tmp_path_factory):
     """An array's cost without training's."""
-    finish = """from biomerge_lib.runs import write_json
+    finish = """import os
+from biomerge_lib.runs import write_json
 
 write_json(run.checkpoints / "checkpoint-1/adapter_config.json", {})
 score = parameters.learning_rate * 100 + parameters.lora_rank / 100
-run.finish({"eval_ner_f1": score, "best_checkpoint": "checkpoint-1"})"""
+wandb = {"group": os.environ.get("WANDB_RUN_GROUP"), "name": os.environ.get("WANDB_NAME")}
+run.finish({"eval_ner_f1": score, "best_checkpoint": "checkpoint-1", **wandb})"""
     return with_light_training(cluster, tmp_path_factory.mktemp("light") / "project", finish)
 
 
@@ -79,8 +81,9 @@ def test_the_points_are_ranked_and_the_best_checkpoint_is_named(light, swept):
     scores = [float(line.split()[1]) for line in lines[2:8]]
     assert scores == sorted(scores, reverse=True)
     best = light.runs / lines[2].split()[-1]
-    score = json.loads((best / "metrics.json").read_text())["stages"]["03_train"]["metrics"]["eval_ner_f1"]
-    assert f"{score:.4f}" == lines[2].split()[1]
+    metrics = json.loads((best / "metrics.json").read_text())["stages"]["03_train"]["metrics"]
+    assert f"{metrics['eval_ner_f1']:.4f}" == lines[2].split()[1]
+    assert (metrics["group"], metrics["name"]) == ("tiny", "learning_rate=0.004 lora_rank=8")  # W&B's
     checkpoint = lines[8].removeprefix("best checkpoint: ")
     assert checkpoint.startswith(f"{best}/checkpoints/checkpoint-")
     assert (light.project / checkpoint / "adapter_config.json").is_file()
@@ -97,6 +100,13 @@ def test_a_finished_point_is_skipped_until_the_data_change(light, swept):
         assert sweep_command(light, "--pending", swept[0]).strip() == "0-5"
     finally:
         dev.write_text(lines)
+
+
+def test_an_agent_on_this_machine_trains_every_point(light):
+    path = write_sweep(light, "local", {"learning_rate": [3e-3, 5e-3]})
+    created = light.call("wandb", "sweep", "--project", "TaskMerge", path)
+    light.call("wandb", "agent", re.search(r"wandb agent (\S+)", created)[1])
+    assert "2 of 2 points finished" in sweep_command(light, path)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +150,19 @@ def test_agents_train_each_point_once_through_the_notebook(cluster, agents, wand
     assert "2 of 2 points finished" in sweep_command(cluster, "parameters/sweep/agents.yaml")
 
 
+def test_parameters_behind_a_server_sweep_are_refused_not_ignored(cluster):
+    job = cluster.submit(
+        "--array=0", "slurm/job_sweep_ner.sbatch", "local/TaskMerge/s1", "model=smollm2_135m"
+    )
+    cluster.wait(job)
+    assert cluster.state(job) == "FAILED"
+    assert "ERROR: model=smollm2_135m: W&B's agents run the command that the server has" in cluster.log(job)
+
+
 def test_the_shipped_sweep_is_one_that_wandb_takes(cluster, wandb_server):
     cluster.call("wandb", "sweep", "--project", "TaskMerge", SHIPPED)
     [*_, sweep] = wandb_server.sweeps.values()
     assert len(sweep["waiting"]) == 18
     assert sweep_command(cluster, "--pending", SHIPPED).strip() == "0-17"
+    small = ("model=smollm2_135m", "runtime=cpu_debug")  # the same grid with another model
+    assert "smollm2-135m" in sweep_command(cluster, SHIPPED, *small)
