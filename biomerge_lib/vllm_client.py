@@ -175,11 +175,12 @@ class GreedyClient:
         grammar = build_grammar(prompt.chunk.record.text, self.constrained_decoding)
         raw = await client.completions.with_raw_response.create(
             model=self.model_id,
-            prompt=prompt.prompt_ids,
+            prompt=None,  # in the extra body, which openai sends as it is: it looks at each token id of this one
             max_tokens=self.max_new_tokens,
             temperature=0,
             logprobs=2,
             extra_body={
+                "prompt": prompt.prompt_ids,
                 "stop_token_ids": [self.tokenizer.eos_token_id],
                 # A server that takes defaults from the model's generation_config must not bend greedy decoding.
                 "repetition_penalty": 1.0,
