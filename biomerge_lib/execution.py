@@ -66,8 +66,8 @@ def execute_notebook(
         except OSError as error:  # papermill writes the executed notebook after each cell
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            reason = f"{executed} could not be written: {error}"
-            raise NotebookFailed(_running_cell(executed) or "In [?]", reason) from None
+            unwritten = f"{executed} could not be written: {error}"
+            raise NotebookFailed(_running_cell(executed) or "In [?]", unwritten) from None
         except (DeadKernelError, RuntimeError) as error:
             cell = _running_cell(executed)
             if cell:
