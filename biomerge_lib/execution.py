@@ -5,6 +5,7 @@ notebook + parameters --[execute_notebook]--> executed notebook | NotebookFailed
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import tempfile
@@ -37,7 +38,7 @@ def execute_notebook(
     """Execute ``notebook`` with papermill into ``executed``.
 
     Raises:
-        NotebookFailed: ``executed`` holds the cells up to the failing one, with its error.
+        NotebookFailed: ``executed`` holds the cells up to the failing one, with its error; or the disk is full.
         BioMergeError: no kernel could be started, after several tries.
     """
     import papermill
@@ -61,6 +62,12 @@ def execute_notebook(
             return
         except PapermillExecutionError as error:
             raise NotebookFailed(f"In [{error.exec_count}]", f"{error.ename}: {error.evalue}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # papermill writes the executed notebook after each cell, and so does not survive a full disk
+            reason = f"{executed} could not be written: {error}"
+            raise NotebookFailed(_running_cell(executed) or "In [?]", reason) from None
         except (DeadKernelError, RuntimeError) as error:
             cell = _running_cell(executed)
             if cell:
@@ -90,14 +97,12 @@ def _kernel_sockets() -> Iterator[Any]:
 
 
 def _running_cell(executed: Path) -> str | None:
-    """The cell that papermill left running; None if none had begun."""
-    if not executed.is_file():
+    """The cell that papermill left running; None if none had begun, or if that was never written."""
+    try:
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):
         return None
-    code = [
-        cell
-        for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]
-        if cell["cell_type"] == "code"
-    ]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
     # Their status does not tell: papermill ends by calling all of them completed.
     begun = sum(cell["metadata"].get("papermill", {}).get("start_time") is not None for cell in code)
     return f"In [{begun}]" if begun else None

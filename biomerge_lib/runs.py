@@ -230,8 +230,11 @@ def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]
             raise jobs.RunInterrupted(
                 f"{run.folder.name} stopped on the job's request, with a checkpoint"
             ) from None
-        run.fail(error.reason)
-        jobs.note_failure(f"{jobs.kept_path(executed)}\n{notebook.name}, {error}")
+        try:
+            jobs.note_failure(f"{jobs.kept_path(executed)}\n{notebook.name}, {error}")
+            run.fail(error.reason)
+        except OSError as full:  # the error below says it in their place
+            log.warning("the failure could not be recorded in %s: %s", run.folder, full)
         raise BioMergeError(
             f"{notebook.name} failed in cell {error.cell}: {error.reason}\nOpen {jobs.kept_path(executed)} "
             "to see it in place."

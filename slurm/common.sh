@@ -103,7 +103,7 @@ make_workplace() { # staged or linked
   if [[ $1 == staged ]] && has_room; then
     WORKPLACE=${TMPDIR:-/tmp}/biomerge-$JOB_NAME STAGED=yes
     if ! stage; then
-      warn "$TMPDIR has no room for $PERSIST_DATA: the job works in $ARCHIVE."
+      warn "${TMPDIR:-/tmp} has no room for the code and $PERSIST_DATA (above): the job works in $ARCHIVE."
       rm -rf -- "$WORKPLACE"
       STAGED=''
     fi

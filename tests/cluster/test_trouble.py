@@ -93,7 +93,7 @@ def troubled(cluster, requeued, small_disk, tmp_path_factory):
 def test_the_first_lines_name_the_trouble_and_results_are_kept(troubled, name, state, message):
     cluster, jobs = troubled
     log = cluster.log(jobs[name])
-    assert message in "".join(log.splitlines(keepends=True)[:5])
+    assert message in "".join(log.splitlines(keepends=True)[:8])
     assert cluster.state(jobs[name]) == state
     assert (cluster.runs / name / "metrics.json").is_file() == (state == "COMPLETED")
 
