@@ -63,9 +63,10 @@ def execute_notebook(
             return
         except PapermillExecutionError as error:
             raise NotebookFailed(f"In [{error.exec_count}]", f"{error.ename}: {error.evalue}") from None
-        except OSError as error:  # papermill writes the executed notebook after each cell
+        except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            # papermill writes the executed notebook after each cell, and so does not survive a full disk
             unwritten = f"{executed} could not be written: {error}"
             raise NotebookFailed(_running_cell(executed) or "In [?]", unwritten) from None
         except (DeadKernelError, RuntimeError) as error:

@@ -150,7 +150,7 @@ def test_wandb_holds_the_curve_the_parameters_and_the_files(cluster, campaign, w
 
 
 def test_jobs_at_once_on_a_node_do_not_collide(cluster, campaign):
-    shown = {name: cluster.show(campaign[name]) for name in ("whole", "bereft", "cancelled", "expired")}
+    shown = {name: cluster.show(campaign[name]) for name in ("whole", "bereft", "expired")}
     assert max(job["StartTime"] for job in shown.values()) < min(job["EndTime"] for job in shown.values())
     assert {job["NodeList"] for job in shown.values()} == {"node1"}
     trained = curve(cluster.runs / "whole")

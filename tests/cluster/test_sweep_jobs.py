@@ -102,13 +102,6 @@ def test_a_finished_point_is_skipped_until_the_data_change(light, swept):
         dev.write_text(lines)
 
 
-def test_an_agent_on_this_machine_trains_every_point(light):
-    path = write_sweep(light, "local", {"learning_rate": [3e-3, 5e-3]})
-    created = light.call("wandb", "sweep", "--project", "TaskMerge", path)
-    light.call("wandb", "agent", re.search(r"wandb agent (\S+)", created)[1])
-    assert "2 of 2 points finished" in sweep_command(light, path)
-
-
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
@@ -122,13 +115,21 @@ def test_a_sweep_key_that_is_no_parameter_is_refused_before_anything_is_submitte
     assert message in output and "trains the points" not in output
 
 
-@pytest.fixture(scope="module")
-def agents(cluster, campaign):
-    """``wandb sweep`` on a file of two points, then an array of three ``wandb agent --count 1``. (sweep, job)"""
-    path = write_sweep(cluster, "agents", {"learning_rate": [5e-4, 3e-3]})
+def create_sweep(cluster, path):
     output = cluster.call("wandb", "sweep", "--project", "TaskMerge", path)
-    sweep = re.search(r"wandb agent (\S+)", output)[1]
+    return re.search(r"wandb agent (\S+)", output)[1]
+
+
+@pytest.fixture(scope="module")
+def agents(cluster, light, campaign):
+    """``wandb sweep`` on a file of two points, then an array of three ``wandb agent --count 1``. (sweep, job)
+
+    Meanwhile one agent outside SLURM has a sweep to itself.
+    """
+    local = create_sweep(light, write_sweep(light, "local", {"learning_rate": [3e-3, 5e-3]}))
+    sweep = create_sweep(cluster, write_sweep(cluster, "agents", {"learning_rate": [5e-4, 3e-3]}))
     job = cluster.submit("--array=0-2", "slurm/job_sweep_ner.sbatch", sweep)
+    light.call("wandb", "agent", local)
     cluster.wait(job)
     return sweep, job
 
@@ -148,6 +149,10 @@ def test_agents_train_each_point_once_through_the_notebook(cluster, agents, wand
         assert any("eval_ner_f1" in entry for entry in run["history"])
     assert "6 of 6" not in sweep_command(cluster, "parameters/sweep/agents.yaml")
     assert "2 of 2 points finished" in sweep_command(cluster, "parameters/sweep/agents.yaml")
+
+
+def test_an_agent_outside_slurm_trains_every_point(light, agents):
+    assert "2 of 2 points finished" in sweep_command(light, "parameters/sweep/local.yaml")
 
 
 def test_parameters_behind_a_server_sweep_are_refused_not_ignored(cluster):
