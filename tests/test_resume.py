@@ -170,3 +170,16 @@ def test_the_order_of_examples_depends_on_seed_and_epoch_only():
     assert max(lengths[index] for index in steps[0]) == max(lengths)
     padding = sum(8 * max(lengths[i] for i in step) - sum(lengths[i] for i in step) for step in steps)
     assert padding / sum(lengths) < 0.08
+
+
+def test_packed_steps_are_shuffled_with_the_largest_first():
+    lengths = [(index * 37) % 101 + 5 for index in range(403)]
+    sampler = StepSampler(lengths, step_size=8, seed=1, group_lengths=False)
+    first = list(sampler)
+    assert sorted(first) == list(range(403)) and first == list(sampler)
+    sums = [sum(lengths[index] for index in first[start : start + 8]) for start in range(0, 400, 8)]
+    assert sums[0] == max(sums)
+    spread = [
+        max(lengths[i] for i in first[s : s + 8]) - min(lengths[i] for i in first[s : s + 8]) for s in (8, 16)
+    ]
+    assert min(spread) > 30  # lengths are mixed
