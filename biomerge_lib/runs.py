@@ -135,16 +135,9 @@ def open_notebook(stage: str, namespace: Mapping[str, Any]) -> Run:
 def prepare_run_folder(run: Run) -> None:
     """Make the folder of a training run, or move an older run of that name aside (``existing_run=replace``)."""
     folder, parameters = run.folder, run.parameters
-    trained = (folder / "parameters.yaml").is_file()
-    if trained and parameters.existing_run == "replace":
+    if parameters.existing_run == "replace" and (folder / "parameters.yaml").is_file():
         set_aside(folder)
-    elif trained:
-        stored = load_run_parameters(folder)
-        changed = _differences(stored, parameters, PARAMETERS_OF_TRAINING)
-        if changed:
-            raise ParameterError(
-                f"run {folder.name} exists with {changed}. Choose another run_id, or set existing_run=replace."
-            )
+    _refuse_other_training(folder, parameters)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(parameters.model_dump() | {"run_id": folder.name}, sort_keys=False)
     (folder / "parameters.yaml").write_text(
@@ -186,7 +179,8 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
     """Execute a notebook with papermill into its run folder; return the executed notebook's path.
 
     Raises:
-        ParameterError: unknown notebook or parameter, before anything starts.
+        ParameterError: unknown notebook or parameter, or a run of other parameters, before anything starts.
+        DataError: 04 or 05 of a run that does not exist.
         RunInterrupted: a job asked training to stop; it left a checkpoint.
         BioMergeError: a cell failed; says which cell and which executed notebook to open.
     """
@@ -213,6 +207,11 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
             jobs.fetch_run(folder)
         elif training and (jobs.archived_run(folder) / "parameters.yaml").is_file():
             set_aside(jobs.archived_run(folder))
+        # What the notebook's first cell would refuse is refused before its executed copy or metrics.json is touched.
+        if training:
+            _refuse_other_training(folder, parameters)
+        elif notebook.stem in SCORING_STAGES:
+            _scoring_parameters(folder, parameters, explicit)
         folder.mkdir(parents=True, exist_ok=True)
         _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, progress=progress)
     return executed
@@ -321,6 +320,16 @@ def quiet_libraries() -> None:
 
 
 PARAMETERS_OF_TRAINING = frozenset(Parameters.model_fields) - NOT_IDENTITY
+
+
+def _refuse_other_training(folder: Path, parameters: Parameters) -> None:
+    if parameters.existing_run == "replace" or not (folder / "parameters.yaml").is_file():
+        return
+    changed = _differences(load_run_parameters(folder), parameters, PARAMETERS_OF_TRAINING)
+    if changed:
+        raise ParameterError(
+            f"run {folder.name} exists with {changed}. Choose another run_id, or set existing_run=replace."
+        )
 
 
 def _scoring_parameters(folder: Path, parameters: Parameters, given: frozenset[str]) -> Parameters:

@@ -6,10 +6,13 @@ import os
 
 import nbformat
 import pytest
+import yaml
 
 from biomerge_lib import execution, runs
-from biomerge_lib.errors import BioMergeError
+from biomerge_lib.errors import BioMergeError, DataError, ParameterError
 from biomerge_lib.execution import NotebookFailed, execute_notebook
+from biomerge_lib.parameters import compose_parameters
+from biomerge_lib.runs import run_notebook
 
 pytestmark = pytest.mark.integration
 
@@ -97,3 +100,25 @@ def test_twenty_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
     ]
     assert [stage["status"] for stage in stages] == ["finished"] * 20
     assert len({stage["metrics"]["process"] for stage in stages}) == 20
+
+
+def test_a_refused_run_touches_nothing(tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    parameters = compose_parameters([f"runs_dir={tmp_path / 'runs'}", "run_id=mine"])
+    kept = {
+        "parameters.yaml": yaml.safe_dump(parameters.model_dump()),
+        "metrics.json": '{"stages": {"03_train": {"status": "finished"}}}',
+        "03_train.ipynb": "{}",
+    }
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    where = [f"runs_dir={tmp_path / 'runs'}", "run_id=mine"]
+    with pytest.raises(ParameterError, match=r"run mine exists with lora_rank=8 \(not 4\)"):
+        run_notebook("03_train", [*where, "lora_rank=4"])
+    with pytest.raises(ParameterError, match=r"run mine was trained with lora_rank=8 \(not 4\)"):
+        run_notebook("04_greedy_dev", [*where, "lora_rank=4"])
+    with pytest.raises(DataError, match=r"no such run .* Did you mean 'mine'"):
+        run_notebook("04_greedy_dev", [where[0], "run_id=mime"])
+    assert {path.name: path.read_text() for path in folder.iterdir() if path.name in kept} == kept
+    assert not (tmp_path / "runs" / "mime").exists()
