@@ -61,7 +61,7 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
     if backbone in (SMOLLM2, QWEN):
         with _gguf(backbone) as gguf:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # SmolLM2's GGUF says that <|im_start|> ends an answer; Qwen's names <|im_end|> itself.
+        # Read from the GGUFs, SmolLM2's answers would end with <|im_start|> and Qwen's with <|endoftext|>.
         tokenizer.eos_token = "<|im_end|>"
         return tokenizer
     _check_folder(backbone, ("tokenizer_config.json", "tokenizer.json"))
