@@ -1,6 +1,6 @@
 """Whether an 8B fits: train, decode, merge and reload a Llama-3-8B shape with random weights through 03 and 04.
 
-    python -m benchmarks.readiness                      # one GPU; about 3 minutes, 35 GB of disk
+    python -m benchmarks.readiness                      # one GPU; 50 GB of disk: backbone and two merged models
     python -m benchmarks.readiness --shape tiny         # the same way on a CPU, to try it
 
 The brief's batch (8 x 4), LoRA r = 8 and token head on the real Llama-3 tokenizer, with and without gradient
@@ -36,6 +36,8 @@ SHAPES = {
 }
 TOKENIZER_DIR = PROJECT_DIR / "tokenizers" / "llama3_random_tok"
 REPORT = PROJECT_DIR / "reports" / "readiness.json"
+CARDS_GB = {"A100 48 GB": 48, "A100 80 GB": 80, "H100 94 GB": 94}
+BESIDE_PEAK_GB = 3  # CUDA's own context, libraries and the allocator's gaps
 
 
 def llama3_tokenizer():
@@ -143,6 +145,7 @@ def measure(shape: str) -> dict:
                 "first_loss": steps[0]["loss"] if steps else None,
                 "last_loss": steps[-1]["loss"] if steps else None,
                 "peak_memory_gb": training.get("peak_memory_gb"),
+                "fits": fitting_cards(training.get("peak_memory_gb")),
                 "trainable_parameters": training.get("trainable_parameters"),
                 "adapter_mb": round(max(adapters, default=0) / 1e6, 1),
                 "merge_max_logit_difference": training.get("merge_max_logit_difference"),
@@ -150,6 +153,18 @@ def measure(shape: str) -> dict:
             }
         )
     return {"shape": shape, "provenance": provenance(), "runs": rows}
+
+
+def fitting_cards(peak_gb: float | None) -> str:
+    """The cards whose memory holds a peak and what CUDA needs beside it.
+
+    >>> fitting_cards(58.2)
+    'A100 80 GB, H100 94 GB'
+    """
+    if not peak_gb:
+        return "not measured"
+    fitting = [name for name, memory in CARDS_GB.items() if peak_gb + BESIDE_PEAK_GB <= memory]
+    return ", ".join(fitting) or "none of these"
 
 
 def read_log(run: Path) -> list[dict]:
@@ -173,7 +188,8 @@ def write_table(result: dict) -> None:
         f"# A Llama-3 of shape {result['shape']}, random weights, trained, merged and reloaded",
         "",
         f"Written by `python -m benchmarks.readiness --shape {result['shape']}` on {provenance['device']}, "
-        f"commit `{provenance['commit'][:12]}`. Both trainings ran side by side; memory is each process's peak.",
+        f"commit `{provenance['commit'][:12]}`. Both trainings ran side by side; memory is each "
+        f"process's peak, and a card fits that has {BESIDE_PEAK_GB} GB beside it, of {', '.join(CARDS_GB)}.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),

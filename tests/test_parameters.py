@@ -29,14 +29,14 @@ def choices(group: str) -> list[str]:
 
 def test_the_groups_are_the_contracts():
     assert choices("task") == ["ner_span"]
-    assert choices("model") == ["lora_ner_unsloth", "smollm2_135m"]
+    assert choices("model") == ["lora_ner_unsloth", "qwen2_5_coder_1_5b", "smollm2_135m"]
     assert choices("runtime") == ["a100", "cpu_debug", "h100", "h200"]
     assert (PARAMETERS_DIR / "sweep/lora_ner_span.yaml").is_file()
     for stage in (2, 3):
         assert (PARAMETERS_DIR / f"deepspeed/zero{stage}_offload.json").is_file()
 
 
-@pytest.mark.parametrize("model", ["lora_ner_unsloth", "smollm2_135m"])
+@pytest.mark.parametrize("model", ["lora_ner_unsloth", "smollm2_135m", "qwen2_5_coder_1_5b"])
 @pytest.mark.parametrize("runtime", ["a100", "cpu_debug", "h100", "h200"])
 def test_every_combination_composes(model, runtime):
     assert isinstance(compose_parameters([f"model={model}", f"runtime={runtime}"]), Parameters)

@@ -151,10 +151,11 @@ def test_a_loss_that_is_not_finite_stops_and_saves_the_batch(make_trainer, tmp_p
     assert {"input_ids", "labels"} <= saved.keys()
 
 
-def test_dev_without_an_entity_is_refused(make_trainer, sample_records):
-    empty = [record for record in sample_records["train"] if not record.spans][:3]
-    with pytest.raises(DataError, match="no entity"):
-        make_trainer(records={"train": sample_records["train"][:4], "dev": empty})
+def test_an_empty_dev_and_one_without_an_entity_are_refused(make_trainer, sample_records):
+    without = [record for record in sample_records["train"] if not record.spans][:3]
+    for dev in (without, []):
+        with pytest.raises(DataError, match="no entity"):
+            make_trainer(records={"train": sample_records["train"][:4], "dev": dev})
 
 
 def test_a_gap_between_fast_and_greedy_is_explained():
