@@ -86,16 +86,19 @@ class Parity:
         return dict(Counter(difference.cause for difference in self.differences).most_common())
 
     def rows(self) -> list[dict]:
-        """One row a decoder, for a table."""
+        """One row a decoder, for a table; scores to four digits."""
         rows = []
         if self.trainer_f1 is not None:
-            rows.append({"decoder": "Trainer, greedy", "dtype": self.reference_dtype, "F1": self.trainer_f1})
+            rows.append(
+                {"decoder": "Trainer, greedy", "dtype": self.reference_dtype, "F1": round(self.trainer_f1, 4)}
+            )
         for decoder, dtype, score in (
             ("transformers, greedy", self.reference_dtype, self.reference),
             ("vLLM", self.served_dtype, self.served),
         ):
             scores = {"F1": score.f1, "precision": score.precision, "recall": score.recall}
-            rows.append({"decoder": decoder, "dtype": dtype, **scores})
+            rounded = {name: round(value, 4) for name, value in scores.items()}
+            rows.append({"decoder": decoder, "dtype": dtype, **rounded})
         rows[-1]["differing sentences"] = len(self.differences)
         return rows
 
