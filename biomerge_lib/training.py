@@ -460,6 +460,8 @@ def _disk_is_full(error: Exception) -> bool:
 def explain_gap(metrics: dict[str, Any]) -> str:
     """Say whether the fast and the greedy F1 agree within 0.01, and if not, what the greedy answers show."""
     fast, greedy = metrics["eval_ner_f1"], metrics["greedy_dev_ner_f1"]
+    if fast == greedy == 0:
+        return "neither reading finds a mention yet: train longer (num_train_epochs, subsample) or raise learning_rate."
     if abs(fast - greedy) <= 0.01:
         return f"fast {fast:.3f} and greedy {greedy:.3f} agree within 0.01."
     faults = {

@@ -163,5 +163,7 @@ def test_a_gap_between_fast_and_greedy_is_explained():
     rates = ("unreadable_rate", "truncated_rate", "out_of_text_rate", "unsorted_rate")
     metrics |= {f"greedy_dev_{name}": 0.0 for name in rates}
     assert "agree within 0.01" in explain_gap(metrics)
+    nothing = metrics | {"eval_ner_f1": 0.0, "greedy_dev_ner_f1": 0.0}
+    assert "neither reading finds a mention" in explain_gap(nothing)
     cut = metrics | {"greedy_dev_ner_f1": 0.5, "greedy_dev_truncated_rate": 0.25}
     assert "max_new_tokens (no EOS): 25.0% of sentences" in explain_gap(cut)
