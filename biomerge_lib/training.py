@@ -424,6 +424,10 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     if trainer.stop.stopped_at is not None:
         raise RunInterrupted(f"stopped on request after {trainer.stop.stopped_at} steps, with a checkpoint")
     seconds = time.time() - started
+    state = trainer.state
+    stopped_early = state.global_step < state.max_steps
+    if stopped_early:
+        print(explain_early_stop(trainer.parameters, state))
     best = Path(trainer.state.best_model_checkpoint or find_resumable_checkpoint(checkpoints)).name
     step, greedy = trainer.last_greedy
     if f"checkpoint-{step}" != best or "greedy_dev_ner_f1" not in greedy:
@@ -439,6 +443,7 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "best_checkpoint": best,
         "step_launch": trainer.launch,
+        "stopped_early": stopped_early,
     }
     if torch.cuda.is_available():
         metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
@@ -448,6 +453,16 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         write_json(run_folder / "log_history.json", trainer.state.log_history)
         write_json(done, metrics)
     return metrics
+
+
+def explain_early_stop(parameters: Parameters, state: TrainerState) -> str:
+    """Say why a training ended before its last step, and what it keeps."""
+    return (
+        f"stopped early at step {state.global_step} of {state.max_steps}: {parameters.early_stopping_patience} "
+        f"evaluations without a gain of {parameters.early_stopping_threshold} over {WATCH_METRIC} "
+        f"{state.best_metric:.3f} ({Path(state.best_model_checkpoint or '').name}). A higher "
+        "early_stopping_patience waits longer."
+    )
 
 
 def _disk_is_full(error: Exception) -> bool:

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from biomerge_lib.errors import DataError, ModelError
-from biomerge_lib.training import NerTrainer, build_model, build_trainer, explain_gap, train
+from biomerge_lib.training import (
+    NerTrainer,
+    build_model,
+    build_trainer,
+    explain_early_stop,
+    explain_gap,
+    train,
+)
 
 
 @pytest.fixture
@@ -156,6 +164,17 @@ def test_an_empty_dev_and_one_without_an_entity_are_refused(make_trainer, sample
     for dev in (without, []):
         with pytest.raises(DataError, match="no entity"):
             make_trainer(records={"train": sample_records["train"][:4], "dev": dev})
+
+
+def test_a_training_without_improvement_says_why_it_ended(tiny_parameters):
+    state = TrainerState(
+        global_step=2000, max_steps=3000, best_metric=0.71234, best_model_checkpoint="runs/x/checkpoint-500"
+    )
+    said = explain_early_stop(tiny_parameters(), state)
+    assert said.startswith(
+        "stopped early at step 2000 of 3000: 3 evaluations without a gain of 0.001 over eval_ner_f1"
+    )
+    assert "0.712 (checkpoint-500)" in said
 
 
 def test_a_gap_between_fast_and_greedy_is_explained():
