@@ -106,7 +106,7 @@ def serve(
     return {
         "model": server.model_id,
         "dtype": dtype,
-        "execution": execution,
+        "execution": server.executes,
         "weights GB": round(sum(path.stat().st_size for path in model_dir.glob("*.safetensors")) / 1e9, 2),
         "sentences": len(records),
         "in flight": concurrency,

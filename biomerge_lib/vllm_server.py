@@ -95,6 +95,11 @@ class VllmServer:
         return f"http://{HOST}:{self.port}/v1"
 
     @property
+    def executes(self) -> str:
+        """How the build that was found executes: ``execution``, or ``eager`` on a CPU; known once started."""
+        return "eager" if _is_cpu_build(self.version) else self.execution
+
+    @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.exit_code is None
 
@@ -158,11 +163,9 @@ class VllmServer:
         command += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
         # The model folder's generation_config must not change sampling behind the requests' back.
         command += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
-        if _is_cpu_build(self.version):
-            command += EXECUTION["eager"]
-        else:
+        if not _is_cpu_build(self.version):
             command += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
-            command += EXECUTION[self.execution]
+        command += EXECUTION[self.executes]
         return command + self.extra_arguments
 
     def _environment(self) -> dict[str, str]:
