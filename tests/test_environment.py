@@ -208,10 +208,19 @@ def test_setup_does_nothing_where_the_stamp_matches(tmp_path: Path) -> None:
 
 
 def test_setup_keeps_the_device_that_is_there_where_none_is_asked_for(tmp_path: Path) -> None:
-    if shutil.which("nvidia-smi"):
-        pytest.skip("a GPU machine: it chooses cuda")
     write_ready_environment(tmp_path)
-    assert run_setup(tmp_path, BIOMERGE_DEVICE="").returncode == 0
+    done = run_setup(tmp_path, BIOMERGE_DEVICE="")
+    if shutil.which("nvidia-smi"):  # a GPU machine wants the other set
+        assert done.returncode == 1 and "the cuda environment needs" in done.stderr
+    else:
+        assert done.returncode == 0
+
+
+def test_setup_chooses_cuda_where_there_is_a_gpu(tmp_path: Path) -> None:
+    write_ready_environment(tmp_path)
+    write_program(tmp_path / "bin" / "nvidia-smi", "echo 580.00")
+    done = run_setup(tmp_path, BIOMERGE_DEVICE="")
+    assert done.returncode == 1 and "the cuda environment needs" in done.stderr
 
 
 @pytest.mark.parametrize("change", ["other pins", "other Python", "moved", "interrupted", "other device"])
