@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from biomerge_lib.packing import packed_row, use_packed_attention
-from biomerge_lib.prompt import IGNORE
+from biomerge_lib.prompt import B_I_O, IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LABELS = 3  # O, B, I
 
 
 def install_span_loss(model: PreTrainedModel, *, head_loss_weight: float, max_seq_len: int) -> None:
@@ -96,7 +94,10 @@ def span_loss(
     if token_labels is not None and hasattr(model, "token_head"):
         token_logits = model.token_head(hidden.float())  # (B, T, 3)
         summed = F.cross_entropy(
-            token_logits.reshape(-1, LABELS), token_labels.reshape(-1), ignore_index=IGNORE, reduction="sum"
+            token_logits.reshape(-1, len(B_I_O)),
+            token_labels.reshape(-1),
+            ignore_index=IGNORE,
+            reduction="sum",
         )
         head_loss = _mean_loss(summed, num_words_in_batch, token_labels)
         output |= {"loss": loss + head_loss_weight * head_loss, "head_loss": head_loss.detach()}

@@ -1,6 +1,7 @@
-"""Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B.
+"""Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B, who watches.
 
-stop request --[StopOnRequest]--> checkpoint; logged numbers --[TrackingCallback]--> W&B
+stop request --[StopOnRequest]--> checkpoint; logged numbers --[TrackingCallback]--> W&B, --[ProgressBar]--> a bar;
+a loss that is no number --[FiniteLoss]--> the batch in a file, and the end
 
 Of transformers' own: ``enable_jit_checkpoint`` listens for SIGTERM in the training process, which is a notebook's
 kernel or one of several processes here, so the request is a file. ``WandbCallback`` renames ``eval_ner_f1``, by

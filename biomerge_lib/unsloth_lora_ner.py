@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.errors import ModelError
+from biomerge_lib.prompt import B_I_O
 from biomerge_lib.runs import write_json
 from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LABELS = 3  # O, B, I
 log = logging.getLogger("biomerge")
 
 
@@ -271,7 +271,9 @@ def _attach_token_head(model: PreTrainedModel, wanted: bool) -> None:
 
     if wanted:
         # float32: three rows cost nothing, and bfloat16 would round their updates away.
-        model.token_head = torch.nn.Linear(model.config.hidden_size, LABELS).to(model.device, torch.float32)
+        model.token_head = torch.nn.Linear(model.config.hidden_size, len(B_I_O)).to(
+            model.device, torch.float32
+        )
 
 
 def _initialise_adapter(model: PeftModel, seed: int) -> None:
