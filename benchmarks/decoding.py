@@ -2,13 +2,15 @@
 
     python -m benchmarks.decoding --model runs/<run_id>/merged --data_dir data/bc5cdr_iob/ner --limit 200
 
-Transformers and vLLM answer the same records with each constraint; writes reports/decoding.json and .md.
+Transformers and vLLM answer the same records with each constraint; writes reports/decoding.json and .md, or another
+pair of files that --out names.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -89,10 +91,12 @@ def load_now() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def decode_with_transformers(model_dir: Path, records, rendering: dict[str, Any], *, batch_size, constraints):
-    """Rows and predictions by constraint, in float32."""
+def decode_with_transformers(
+    model_dir: Path, records, rendering: dict[str, Any], *, dtype: str, batch_size: int, constraints
+):
+    """Rows and predictions by constraint."""
     max_new_tokens = rendering["max_new_tokens"]
-    tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype="float32")
+    tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
     prompts = build_prompts(
         records, tokenizer, **{name: rendering[name] for name in rendering if name != "max_new_tokens"}
     )
@@ -104,7 +108,7 @@ def decode_with_transformers(model_dir: Path, records, rendering: dict[str, Any]
         answers = greedy_decode(model, tokenizer, prompts, constrained_decoding=constraint, **decode)
         seconds = time.monotonic() - started
         found[constraint] = collect_predictions(records, prompts, answers, constrained=constraint != "off")
-        name = f"transformers, batches of {batch_size}"
+        name = f"transformers {dtype}, batches of {batch_size}"
         rows.append(measure(name, constraint, found[constraint], seconds=seconds, load=load))
         print(rows[-1], flush=True)
     return rows, found, tokenizer
@@ -144,9 +148,12 @@ def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, co
     return rows, found, round(server.startup_seconds, 1)
 
 
-def compare(reference, served, tokenizer, *, dtype: str, constraint: str) -> dict[str, Any]:
-    parity = check_parity(reference, served, tokenizer, reference_dtype="float32", served_dtype=dtype)
+def compare(
+    reference, served, tokenizer, *, reference_dtype: str, dtype: str, constraint: str
+) -> dict[str, Any]:
+    parity = check_parity(reference, served, tokenizer, reference_dtype=reference_dtype, served_dtype=dtype)
     return {
+        "transformers": reference_dtype,
         "vLLM": dtype,
         "constraint": constraint,
         "transformers F1": round(parity.reference.f1, 4),
@@ -171,7 +178,7 @@ def measure_confidence(predictions: list[Prediction]) -> dict[str, Any]:
     }
 
 
-def write_page(report: dict[str, Any]) -> None:
+def write_page(report: dict[str, Any], path: Path) -> None:
     lines = [
         "# Decoding: speed, constraints, parity",
         "",
@@ -187,7 +194,7 @@ def write_page(report: dict[str, Any]) -> None:
         "",
         *explain_speed(report["rows"]),
         "",
-        "## Parity with transformers in float32",
+        "## Parity with transformers",
         "",
         *table(list(report["parity"][0]), [list(row.values()) for row in report["parity"]]),
         "",
@@ -198,7 +205,7 @@ def write_page(report: dict[str, Any]) -> None:
             **report["confidence"]
         ),
     ]
-    REPORT.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def show_row(row: dict[str, Any]) -> list[Any]:
@@ -238,18 +245,33 @@ def main() -> None:
     parser.add_argument(
         "--transformers", nargs="+", choices=CONSTRAINTS, default=list(CONSTRAINTS), help="its constraints"
     )
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16, help="of transformers (%(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of transformers (%(default)s)")
+    parser.add_argument(
+        "--served",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        help="dtypes of the servers; the first is asked with every constraint (%(default)s)",
+    )
+    parser.add_argument("--out", type=Path, default=REPORT, help="JSON file; its page is beside it")
     options = parser.parse_args()
     quiet_libraries()
     where = provenance()
     model_dir, rendering = read_model_folder(options.model)
     records = read_split(options.data_dir, "dev", limit=options.limit)
     rows, greedy, tokenizer = decode_with_transformers(
-        model_dir, records, rendering, batch_size=options.batch_size, constraints=options.transformers
+        model_dir,
+        records,
+        rendering,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        constraints=options.transformers,
     )
     parity, startup = [], {}
     with tempfile.TemporaryDirectory() as scratch:
-        for dtype, constraints, few in (("float32", CONSTRAINTS, options.few), ("bfloat16", ("off",), 0)):
+        for dtype in options.served:
+            first = dtype == options.served[0]
+            constraints, few = (CONSTRAINTS, options.few) if first else (("off",), 0)
             served_rows, served, startup[dtype] = decode_with_vllm(
                 model_dir,
                 records,
@@ -262,13 +284,19 @@ def main() -> None:
             )
             rows += served_rows
             parity += [
-                compare(greedy[constraint], served[constraint], tokenizer, dtype=dtype, constraint=constraint)
+                compare(
+                    greedy[constraint],
+                    served[constraint],
+                    tokenizer,
+                    reference_dtype=options.dtype,
+                    dtype=dtype,
+                    constraint=constraint,
+                )
                 for constraint in constraints
                 if constraint in greedy
             ]
     report = {
-        "command": f"python -m benchmarks.decoding --limit {options.limit} --few {options.few} "
-        f"--transformers {' '.join(options.transformers)}",
+        "command": shlex.join(["python", "-m", "benchmarks.decoding", *sys.argv[1:]]),
         "commit": where["commit"],
         "device": where["device"],
         "python": where["python"],
@@ -282,9 +310,9 @@ def main() -> None:
         "parity": parity,
         "confidence": measure_confidence(greedy["off"]),
     }
-    write_json(REPORT, report)
-    write_page(report)
-    print(REPORT.with_suffix(".md"), file=sys.stderr)
+    write_json(options.out, report)
+    write_page(report, options.out.with_suffix(".md"))
+    print(options.out.with_suffix(".md"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,33 +26,42 @@ from biomerge_lib.runs import PROJECT_DIR, read_metrics, write_json
 REPORT = PROJECT_DIR / "reports" / "learning.json"
 COMMON = (
     "model=smollm2_135m runtime=h200 data_dir=data/bc5cdr_iob/ner num_train_epochs=2 per_device_train_batch_size=16 "
-    "per_device_eval_batch_size=512 num_workers=0 logging_steps=10"
+    "per_device_eval_batch_size=256 num_workers=0 logging_steps=10"
 )
 SOME = "eval_limit=800"  # of dev, evenly spread
+ECHO = "offset_anchors=echo_start"
+UNION = f"{ECHO} data_dir=data/union/ner per_device_train_batch_size=32"
+LONG = "num_train_epochs=6 early_stopping_patience=100"
+QWEN = f"{SOME} model=qwen2_5_coder_1_5b per_device_eval_batch_size=128"
 SETS: dict[str, dict[str, str]] = {
-    "union": {
-        "union-start": "data_dir=data/union/ner corpus_cue=true per_device_train_batch_size=32",
+    "headline": {f"seed {seed}": f"{ECHO} seed={seed}" for seed in (42, 43, 44)},
+    "padded": {
+        f"seed {seed}, padded": f"{ECHO} seed={seed} packing=false step_launch=eager" for seed in (42, 43, 44)
     },
-    "headline": {
-        f"{anchors}-seed{seed}": f"offset_anchors={anchors} seed={seed}"
-        for anchors, seed in product(("echo_start",), (42, 43, 44))
+    "union": {"cue": f"{UNION} corpus_cue=true", "no cue": UNION},
+    "ceiling": {
+        "LoRA, 6 epochs": f"{ECHO} {LONG}",
+        "all weights, 2 epochs": f"{ECHO} trainable=all learning_rate=3e-4",
+        "all weights, 6 epochs": f"{ECHO} trainable=all learning_rate=3e-4 {LONG}",
     },
     "ablation": {
         "start": SOME,
-        "start, padded": f"{SOME} packing=false step_launch=eager",
         "none": f"{SOME} offset_anchors=none",
         "start_colon": f"{SOME} offset_anchors=start_colon",
         "start_end": f"{SOME} offset_anchors=start_end",
         "echo_start": f"{SOME} offset_anchors=echo_start",
         "start, no head": f"{SOME} fast_metrics=false",
+        "start, head weight 0.2": f"{SOME} head_loss_weight=0.2",
         "start, cue": f"{SOME} corpus_cue=true cue_dropout=0.0",
+        "start, batch 8": f"{SOME} per_device_train_batch_size=8",
         "start, batch 32": f"{SOME} per_device_train_batch_size=32",
-        "start, 6 epochs": f"{SOME} num_train_epochs=6",
+        "start, no dropout": f"{SOME} lora_dropout=0.0",
     },
     "grid": {
-        f"rank {rank}, learning rate {rate}": f"{SOME} subsample=0.5 lora_rank={rank} learning_rate={rate}"
+        f"rank {rank}, learning rate {rate}": f"{SOME} lora_rank={rank} learning_rate={rate}"
         for rank, rate in product((4, 8, 16), ("1e-3", "2e-3", "3e-3"))
     },
+    "qwen": {anchors: f"{QWEN} offset_anchors={anchors}" for anchors in ("none", "start")},
 }
 
 

@@ -33,6 +33,7 @@ from biomerge_lib.predictions import Prediction, build_prompts, collect_predicti
 from biomerge_lib.records import Record, file_sha256
 from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
 from biomerge_lib.tagger import SHIPPED, prepare_folder, read_rendering
+from biomerge_lib.vllm_client import served_names
 from biomerge_lib.vllm_server import EXECUTION, VllmServer
 
 REPORT = PROJECT_DIR / "reports" / "served_speed.json"
@@ -124,7 +125,7 @@ def serve(
 def decode(
     model_dir: Path, records: list[Record], rendering: dict[str, Any], *, dtype: str, batch_size: int
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """The same with transformers."""
+    """The same with transformers: its F1 means nothing for random weights."""
     import torch
 
     from biomerge_lib.tokenizer import load_tokenizer
@@ -143,10 +144,13 @@ def decode(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the next server takes the memory
     return {
+        "model": served_names(model_dir)[0],
         "decoder": f"transformers, batches of {batch_size}",
         "dtype": dtype,
+        "sentences": len(records),
         "seconds": round(seconds, 1),
         "sentences/s": round(len(records) / seconds, 1),
+        "tokens an answer": round(mean(len(answer.token_ids) for answer in answers), 1),
         "F1": round(score_predictions(predictions)["ner_f1"], 4),
     }, predictions
 
@@ -189,7 +193,7 @@ def write_page(report: dict[str, Any]) -> None:
     ]
     parts = {
         "served": "",
-        "decoded": "## The trained model in transformers",
+        "decoded": "## The same in transformers",
         "parity": "## Parity of the trained model",
     }
     for part, title in parts.items():
@@ -250,6 +254,20 @@ def main() -> None:
                         concurrency=options.concurrency,
                         scratch=scratch,
                         logs=options.logs or scratch,
+                    )[0]
+                ),
+            )
+        if options.shape != "none":
+            attempt(
+                report,
+                f"{options.shape} in transformers",
+                lambda: report["decoded"].append(
+                    decode(
+                        random_model,
+                        records,
+                        RANDOM_RENDERING,
+                        dtype="bfloat16",
+                        batch_size=options.batch_size,
                     )[0]
                 ),
             )
