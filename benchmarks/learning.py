@@ -135,12 +135,21 @@ def read_rows(folders: list[Path]) -> list[dict[str, Any]]:
                 "steps": metrics["steps"],
                 "step_launch": metrics.get("step_launch"),
                 "seconds": metrics["train_seconds"],
+                "evaluation_share": round(evaluation_seconds(folder) / metrics["train_seconds"], 3),
+                "peak_memory_gb": metrics.get("peak_memory_gb"),
+                "trainable_parameters": metrics["trainable_parameters"],
                 "device": stage["provenance"]["device"],
                 "commit": stage["provenance"]["commit"],
             }
         )
     order = list(ids.values())
     return sorted(rows, key=lambda row: order.index((row["set"], row["name"])))
+
+
+def evaluation_seconds(folder: Path) -> float:
+    """Seconds of a training that went into scoring dev: with the token head and greedily."""
+    history = json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
+    return sum(entry.get("eval_runtime", 0) + entry.get("greedy_dev_seconds", 0) for entry in history)
 
 
 def describe(rows: list[dict[str, Any]]) -> str:
@@ -157,15 +166,17 @@ def describe(rows: list[dict[str, Any]]) -> str:
     for group in dict.fromkeys(row["set"] for row in rows):
         lines += ["", f"## {group}", ""]
         lines += [
-            "| training | changes | dev F1 | snapped to words | token head | sentences | tokens | steps | launch | s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| training | changes | dev F1 | snapped to words | token head | sentences | tokens | steps | launch "
+            "| s | of that scoring |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in (row for row in rows if row["set"] == group):
             head = "—" if row["head_f1"] is None else f"{row['head_f1']:.3f}"
             lines.append(
                 f"| {row['name']} | `{row['changes']}` | **{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}] "
                 f"| {row['snapped_f1']:.3f} | {head} | {row['sentences']:,} | {row['tokens_an_example']:.0f} "
-                f"| {row['steps']:,} | {row['step_launch']} | {row['seconds']:.0f} |"
+                f"| {row['steps']:,} | {row['step_launch']} | {row['seconds']:.0f} "
+                f"| {row['evaluation_share']:.0%} |"
             )
             if row["per_corpus"]:
                 parts = ", ".join(f"{name} {f1:.3f}" for name, f1 in sorted(row["per_corpus"].items()))
