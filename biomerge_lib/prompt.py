@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerFast | PlainTokenizer
 
-ANCHOR_STYLES = ("none", "start", "start_end", "start_colon", "echo_start")
+ANCHOR_STYLES = (
+    "none",
+    "start",
+    "start_end",
+    "start_colon",
+    "start_before_space",
+    "echo_start",
+    "echo_start_before_space",
+)
 IGNORE = -100
 B_I_O = {"O": 0, "B": 1, "I": 2}
 _WORD = re.compile(r"\S+")
@@ -85,7 +93,10 @@ def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Renderi
 
     ``none`` is the plain sentence, to the character (but for white space at its end). ``start`` writes each
     word's start offset before it, so that the model copies offsets instead of counting characters; ``start_end``
-    also writes the end after it, ``start_colon`` spells the start with a colon. ``echo_start`` writes the plain
+    also writes the end after it, ``start_colon`` spells the start with a colon. ``start_before_space`` writes the start
+    before the space that leads the word (``<NER>0 Aspirin8 can``): no token is spent on a space before a number. Only
+    after a word that ends in a digit one stands there (``CYP2D6 7 in``), so that no digit of a word and of an offset
+    can be taken for one another, nor become one token. ``echo_start`` and ``echo_start_before_space`` write the plain
     sentence first and the anchored one after it: a causal model then reads every anchored word knowing the whole
     sentence (the echo of Springer et al. 2024, "Repetition improves language model embeddings"). ``cue`` names the
     corpus whose annotation policy is wanted.
@@ -101,16 +112,20 @@ def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Renderi
     if offset_anchors == "none":
         shift = len(head)
         return Rendering(head + plain, words, [(start + shift, end + shift) for start, end in words])
-    if offset_anchors == "echo_start":
+    spelling = offset_anchors.removeprefix("echo_")
+    if spelling != offset_anchors:
         head += f"{plain} | "
-    parts, rendered, position = [head], [], len(head)
-    for index, (start, end) in enumerate(words):
-        gap = " " if index else ""
-        before = f"{gap}{start}:" if offset_anchors == "start_colon" else f"{gap}{start} "
-        after = f" {end}" if offset_anchors == "start_end" else ""
+    before_space = spelling == "start_before_space"
+    if before_space:
+        head = head.rstrip()
+    parts, rendered, position, gap = [head], [], len(head), ""
+    for start, end in words:
+        before = f"{gap}{start}:" if spelling == "start_colon" else f"{gap}{start} "
+        after = f" {end}" if spelling == "start_end" else ""
         rendered.append((position + len(before), position + len(before) + end - start))
         parts += [before, text[start:end], after]
         position += len(before) + end - start + len(after)
+        gap = "" if before_space and not text[end - 1].isnumeric() else " "
     return Rendering("".join(parts), words, rendered)
 
 
@@ -125,8 +140,8 @@ def prompt_bytes(text: str, *, offset_anchors: str, cue: str | None = None) -> i
     if offset_anchors == "none":
         return size
     anchor = len(str(len(text))) + 2
-    anchors = {"start": 1, "start_colon": 1, "start_end": 2, "echo_start": 1}[offset_anchors]
-    echo = plain + 3 if offset_anchors == "echo_start" else 0
+    anchors = 2 if offset_anchors == "start_end" else 1
+    echo = plain + 3 if offset_anchors.startswith("echo_") else 0
     return size + echo + len(text.split()) * anchor * anchors
 
 

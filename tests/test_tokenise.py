@@ -1,5 +1,7 @@
 """The data module's tensors align: labels live on the answer and EOS only, word labels on each word's last token."""
 
+from itertools import product
+
 import pytest
 from conftest import ASPIRIN
 
@@ -61,8 +63,45 @@ def test_renderings_are_spelled_as_documented():
         "start": "<NER> 0 Aspirin 8 can",
         "start_end": "<NER> 0 Aspirin 7 8 can 11",
         "start_colon": "<NER> 0:Aspirin 8:can",
+        "start_before_space": "<NER>0 Aspirin8 can",
         "echo_start": "<NER> Aspirin can | 0 Aspirin 8 can",
+        "echo_start_before_space": "<NER> Aspirin can |0 Aspirin8 can",
     }
+
+
+def test_an_offset_before_the_space_stands_apart_from_a_words_last_digit():
+    style = {"offset_anchors": "start_before_space"}
+    assert render("CYP2D6 and 5 mg", **style, cue="cdr").prompt == "<NER> cdr |0 CYP2D6 7 and11 5 13 mg"
+    odd = "H²  \u0663\tNa+/K+\u00a0β-cell Ⅻ\n."  # superscript, Arabic-Indic and Roman digits; odd spaces
+    assert render(odd, **style).prompt == "<NER>0 H² 4 \u0663 6 Na+/K+13 β-cell20 Ⅻ 22 ."
+
+
+@pytest.mark.parametrize("style", [style for style in ANCHOR_STYLES if style != "none"])
+def test_no_two_texts_have_the_same_prompt(style):
+    words, gaps = ("a", "1", "a1", "a11"), (1, 2, 3, 10, 11, 12, 13)  # a + 1 + 3 must not read as a + 13
+    texts = {
+        first + " " * left + second + " " * right + third
+        for first, left, second, right, third in product(words, gaps, words, gaps, words)
+    }
+    assert len({render(text, offset_anchors=style).prompt for text in texts}) == len(texts) == 4**3 * 7**2
+
+
+@pytest.mark.parametrize("style", ["start", "start_end", "start_before_space", "echo_start_before_space"])
+def test_words_keep_the_tokens_of_the_plain_sentence(tokenizer, sample_records, style):
+    odd = [
+        Record(text, (), "d", "x")
+        for text in ("CYP2D6 in 1998 2 mg , H² .", "19 19 19", "a1", "β-cell’s 5′-UTR")
+    ]
+    for record in [*sample_records["dev"], *odd]:
+        text = " ".join(record.text.split())
+        rendering = render(text, offset_anchors=style)
+        encoded = tokenizer(rendering.prompt, return_offsets_mapping=True)
+        kept = [
+            token
+            for token, (left, right) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if any(start - 1 < right and left < end for start, end in rendering.rendered_words)
+        ]
+        assert kept == tokenizer("<NER> " + text)["input_ids"][1:]
 
 
 def test_word_labels_of_adjacent_and_inner_spans():
