@@ -60,12 +60,12 @@ def build_random_model(shape: str) -> Path:
 def build_trained_model(records: list[Record], folder: Path) -> Path:
     """The shipped adapter merged in float32, so that each decoder rounds it as its own dtype wants."""
     from biomerge_lib.tokenizer import load_tokenizer
-    from biomerge_lib.unsloth_lora_ner import merge_adapter
+    from biomerge_lib.unsloth_lora_ner import merge_checkpoint
 
     rendering = read_rendering(SHIPPED)
     backbone = prepare_folder(rendering["backbone"])
     prompt = build_prompts(records[:1], load_tokenizer(backbone), **without_answer_limit(rendering))[0]
-    merge_adapter(
+    merge_checkpoint(
         backbone, SHIPPED, folder, dtype="float32", rendering=rendering, probe_ids=prompt.prompt_ids
     )
     return folder

@@ -46,7 +46,7 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     ``biomerge.json`` names the backbone and how prompts are rendered; ``README.md`` is the model card.
 
     Raises:
-        DataError: training has not finished.
+        DataError: training has not finished, or trained all weights.
         ModelError: the best checkpoint is gone.
     """
     import torch
@@ -57,6 +57,11 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     stage = metrics.get("stages", {}).get("03_train", {})
     if stage.get("status") != "finished":
         raise DataError(f"{run_folder}: 03_train has not finished here; only finished runs are exported.")
+    if parameters.trainable == "all":
+        raise DataError(
+            f"{run_folder}: every weight was trained (trainable=all), so there is no adapter. Share "
+            f"{run_folder}/merged, the whole model."
+        )
     checkpoint = best_checkpoint(run_folder, stage["metrics"])
     backbone = (
         Path(parameters.backbone).name if Path(parameters.backbone).is_absolute() else parameters.backbone

@@ -36,12 +36,16 @@ def find_damage(checkpoint: Path) -> str | None:
 
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
-            tensors.keys()
+        weights = sorted(checkpoint.glob("*model*.safetensors"))
+        for path in weights:
+            with safe_open(path, "pt") as tensors:
+                tensors.keys()
     except FileNotFoundError as error:
-        return f"{Path(error.filename or 'adapter_model.safetensors').name} is missing"
+        return f"{Path(error.filename).name} is missing"
     except (ValueError, SafetensorError, OSError) as error:
         return str(error)
+    if not weights:
+        return "adapter_model.safetensors or model.safetensors is missing"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         path = checkpoint / name
         if path.is_file() and not zipfile.is_zipfile(path):

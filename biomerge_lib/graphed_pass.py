@@ -13,12 +13,12 @@ import torch
 Batch = dict[str, torch.Tensor]
 
 
-def compile_layers(model: torch.nn.Module) -> None:
-    """Compile a causal LM's decoder layers: one compilation serves all layers and all lengths of packed rows.
+def compile_layers(decoder: torch.nn.Module) -> None:
+    """Compile a decoder's layers: one compilation serves all layers and all lengths of packed rows.
 
     Decoding and scoring run uncompiled under ``torch.compiler.set_stance("force_eager")``.
     """
-    for layer in model.model.layers:
+    for layer in decoder.layers:
         layer.compile(dynamic=True)
 
 

@@ -64,7 +64,8 @@ def _train_here(folder: Path, parameters: Parameters) -> dict[str, Any]:
         model, load_tokenizer(backbone), records, parameters, checkpoints=folder / "checkpoints"
     )
     if trainer.is_world_process_zero():
-        model.print_trainable_parameters()
+        trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        print(f"training {trained:,} of {total:,} weights ({trained / total:.1%})")
     return train(trainer, folder)
 
 

@@ -174,13 +174,16 @@ class Parameters(BaseModel):
     backbone: str = Field(min_length=1, description="smollm2-135m, a model folder, or a name on the hub")
     tokenizer_dir: str = Field(min_length=1, description="Where 01_tokenizer saves the tokenizer")
     backend: Literal["unsloth", "peft"] = Field(description="Who runs the LoRA layers")
+    trainable: Literal["lora", "all"] = Field(
+        description="What trains: LoRA, or every weight (backend=peft, and a tenth of LoRA's learning_rate)"
+    )
     lora_rank: int = Field(ge=1, description="LoRA rank r")
     lora_alpha: int = Field(ge=1, description="LoRA alpha; the update is scaled by alpha / r")
     lora_dropout: float = Field(ge=0, lt=1, description="Dropout on the LoRA input")
     learning_rate: float = Field(gt=0, lt=1, description="Peak learning rate of AdamW")
 
     dtype: Literal["bfloat16", "float32"] = Field(
-        description="Type of the frozen weights and of the arithmetic"
+        description="Type of the frozen weights and of the arithmetic (trained weights are float32)"
     )
     per_device_train_batch_size: int = Field(ge=1, description="Records a device and forward pass")
     gradient_accumulation_steps: int = Field(ge=1, description="Forward passes an optimiser step")
@@ -253,6 +256,10 @@ class Parameters(BaseModel):
             problems.append("deepspeed needs backend=peft (Unsloth trains on one device)")
         if self.num_processes > 1 and self.backend == "unsloth":
             problems.append("num_processes > 1 needs backend=peft (Unsloth trains on one device)")
+        if self.trainable == "all" and self.backend == "unsloth":
+            problems.append("trainable=all needs backend=peft (Unsloth is here for its LoRA layers)")
+        if self.trainable == "all" and self.deepspeed:
+            problems.append("trainable=all does not go with deepspeed: set deepspeed=null")
         if self.step_launch in ("compiled", "graphed") and self.backend == "unsloth":
             problems.append(
                 f"step_launch={self.step_launch} needs backend=peft (Unsloth has kernels of its own)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from biomerge_lib.spans import parse_answer
 from biomerge_lib.tokenizer import ADDED_TOKENS
 
 OK, NOTE, WARNING, REFUSED = "ok", "note", "warning", "refused"
+HIGH_RATE = 1e-3  # for a training of all weights
 SMALL_DEV = 100  # records: a few mentions more or less move F1 by a point
 
 
@@ -89,6 +91,8 @@ def check_training(parameters: Parameters) -> Preflight:
     _report_cues(found, scans, parameters)
     _report_context(found, parameters)
     _report_steps(found, scans, parameters)
+    if parameters.trainable == "all":
+        _report_full_training(found, parameters)
     if any(finding.verdict == REFUSED for finding in found.findings):
         raise PreflightError(found)
     return found
@@ -303,6 +307,31 @@ def _report_steps(found: Preflight, scans: dict[str, Scan], parameters: Paramete
         found.add(
             NOTE, "steps", f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
         )
+
+
+def _report_full_training(found: Preflight, parameters: Parameters) -> None:
+    if parameters.learning_rate >= HIGH_RATE:
+        found.add(
+            WARNING,
+            "weights",
+            f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it (2e-4 to "
+            "5e-4 for SmolLM2-135M)",
+        )
+    prepared = Path(parameters.backbones_dir) / backbone_name(parameters.backbone)
+    weights = sum(path.stat().st_size for path in prepared.glob("*.safetensors")) // 2  # bfloat16
+    if not weights:
+        return  # not prepared yet
+    # float32: weight and AdamW's two moments in a checkpoint, the gradient as well in memory.
+    checkpoint_gb, memory_gb = 12 * weights / 1e9, 16 * weights / 1e9
+    disk_gb = checkpoint_gb * (parameters.save_total_limit + 1)  # a new one is written before the oldest goes
+    runs = Path(parameters.runs_dir).absolute()
+    free_gb = shutil.disk_usage(next(path for path in (runs, *runs.parents) if path.is_dir())).free / 1e9
+    found.add(
+        OK if disk_gb < free_gb else WARNING,
+        "weights",
+        f"all {weights / 1e6:,.0f} million weights train: {memory_gb:.1f} GB of memory before activations, "
+        f"{checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)",
+    )
 
 
 def count_steps(

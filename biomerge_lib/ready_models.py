@@ -149,7 +149,7 @@ def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any
 def _merge(adapter: Path, folder: Path) -> None:
     from biomerge_lib.prompt import encode_prompt
     from biomerge_lib.tokenizer import load_tokenizer
-    from biomerge_lib.unsloth_lora_ner import merge_adapter
+    from biomerge_lib.unsloth_lora_ner import merge_checkpoint
 
     rendering = read_rendering(adapter)
     backbone = _prepare(rendering.pop("backbone"))
@@ -157,7 +157,7 @@ def _merge(adapter: Path, folder: Path) -> None:
     anchors = rendering["offset_anchors"]
     probe_ids, _, _ = encode_prompt(probe, load_tokenizer(backbone), offset_anchors=anchors)
     try:
-        merge_adapter(backbone, adapter, folder, dtype="float32", rendering=rendering, probe_ids=probe_ids)
+        merge_checkpoint(backbone, adapter, folder, dtype="float32", rendering=rendering, probe_ids=probe_ids)
     finally:
         shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
 

@@ -43,11 +43,11 @@ from biomerge_lib.records import Record
 from biomerge_lib.runs import write_json
 from biomerge_lib.trainer_callbacks import FiniteLoss, ProgressBar, StopOnRequest, TrackingCallback
 from biomerge_lib.training_order import StepSampler
-from biomerge_lib.unsloth_lora_ner import load_lora_model
+from biomerge_lib.unsloth_lora_ner import load_full_model, load_lora_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 WATCH_METRIC = "eval_ner_f1"
 log = logging.getLogger("biomerge")
@@ -226,8 +226,17 @@ def evaluate_greedily(trainer: NerTrainer, prefix: str) -> dict[str, Any]:
         trainer.args.predict_with_generate = before
 
 
-def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel:
-    """The prepared backbone with a fresh adapter (and token head), as the parameters ask."""
+def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | PreTrainedModel:
+    """The prepared backbone with a fresh token head, to be trained whole or through a fresh adapter."""
+    common: dict[str, Any] = {
+        "token_head": parameters.fast_metrics,
+        "head_loss_weight": parameters.head_loss_weight,
+        "gradient_checkpointing": parameters.gradient_checkpointing,
+        "max_length": parameters.max_input_tokens + parameters.max_target_tokens,
+        "seed": parameters.seed,
+    }
+    if parameters.trainable == "all":
+        return load_full_model(backbone_folder, **common)
     return load_lora_model(
         backbone_folder,
         backend=parameters.backend,
@@ -235,11 +244,7 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
         lora_rank=parameters.lora_rank,
         lora_alpha=parameters.lora_alpha,
         lora_dropout=parameters.lora_dropout,
-        token_head=parameters.fast_metrics,
-        head_loss_weight=parameters.head_loss_weight,
-        gradient_checkpointing=parameters.gradient_checkpointing,
-        max_length=parameters.max_input_tokens + parameters.max_target_tokens,
-        seed=parameters.seed,
+        **common,
     )
 
 
@@ -274,7 +279,7 @@ def build_collator(parameters: Parameters, pad_token_id: int, launch: str) -> Sp
 
 
 def build_trainer(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     records: dict[str, list[Record]],
     parameters: Parameters,
@@ -309,7 +314,7 @@ def build_trainer(
     steps = len(datasets["train"]) / (step_size * parameters.num_processes) * parameters.num_train_epochs
     launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
     if launch == "compiled":
-        compile_layers(model.get_base_model())
+        compile_layers(model.get_decoder())
     epoch_end, stop = EpochEndEvaluation(), StopOnRequest()
     tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)
     trainer = NerTrainer(

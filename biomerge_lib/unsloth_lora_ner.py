@@ -1,7 +1,8 @@
 """Knows the model: a causal LM with LoRA and an optional token head; knows nothing of data sets or training loops.
 
 Both backends give the same PEFT model: LoRA on every linear layer of attention and MLP, the five added embedding
-rows, and the head as a ``modules_to_save`` module of the adapter.
+rows, and the head as a ``modules_to_save`` module of the adapter. With every weight trained (``load_full_model``) there
+is no adapter: the model is the backbone itself, with the head as one module more.
 """
 
 from __future__ import annotations
@@ -101,8 +102,41 @@ def load_lora_model(
         if gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    _initialise_adapter(model, seed)
+    _initialise(model, seed)
     install_span_loss(model.get_base_model(), head_loss_weight=head_loss_weight, max_seq_len=max_length)
+    return model
+
+
+def load_full_model(
+    folder: Path | str,
+    *,
+    token_head: bool,
+    head_loss_weight: float,
+    gradient_checkpointing: bool,
+    max_length: int,
+    seed: int,
+) -> PreTrainedModel:
+    """A prepared backbone of which every weight trains, with a fresh token head.
+
+    The weights are float32 also where the Trainer computes in bfloat16 (autocast): AdamW's updates are often below a
+    bfloat16's last bit (1/256 of the weight) and would be rounded away. AdamW takes 16 bytes a weight in all.
+
+    Raises:
+        ModelError: the folder holds no model.
+    """
+    import torch
+
+    from biomerge_lib.span_loss import install_span_loss
+
+    torch.manual_seed(seed)
+    model = load_causal_lm(folder, dtype="float32")
+    _attach_token_head(model, token_head)
+    model.requires_grad_(True)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _initialise(model, seed)
+    _rotate_as_narrow_as_autocast(model)
+    install_span_loss(model, head_loss_weight=head_loss_weight, max_seq_len=max_length)
     return model
 
 
@@ -159,7 +193,7 @@ class MergeCheck:
     same_answer: bool
 
 
-def merge_adapter(
+def merge_checkpoint(
     folder: Path | str,
     checkpoint: Path | str,
     out: Path | str,
@@ -168,26 +202,37 @@ def merge_adapter(
     rendering: dict[str, Any],
     probe_ids,
 ) -> MergeCheck:
-    """Write backbone + adapter as one plain causal LM folder that vLLM serves; compare both before it is final.
+    """Write a checkpoint as one plain causal LM folder that vLLM serves, after a comparison of both.
+
+    An adapter is added to the backbone in ``folder``; of a model that was trained whole the token head is left out, and
+    its float32 weights are rounded to ``dtype``.
 
     ``rendering`` (``offset_anchors``, ``corpus_cue`` and the token limits) goes into ``biomerge.json`` beside the
     weights, so that whoever serves the folder can build the right prompts. ``probe_ids`` are the token ids of a
-    prompt on which adapter and merged model must agree.
+    prompt on which checkpoint and merged model must agree.
 
     Raises:
-        ModelError: the merged model's logits differ from the adapter's by more than rounding; or the disk is full. An
-            earlier merged folder stays as it is.
+        ModelError: the merged model's logits differ from the checkpoint's by more than rounding; or the disk is full.
+            An earlier merged folder stays as it is.
     """
     import torch
 
     out = Path(out)
-    model = load_adapter(folder, checkpoint, dtype=dtype)
+    is_adapter = not (Path(checkpoint) / "config.json").is_file()
+    if is_adapter:
+        model = load_adapter(folder, checkpoint, dtype=dtype)
+    else:
+        model = load_causal_lm(checkpoint, dtype="float32")
     probe = torch.tensor([probe_ids], device=model.device)
     with torch.inference_mode():
         before, answer = model(input_ids=probe).logits.float(), _greedy_answer(model, probe)
-        with model.disable_adapter():
-            effect = _root_mean_square(before - model(input_ids=probe).logits.float())
-    merged = model.merge_and_unload()
+        if is_adapter:
+            with model.disable_adapter():
+                untrained = model(input_ids=probe).logits.float()
+        else:
+            untrained = load_causal_lm(folder, dtype=dtype)(input_ids=probe).logits.float()
+    effect = _root_mean_square(before - untrained)
+    merged = model.merge_and_unload() if is_adapter else model.to(getattr(torch, dtype))
     if hasattr(merged, "token_head"):
         del merged.token_head
     with torch.inference_mode():
@@ -199,15 +244,15 @@ def merge_adapter(
             same_answer=_greedy_answer(merged, probe) == answer,
         )
     # In bfloat16 (8 bits of mantissa) the merged weights are rounded anew: single logits move by several, all of them
-    # together by far less than what a lost adapter would change.
+    # together by far less than what losing the training would change.
     exact = dtype == "float32"
     if (exact and check.max_logit_difference > 1e-2) or (
         check.relative_change > 0.5 and _root_mean_square(change) > 0.25
     ):
         raise ModelError(
             f"merging {checkpoint} changed what the model says: logits by {check.max_logit_difference:.3f} at most, "
-            f"{check.relative_change:.0%} of what the adapter does; not written. The checkpoint is safe; dtype=float32 "
-            "merges without rounding."
+            f"{check.relative_change:.0%} of what its training does; not written. The checkpoint is safe; "
+            "dtype=float32 merges without rounding."
         )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -276,8 +321,27 @@ def _attach_token_head(model: PreTrainedModel, wanted: bool) -> None:
         )
 
 
-def _initialise_adapter(model: PeftModel, seed: int) -> None:
-    """Draw the adapter's start by name and seed, so that both backends begin with the same numbers.
+def _rotate_as_narrow_as_autocast(model: PreTrainedModel) -> None:
+    """Give query and key autocast's type, as value has it.
+
+    The rotary embedding goes by the hidden states, which stay float32 where the weights are; attention kernels and KV
+    caches want one type for all three.
+    """
+    import torch
+
+    def narrow(module, inputs, rotations):
+        device = rotations[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return rotations
+        return tuple(values.to(torch.get_autocast_dtype(device)) for values in rotations)
+
+    for name, module in model.named_modules():
+        if name.endswith("rotary_emb"):
+            module.register_forward_hook(narrow)
+
+
+def _initialise(model: PreTrainedModel | PeftModel, seed: int) -> None:
+    """Draw what the backbone lacks by name and seed, so that both backends begin with the same numbers.
 
     LoRA A as PEFT does (Kaiming uniform), B zero, the head as ``nn.Linear`` does.
     """

@@ -15,7 +15,7 @@ from biomerge_lib.backbones import build_tokenizer, prepare_backbone
 from biomerge_lib.errors import ModelError
 from biomerge_lib.prompt import encode
 from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
-from biomerge_lib.unsloth_lora_ner import load_adapter, load_causal_lm, load_lora_model, merge_adapter
+from biomerge_lib.unsloth_lora_ner import load_adapter, load_causal_lm, load_lora_model, merge_checkpoint
 
 
 def test_the_five_tokens_are_added_once(tiny_backbone, tmp_path):
@@ -138,7 +138,7 @@ def test_the_merged_model_is_a_plain_llama_equal_to_the_adapter(
     tiny_prepared, tokenizer, checkpoint, tmp_path
 ):
     ids = encode(ASPIRIN, tokenizer, offset_anchors="start", corpus_cue=False).prompt_ids
-    check = merge_adapter(
+    check = merge_checkpoint(
         tiny_prepared, checkpoint, tmp_path / "merged", dtype="float32", rendering={"x": 1}, probe_ids=ids
     )
     assert check.max_logit_difference < 1e-3 and check.argmax_agreement == 1.0
@@ -157,7 +157,7 @@ def test_the_merged_model_is_a_plain_llama_equal_to_the_adapter(
 
 
 def test_one_merged_row_is_the_weight_plus_the_scaled_product(tiny_prepared, tokenizer, checkpoint, tmp_path):
-    merge_adapter(
+    merge_checkpoint(
         tiny_prepared, checkpoint, tmp_path / "m", dtype="float32", rendering={}, probe_ids=[1, 2, 3]
     )
     adapter = load_adapter(tiny_prepared, checkpoint, dtype="float32")
@@ -178,7 +178,7 @@ def test_no_space_for_the_merged_model_keeps_the_earlier_one(
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(ModelError, match="No space left on device"):
-        merge_adapter(
+        merge_checkpoint(
             tiny_prepared, checkpoint, tmp_path / "merged", dtype="float32", rendering={}, probe_ids=[1, 2]
         )
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["keep"]
@@ -193,11 +193,11 @@ def test_a_folder_that_is_no_adapter_is_named(tiny_prepared, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_merge_that_loses_the_adapter_is_refused(tiny_prepared, checkpoint, tmp_path, monkeypatch, dtype):
     settings = {"dtype": dtype, "rendering": {}, "probe_ids": [1, 2, 3, 4]}
-    check = merge_adapter(tiny_prepared, checkpoint, tmp_path / "merged", **settings)
+    check = merge_checkpoint(tiny_prepared, checkpoint, tmp_path / "merged", **settings)
     assert check.relative_change < (1e-4 if dtype == "float32" else 0.2)
     monkeypatch.setattr("peft.LoraModel.merge_and_unload", lambda model: model.unload())
     with pytest.raises(ModelError, match="changed what the model says"):
-        merge_adapter(tiny_prepared, checkpoint, tmp_path / "lost", **settings)
+        merge_checkpoint(tiny_prepared, checkpoint, tmp_path / "lost", **settings)
     assert not (tmp_path / "lost").exists()
 
 

@@ -16,7 +16,7 @@ from biomerge_lib.launch import train_run
 from biomerge_lib.prompt import encode
 from biomerge_lib.records import write_records
 from biomerge_lib.tokenizer import load_tokenizer
-from biomerge_lib.unsloth_lora_ner import load_causal_lm, merge_adapter
+from biomerge_lib.unsloth_lora_ner import load_causal_lm, merge_checkpoint
 
 SHAPE = {
     "hidden_size": 32,
@@ -92,7 +92,7 @@ def test_a_family_trains_packed_as_padded_and_merges(make_parameters, family, ar
     prompt_ids = encode(
         ASPIRIN, load_tokenizer(backbone), offset_anchors="start", corpus_cue=False
     ).prompt_ids
-    check = merge_adapter(
+    check = merge_checkpoint(
         backbone, checkpoint, run / "merged", dtype="float32", rendering={}, probe_ids=prompt_ids
     )
     assert check.same_answer and check.max_logit_difference < 1e-4
