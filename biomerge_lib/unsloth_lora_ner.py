@@ -220,7 +220,7 @@ def merge_checkpoint(
     import torch
 
     out = Path(out)
-    is_adapter = not (Path(checkpoint) / "config.json").is_file()
+    is_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
     if is_adapter:
         model = load_adapter(folder, checkpoint, dtype=dtype)
     else:
