@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from biomerge_lib.backbones import BACKBONE_NOTE
 from biomerge_lib.checkpoints import best_checkpoint
 from biomerge_lib.errors import DataError
 from biomerge_lib.eval_vllm import RENDERING, read_cues
@@ -76,6 +78,8 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
     write_json(out / CONFIG, config)
+    if (checkpoint / BACKBONE_NOTE).is_file():
+        shutil.copy(checkpoint / BACKBONE_NOTE, out)
     rendering = {name: getattr(parameters, name) for name in RENDERING}
     cues = read_cues(run_folder / "merged") if parameters.corpus_cue else {}
     if cues:

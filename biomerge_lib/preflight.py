@@ -329,7 +329,7 @@ def _report_full_training(found: Preflight, parameters: Parameters) -> None:
     found.add(
         OK if disk_gb < free_gb else WARNING,
         "weights",
-        f"all {weights / 1e6:,.0f} million weights train: {memory_gb:.1f} GB of memory before activations, "
+        f"all {weights / 1e6:,.1f} million weights train: {memory_gb:.1f} GB of memory before activations, "
         f"{checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)",
     )
 

@@ -92,9 +92,8 @@ def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
     of_train = f"{sentences:,} sentences" if sentences else "train"
     data = f"{Path(parameters['data_dir']).parent.name}, {parameters['subsample']:.0%} of {of_train}"
     batch = parameters["per_device_train_batch_size"] * parameters["gradient_accumulation_steps"]
-    trained = (
-        "all weights" if parameters.get("trainable") == "all" else f"r = {parameters['lora_rank']}"
-    )  # older runs, all of LoRA, do not name it
+    # Older runs, all of them LoRA's, do not say what was trained.
+    trained = "all weights" if parameters.get("trainable") == "all" else f"r = {parameters['lora_rank']}"
     how = (
         f"{parameters['backbone']}, {trained}, learning rate {parameters['learning_rate']:g}, "
         f"batch {batch * parameters['num_processes']}, {parameters['num_train_epochs']:g} epochs, "

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from biomerge_lib.backbones import BACKBONE_NOTE, backbone_sha256, refuse_other_backbone
 from biomerge_lib.checkpoints import find_resumable_checkpoint
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import DataError, ModelError
@@ -80,6 +81,7 @@ class NerTrainer(Trainer):
         self.records = records
         self.parameters = parameters
         self.launch = launch
+        self.backbone_sha256 = backbone_sha256(self.model.config.name_or_path)
         # The model divides its loss by num_items_in_batch, the target tokens of the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._words_in_step: torch.Tensor | None = None
@@ -108,6 +110,10 @@ class NerTrainer(Trainer):
         return StepSampler(
             dataset["length"], step_size=step_size, seed=args.seed, group_lengths=not self.parameters.packing
         )
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        write_json(Path(output_dir or self.args.output_dir) / BACKBONE_NOTE, {"sha256": self.backbone_sha256})
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = {**inputs, "num_words_in_batch": self._words_in_step}
@@ -404,6 +410,7 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     checkpoints = Path(trainer.args.output_dir)
     last = find_resumable_checkpoint(checkpoints)
     if last:
+        refuse_other_backbone(last, trainer.model.config.name_or_path)
         print(f"going on from {last}")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

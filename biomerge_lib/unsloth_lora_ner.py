@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biomerge_lib.backbones import refuse_other_backbone
 from biomerge_lib.errors import ModelError
 from biomerge_lib.prompt import B_I_O
 from biomerge_lib.runs import write_json
@@ -170,6 +171,7 @@ def load_adapter(folder: Path | str, checkpoint: Path | str, *, dtype: str) -> P
         config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{checkpoint}: no adapter here (adapter_config.json is missing).") from None
+    refuse_other_backbone(checkpoint, folder)
     model = load_causal_lm(folder, dtype=dtype)
     _attach_token_head(model, bool(config.get("modules_to_save")))
     try:
@@ -218,7 +220,7 @@ def merge_checkpoint(
     import torch
 
     out = Path(out)
-    is_adapter = not (Path(checkpoint) / "config.json").is_file()
+    is_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
     if is_adapter:
         model = load_adapter(folder, checkpoint, dtype=dtype)
     else:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.adapter_export import export_adapter
+from biomerge_lib.backbones import backbone_sha256
 from biomerge_lib.errors import DataError
 from biomerge_lib.unsloth_lora_ner import load_adapter, load_lora_model
 
@@ -28,6 +29,8 @@ def run(tiny_prepared, tiny_parameters, tmp_path) -> Path:
             if "lora_B" in name:
                 parameter.fill_(0.01)
     model.save_pretrained(folder / "checkpoints/checkpoint-9")
+    note = {"sha256": backbone_sha256(tiny_prepared)}
+    (folder / "checkpoints/checkpoint-9/backbone.json").write_text(json.dumps(note))
     parameters = tiny_parameters(corpora=[f"{tmp_path}/bc5cdr_iob", f"{tmp_path}/other"])
     (folder / "parameters.yaml").write_text(yaml.safe_dump(parameters.model_dump()))
     scores = dict(precision=0.8, recall=0.7, f1=0.74667, f1_low=0.7, f1_high=0.8)
@@ -41,6 +44,7 @@ def run(tiny_prepared, tiny_parameters, tmp_path) -> Path:
 
 def test_the_exported_adapter_says_what_the_checkpoint_says(run, tiny_prepared, tmp_path):
     out = export_adapter(run, tmp_path / "mine")
+    assert json.loads((out / "backbone.json").read_text()) == {"sha256": backbone_sha256(tiny_prepared)}
     weights = load_file(out / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert not any("token_head" in name for name in weights)

@@ -11,7 +11,7 @@ from conftest import ASPIRIN
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from biomerge_lib import backbones
-from biomerge_lib.backbones import build_tokenizer, prepare_backbone
+from biomerge_lib.backbones import backbone_sha256, build_tokenizer, prepare_backbone
 from biomerge_lib.errors import ModelError
 from biomerge_lib.prompt import encode
 from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
@@ -132,6 +132,20 @@ def test_a_checkpoint_of_another_backbone_is_refused(tiny_prepared, checkpoint, 
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wider")
     with pytest.raises(ModelError, match=r"checkpoint is no adapter of the backbone in .*wider"):
         load_adapter(tmp_path / "wider", checkpoint, dtype="float32")
+
+
+def test_a_checkpoint_of_a_backbone_with_other_weights_is_refused(tiny_prepared, checkpoint, tmp_path):
+    note = checkpoint / "backbone.json"
+    note.write_text(json.dumps({"sha256": backbone_sha256(tiny_prepared)}))
+    assert load_adapter(tiny_prepared, checkpoint, dtype="float32")
+    other = load_causal_lm(tiny_prepared, dtype="float32")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[0, 0] += 0.01
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match=r"checkpoint was trained on another backbone: .*other holds other"):
+        load_adapter(tmp_path / "other", checkpoint, dtype="float32")
+    note.unlink()  # as adapters of earlier versions
+    assert load_adapter(tmp_path / "other", checkpoint, dtype="float32")
 
 
 def test_the_merged_model_is_a_plain_llama_equal_to_the_adapter(

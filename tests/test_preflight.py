@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,17 @@ def write_splits(folder: Path, **splits: list[Record]) -> str:
 
 ASPIRIN = Record("Aspirin helps .", ((0, 7),), "a1", "a")
 CAFFEINE = Record("Caffeine wakes .", ((0, 8),), "a2", "a")
+
+
+def test_a_training_of_all_weights_says_what_it_takes(check, tiny_backbone, tiny_prepared, monkeypatch):
+    chosen = {"trainable": "all", "backbone": str(tiny_backbone), "backbones_dir": str(tiny_prepared.parent)}
+    assert says(check(**chosen | {"trainable": "lora"}), "weights") == ""
+    found = says(check(**chosen, learning_rate=3e-4, save_total_limit=2), "weights")
+    assert found.startswith("ok: all 0.1 million weights train: 0.0 GB of memory before activations")
+    warned = says(check(**chosen, learning_rate=2e-3), "weights")
+    assert warned.startswith("warning: learning_rate=0.002 suits LoRA; trainable=all wants about a tenth")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert says(check(**chosen, learning_rate=3e-4), "weights").startswith("warning: all 0.1 million weights")
 
 
 def test_every_count_is_what_training_meets(check, tokenizer, data_dir):

@@ -185,6 +185,10 @@ def test_the_table_holds_what_metrics_json_says(tmp_path):
     table = results_table(tmp_path)
     assert "sample, 100% of 4,560" in table and "1 x NVIDIA H200, 62" in table
     assert table.count("**0.500** [0.400, 0.600], 64 sentences") == 2 and "| — |" in table
+    assert "smollm2-135m, r = 8, learning rate 0.002" in table
+    metrics["parameters"] |= {"trainable": "all", "learning_rate": 3e-4}
+    (tmp_path / "mine/metrics.json").write_text(json.dumps(metrics))
+    assert "smollm2-135m, all weights, learning rate 0.0003" in (table := results_table(tmp_path))
     readme = tmp_path / "README.md"
     readme.write_text(f"a\n{BEGIN}\nold\n{END}\nz")
     write_results(readme, tmp_path)

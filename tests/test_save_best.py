@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from biomerge_lib.backbones import backbone_sha256
 from biomerge_lib.errors import DataError, ModelError
 from biomerge_lib.training import (
     NerTrainer,
@@ -136,7 +137,7 @@ def test_training_writes_metrics_and_a_finished_run_is_not_trained_again(make_tr
     assert train(Untouchable(), tmp_path / "runs/tiny") == metrics
 
 
-def test_a_checkpoint_is_an_adapter_not_a_copy_of_the_backbone(make_trainer, tmp_path):
+def test_a_checkpoint_is_an_adapter_not_a_copy_of_the_backbone(make_trainer, tiny_prepared, tmp_path):
     trainer = make_trainer()
     trainer.train()
     from safetensors import safe_open
@@ -146,6 +147,9 @@ def test_a_checkpoint_is_an_adapter_not_a_copy_of_the_backbone(make_trainer, tmp
         names = list(tensors.keys())
     assert any("lora_A" in name for name in names) and any("token_head" in name for name in names)
     assert not any(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in names)
+    assert json.loads((checkpoint / "backbone.json").read_text()) == {
+        "sha256": backbone_sha256(tiny_prepared)
+    }
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 200_000
 
 
