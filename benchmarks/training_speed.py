@@ -1,36 +1,51 @@
 """How fast a training step is: this project's, and its peers' on the same sentences, on one GPU, in one run.
 
     python -m benchmarks.training_speed --shape 8b --data_dir data/bc5cdr_iob/ner
+    python -m benchmarks.training_speed --shape backbones/smollm2-135m --batches 8 32 128 256 --epochs 32000
     python -m benchmarks.training_speed --shape tiny --batches 4 --ways packed padded   # to try it on a CPU
 
 Every way trains LoRA r = 8 on all linear layers on the same anchored sentences, in a process of its own:
 
     packed, packed+compiled, ...   this project's Trainer with its parameters of those names
     padded                         this project's Trainer with packing=false
-    brief                          transformers' Trainer and peft as the brief writes it: padded to a fixed length
-    trl                            TRL's SFTTrainer with packing
+    brief                          transformers' Trainer and peft as the brief writes it: rows padded to 256 + 64
+                                   tokens, 8 sentences x 4, gradient checkpointing
+    tuned                          transformers' Trainer and peft at their best: grouped by length, padded to the
+                                   batch's longest, all sentences in one batch, no checkpointing
+    trl                            TRL's SFTTrainer, packing, no checkpointing; a row holds a step's tokens
     unsloth                        FastLanguageModel and SFTTrainer as Unsloth's notebooks use them
 
-A row is the median of the optimiser steps after the first ones. "Useful" TFLOP/s count 4 FLOP a weight of the decoder
+A row is the mean over the optimiser steps behind the first ones, between two moments at which the GPU had done all its
+work; tokens are those that were in these steps, padding left out. "Useful" TFLOP/s count 4 FLOP a weight of the decoder
 and real token (forward, and backward to the inputs; the frozen weights need no gradient), and their share of a measured
-8192 x 8192 x 8192 bfloat16 product. Writes reports/training_speed.json, .md and .svg.
+8192 x 8192 x 8192 bfloat16 product. "Compiled anew" counts compilations and graph captures that fell into the measured
+steps. All processes import side by side, then each loads, warms up and measures alone; those that compile warm up side
+by side where there is one batch size. Writes reports/training_speed.json, .md and .svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer
 from biomerge_lib.runs import PROJECT_DIR, provenance, write_json
 
 REPORT = PROJECT_DIR / "reports" / "training_speed.json"
+CHANGES = PROJECT_DIR / "benchmarks" / "training_speed_log.md"
 OURS = {  # parameters of this project
     "padded": {"packing": False},
     "padded+checkpointing": {"packing": False, "gradient_checkpointing": True},
@@ -42,98 +57,217 @@ OURS = {  # parameters of this project
     "unsloth packed": {"backend": "unsloth"},
     "unsloth padded": {"backend": "unsloth", "packing": False},
 }
-PEERS = ("brief", "trl", "unsloth")
-WARM_STEPS = 6
+WAYS = [
+    "packed+compiled",
+    "packed",
+    "packed+checkpointing",
+    "packed+compiled+checkpointing",
+    "padded",
+    "brief",
+    "tuned",
+    "trl",
+    "unsloth",
+]
+FEWEST_STEPS = 4  # measured, however slow they are
+CORPUS_SIZES = (1_000, 4_560, 32_000)
 
 
-class Clock:
-    """Notes the time at the end of each optimiser step, when the GPU has done it."""
+def compiles(way: str) -> bool:
+    return "compiled" in way or "unsloth" in way
 
-    def __init__(self) -> None:
+
+def warm_steps(way: str) -> int:
+    """First steps that are not measured: compilation, graphs (one a shape of batch), the allocator's growth."""
+    return 24 if "graphed" in way else 6 if compiles(way) else 3
+
+
+class Stopwatch:
+    """Times a Trainer's optimiser steps between two moments at which the GPU has done all its work.
+
+    ``count`` gives the real tokens and sentences that the Trainer has seen, ``compiled`` what was compiled or captured.
+    """
+
+    def __init__(
+        self,
+        warm: int,
+        steps: int | None,
+        seconds: float,
+        *,
+        count: Callable[[], tuple[int, int]],
+        compiled: Callable[[], int],
+        when_warm: Callable[[], None],
+    ) -> None:
         from transformers import TrainerCallback
 
-        clock = self
-        self.ends: list[float] = []
+        watch = self
+        self.steps = 0
 
         class AtStepEnd(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
-                clock.ends.append(time.perf_counter())
+                watch.steps += 1
+                if watch.steps == warm:
+                    watch.warm_end = wait_for_gpu()
+                    when_warm()
+                    watch.at_start = (*count(), compiled())
+                    watch.start = time.perf_counter()
+                elif steps is not None and watch.steps > warm:
+                    measured = watch.steps - warm
+                    late = time.perf_counter() - watch.start > seconds and measured >= FEWEST_STEPS
+                    control.should_training_stop |= measured >= steps or late
+                return control
 
-        self.callback = AtStepEnd()
+        def read() -> dict[str, Any]:
+            end = wait_for_gpu()
+            taken, done = end - watch.start, watch.steps - warm
+            tokens, sentences, recompiles = (
+                after - before for after, before in zip((*count(), compiled()), watch.at_start, strict=True)
+            )
+            return {
+                "measured_steps": done,
+                "ms_a_step": round(taken / done * 1e3, 1),
+                "tokens_a_step": round(tokens / done),
+                "tokens_a_second": round(tokens / taken),
+                "sentences_a_second": round(sentences / taken, 1),
+                "recompiles": recompiles,
+            }
 
-    def seconds_a_step(self) -> float:
-        # Without waiting for the GPU a step's end says when it was launched; over many steps the two agree.
-        return (self.ends[-1] - self.ends[WARM_STEPS - 1]) / (len(self.ends) - WARM_STEPS)
+        self.callback, self.read = AtStepEnd(), read
 
 
-def measure(way: str, options: dict[str, Any]) -> dict[str, Any]:
-    """One way of training, in this process."""
+def wait_for_gpu() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Turns:
+    """Where a way's process waits until it may go on; one that hangs between two turns is ended."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.left = 2  # to load the model, and to measure
+
+    def wait(self) -> None:
+        if self.left:
+            self.left -= 1
+            faulthandler.cancel_dump_traceback_later()
+            print("TURN", flush=True)
+            if not sys.stdin.readline():
+                sys.exit("the benchmark itself has ended")
+            faulthandler.dump_traceback_later(self.limit, exit=True)
+
+
+def measure_way(way: str, options: dict[str, Any]) -> None:
+    """All measurements of a way in this process: the model is loaded once, a Trainer is built for each."""
+    started = time.perf_counter()
     if "unsloth" in way:
         os.environ.setdefault("UNSLOTH_RETURN_LOGITS", "0")
         import unsloth  # noqa: F401
     import torch
 
-    from biomerge_lib.ner_span import build_dataset, read_split
+    import biomerge_lib.training  # noqa: F401
+    from biomerge_lib.ner_span import read_split
     from biomerge_lib.tokenizer import load_tokenizer
 
     torch.set_float32_matmul_precision("high")
-    folder, batch = Path(options["backbone"]), options["batch"]
-    steps = WARM_STEPS + options["steps"]
-    tokenizer = load_tokenizer(folder)
-    records = read_split(options["data_dir"], "train", limit=batch * steps)[: batch * steps]
-    if len(records) < batch * steps:
-        records = (records * (batch * steps // len(records) + 1))[: batch * steps]
-    rendering = {"offset_anchors": options["anchors"], "corpus_cue": False}
-    dataset = build_dataset(
-        records, tokenizer, **rendering, max_input_tokens=options["max_tokens"], max_target_tokens=128
-    )
-    clock = Clock()
+    tokenizer = load_tokenizer(Path(options["backbone"]))
+    records = read_split(options["data_dir"], "train")
+    turns = Turns(options["way_limit"])
+    imported = time.perf_counter()
+    turns.wait()
     start = time.perf_counter()
-    if way in OURS:
-        trainer = build_ours(OURS[way], options, tokenizer, records, clock)
-    else:
-        trainer = build_peer(way, options, tokenizer, dataset, steps, clock)
-    ready = time.perf_counter()
+    model = load_ours(way, options) if way in OURS else load_peer(way, options["backbone"])
+    startup = {
+        "import_seconds": round(imported - started, 1),
+        "load_seconds": round(wait_for_gpu() - start, 1),
+    }
+    runs = [
+        {"anchors": anchors, "batch": batch} for anchors in options["anchors"] for batch in options["batches"]
+    ]
+    runs += [run | {"epoch": size} for run in runs for size in options["epochs"]]
+    for run in runs:
+        row: dict[str, Any] = {"way": way} | run
+        try:
+            row |= startup | measure(way, model, tokenizer, records, options | run, turns)
+        except Exception as error:
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        print("ROW " + json.dumps(row), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns: Turns) -> dict[str, Any]:
+    """One batch size, or one whole epoch (``epoch`` sentences) with the steps behind the first ones measured."""
+    import torch
+
+    epoch, batch = options.get("epoch"), options["batch"]
+    size = epoch or max(options["sentences"], batch)
+    records = (records * (size // len(records) + 1))[:size] if epoch else spread(records, size)
+    accumulate = 4 if way == "brief" and batch >= 4 else options["accumulate"]
+    start = time.perf_counter()
+    build = build_ours if way in OURS else build_peer_trainer
+    trainer, count = build(way, model, tokenizer, records, options | {"accumulate": accumulate})
+    warm = warm_steps(way)
+    watch = Stopwatch(
+        warm,
+        None if epoch else options["steps"],
+        options["way_seconds"],
+        count=count,
+        compiled=lambda: count_compilations(trainer),
+        when_warm=turns.wait,
+    )
+    trainer.add_callback(watch.callback)
+    if not epoch:
+        trainer.args.max_steps = warm + options["steps"]
+    ready = wait_for_gpu()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        clock.ends[-1] = time.perf_counter()
-    tokens = sum(dataset["length"]) / len(dataset) * batch
-    seconds = clock.seconds_a_step()
-    if way == "trl":  # a packed row holds other sentences than a step of the others
-        tokens = trainer.biomerge_tokens_a_step
-    weights = sum(
-        p.numel() for n, p in trainer.model.named_parameters() if ".layers." in n and "lora_" not in n
-    )
-    result = {
-        "way": way,
-        "batch": batch,
-        "anchors": options["anchors"],
-        "ms_a_step": round(seconds * 1e3, 1),
-        "tokens_a_second": round(tokens / seconds),
-        "sentences_a_second": round(
-            batch * tokens / (sum(dataset["length"]) / len(dataset) * batch) / seconds, 1
-        ),
-        "useful_tflops": round(4 * weights * tokens / seconds / 1e12, 1),
-        "build_seconds": round(ready - start, 1),
-        "first_steps_seconds": round(clock.ends[WARM_STEPS - 1] - ready, 1),
-    }
-    if torch.cuda.is_available():
-        result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-        result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
-    if options.get("profile"):
-        result["gpu_busy"] = profile_steps(trainer, options["profile"])
+    try:
+        trainer.train()
+        result = watch.read()
+        weights = sum(
+            p.numel() for n, p in trainer.model.named_parameters() if ".layers." in n and "lora_" not in n
+        )
+        result |= {
+            "accumulate": accumulate,
+            "useful_tflops": round(4 * weights * result["tokens_a_second"] / 1e12, 1),
+            "sentences": len(records),
+            "build_seconds": round(ready - start, 1),
+            "warm_steps": warm,
+            "first_steps_seconds": round(watch.warm_end - ready, 1),
+        }
+        if epoch:
+            result["epoch_seconds"] = round(time.perf_counter() - start, 1)
+        if torch.cuda.is_available():
+            result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+            result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
+        if options.get("profile"):
+            result["gpu_busy"] = profile_steps(trainer, options["profile"])
+    finally:
+        # The next Trainer wraps the model's forward anew.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.accelerator.free_memory()
     return result
 
 
-def build_ours(changes: dict[str, Any], options: dict[str, Any], tokenizer, records, clock: Clock):
-    """This project's Trainer, as 03_train builds it."""
-    import tempfile
+def spread(records: list, size: int) -> list:
+    """So many records, evenly over all."""
+    return records if size >= len(records) else [records[k * len(records) // size] for k in range(size)]
 
+
+def count_compilations(trainer) -> int:
+    from torch._dynamo.utils import counters
+
+    graphed = getattr(trainer, "_graphed", None)
+    return counters["stats"]["unique_graphs"] + (len(graphed._captures) if graphed else 0)
+
+
+def our_parameters(way: str, options: dict[str, Any], **changes: Any):
     from biomerge_lib.parameters import check_parameters, compose_parameters
-    from biomerge_lib.training import build_model, build_trainer
 
     values = compose_parameters(["model=smollm2_135m", f"runtime={options['runtime']}"]).model_dump()
     values |= {
@@ -142,24 +276,38 @@ def build_ours(changes: dict[str, Any], options: dict[str, Any], tokenizer, reco
         "step_launch": "eager",
         "gradient_checkpointing": False,
         "fast_metrics": options["head"],
-        "offset_anchors": options["anchors"],
         "max_input_tokens": options["max_tokens"],
-        "per_device_train_batch_size": options["batch"] // options["accumulate"],
-        "gradient_accumulation_steps": options["accumulate"],
         "num_train_epochs": 1.0,
         "eval_steps": 10_000,
         "save_steps": 10_000,
-        "logging_steps": 1000,
+        "logging_steps": 10_000,
         "num_workers": options["num_workers"],
         "wandb_mode": "disabled",
-        **changes,
     }
-    parameters = check_parameters(values)
-    model = build_model(parameters, options["backbone"])
+    return check_parameters(values | OURS[way] | changes)
+
+
+def load_ours(way: str, options: dict[str, Any]):
+    from biomerge_lib.training import build_model
+
+    return build_model(our_parameters(way, options), options["backbone"])
+
+
+def build_ours(way: str, model, tokenizer, records, options: dict[str, Any]):
+    """This project's Trainer, as 03_train builds it, without evaluation and checkpoints; and what it has seen."""
+    from biomerge_lib.training import build_trainer
+
+    parameters = our_parameters(
+        way,
+        options,
+        offset_anchors=options["anchors"],
+        per_device_train_batch_size=options["batch"] // options["accumulate"],
+        gradient_accumulation_steps=options["accumulate"],
+    )
     dev = [record for record in records if record.spans][:2]
-    folder = tempfile.mkdtemp()
+    checkpoints = Path(tempfile.mkdtemp()) / "checkpoints"
     trainer = build_trainer(
-        model, tokenizer, {"train": records, "dev": dev}, parameters, checkpoints=Path(folder) / "checkpoints"
+        model, tokenizer, {"train": records, "dev": dev}, parameters, checkpoints=checkpoints
     )
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
@@ -168,106 +316,35 @@ def build_ours(changes: dict[str, Any], options: dict[str, Any], tokenizer, reco
         for callback in trainer.callback_handler.callbacks
         if type(callback).__name__ in ("DefaultFlowCallback", "FiniteLoss")
     ]
-    trainer.add_callback(clock.callback)
-    return trainer
+    return trainer, lambda: (int(trainer.tokens_seen), trainer.examples_seen)
 
 
-def build_peer(way: str, options: dict[str, Any], tokenizer, dataset, steps: int, clock: Clock):
-    """A peer's Trainer as its own pages write it; the data are this project's token ids and labels."""
-    import tempfile
+def build_peer_trainer(way: str, model, tokenizer, records, options: dict[str, Any]):
+    """A peer's Trainer on the same token ids and labels, and what it has seen."""
+    from biomerge_lib.ner_span import build_dataset
 
-    import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    dataset = build_dataset(
+        records,
+        tokenizer,
+        offset_anchors=options["anchors"],
+        corpus_cue=False,
+        max_input_tokens=options["max_tokens"],
+        max_target_tokens=128,
+    )
+    names = ("batch", "accumulate", "num_workers")
+    trainer = build_peer(way, model, tokenizer, dataset, **{name: options[name] for name in names})
+    seen: list[Any] = [0, 0]
+    get_batches = trainer.get_batch_samples
 
-    batch, accumulate = options["batch"], options["accumulate"]
-    common = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": batch // accumulate,
-        "gradient_accumulation_steps": accumulate,
-        "learning_rate": 2e-4,
-        "max_steps": steps,
-        "bf16": torch.cuda.is_available(),
-        "use_cpu": not torch.cuda.is_available(),
-        "logging_steps": 1000,
-        "save_strategy": "no",
-        "report_to": [],
-        "dataloader_num_workers": options["num_workers"],
-        "warmup_steps": 0.05,
-    }
-    lora = {
-        "r": 8,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    }
-    if way == "unsloth":
-        from trl import SFTConfig, SFTTrainer
-        from unsloth import FastLanguageModel
+    def counting(*arguments):
+        batches, items = get_batches(*arguments)
+        for batch in batches:
+            tokens, sentences = count_batch(batch)
+            seen[:] = seen[0] + tokens, seen[1] + sentences
+        return batches, items
 
-        model, _ = FastLanguageModel.from_pretrained(
-            options["backbone"], max_seq_length=2048, dtype=None, load_in_4bit=False
-        )
-        # Their notebooks: no dropout (their kernels need that), checkpointing "unsloth".
-        model = FastLanguageModel.get_peft_model(
-            model, **lora, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth"
-        )
-        data = dataset.select_columns(["input_ids", "labels"])
-        config = SFTConfig(
-            **common, max_length=2048, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
-        )
-        trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-        trainer.add_callback(clock.callback)
-        return trainer
-    from peft import LoraConfig, get_peft_model
-
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(options["backbone"], dtype=dtype).to(device)
-    if way == "trl":
-        from trl import SFTConfig, SFTTrainer
-
-        tokens = round(sum(dataset["length"]) / len(dataset) * batch)
-        row = -(-tokens // 512) * 512
-        config = SFTConfig(
-            **common | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
-            max_length=row,
-            packing=True,
-            packing_strategy="bfd",
-            padding_free=True,
-            gradient_checkpointing=False,
-        )
-        # Rows are filled, so a step's real tokens are a row's.
-        repeated = dataset.select_columns(["input_ids"])
-        trainer = SFTTrainer(
-            model,
-            args=config,
-            train_dataset=repeated,
-            processing_class=tokenizer,
-            peft_config=LoraConfig(**lora, lora_dropout=0.05, task_type="CAUSAL_LM"),
-        )
-        packed = trainer.train_dataset
-        trainer.biomerge_tokens_a_step = sum(len(ids) for ids in packed["input_ids"]) / len(packed)
-        trainer.args.max_steps = min(steps, len(packed))
-        trainer.add_callback(clock.callback)
-        return trainer
-    model = get_peft_model(model, LoraConfig(**lora, lora_dropout=0.05, task_type="CAUSAL_LM"))
-    model.enable_input_require_grads()
-    arguments = TrainingArguments(**common, gradient_checkpointing=True)
-    longest = options["max_tokens"]
-
-    def pad(examples):
-        ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            size = min(len(example["input_ids"]), longest)
-            ids[row, :size] = torch.tensor(example["input_ids"][:size])
-            labels[row, :size] = torch.tensor(example["labels"][:size])
-            mask[row, :size] = 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-    data = dataset.select_columns(["input_ids", "labels"])
-    trainer = Trainer(model, arguments, train_dataset=data, data_collator=pad, processing_class=tokenizer)
-    trainer.add_callback(clock.callback)
-    return trainer
+    trainer.get_batch_samples = counting
+    return trainer, lambda: (int(seen[0]), int(seen[1]))
 
 
 def profile_steps(trainer, path: str) -> dict[str, Any]:
@@ -329,62 +406,134 @@ def main() -> None:
         "--shape", default="8b", help="8b or tiny (random weights), or a prepared backbone's folder"
     )
     parser.add_argument("--data_dir", default="data/bc5cdr_iob/ner")
-    parser.add_argument("--ways", nargs="+", default=[*OURS, *PEERS], metavar="WAY")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=[*OURS, *PEERS], metavar="WAY")
     parser.add_argument("--batches", nargs="+", type=int, default=[32], help="sentences an optimiser step")
-    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a step (brief: always 4)")
     parser.add_argument("--anchors", nargs="+", default=["start"])
     parser.add_argument("--steps", type=int, default=12, help="measured steps")
+    parser.add_argument(
+        "--way-seconds", type=float, default=8, help=f"measure no longer, but {FEWEST_STEPS} steps at least"
+    )
+    parser.add_argument(
+        "--way-limit", type=float, default=240, help="seconds until a way that hangs is ended"
+    )
+    parser.add_argument(
+        "--abreast", type=int, default=3, help="compiling ways that load and warm up together"
+    )
+    parser.add_argument("--sentences", type=int, default=2048, help="of the corpus, to draw steps from")
+    parser.add_argument(
+        "--epochs", nargs="*", type=int, default=[], help="also train whole epochs of so many sentences"
+    )
     parser.add_argument("--max_tokens", type=int, default=512)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--no-head", dest="head", action="store_false")
     parser.add_argument("--runtime", default="h200")
     parser.add_argument("--profile", help="file for the kernels' times")
     parser.add_argument("--out", default=str(REPORT), help="JSON file of all runs; this run is added")
-    parser.add_argument("--merge", nargs="+", metavar="JSON", help="only add these files' runs to --out")
+    parser.add_argument("--merge", nargs="*", metavar="JSON", help="only add these files' runs to --out")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     if options["one"]:
-        print("RESULT " + json.dumps(measure(options["one"], json.loads(os.environ["BIOMERGE_BENCHMARK"]))))
+        measure_way(options["one"], json.loads(os.environ["BIOMERGE_BENCHMARK"]))
         return
-    if options["merge"]:
-        add_runs(
-            Path(options["out"]),
-            [
-                run
-                for file in options["merge"]
-                for run in json.loads(Path(file).read_text(encoding="utf-8"))["runs"]
-            ],
-        )
+    if options["merge"] is not None:
+        files = [json.loads(Path(file).read_text(encoding="utf-8")) for file in options["merge"]]
+        add_runs(Path(options["out"]), [run for file in files for run in file["runs"]])
         return
-    from benchmarks.readiness import SHAPES, build_backbone, build_tokenizer
-
-    if options["shape"] in SHAPES:
-        folder = PROJECT_DIR / "backbones" / f"llama3-{options['shape']}"
-        if not (folder / "config.json").is_file():
-            build_tokenizer("random/llama3-8b")
-            build_backbone(folder, options["shape"])
-    else:
-        folder = Path(options["shape"])
     import torch
 
-    rows, peak = [], matrix_peak() if torch.cuda.is_available() else None
-    for anchors in options["anchors"]:
-        for batch in options["batches"]:
-            for way in options["ways"]:
-                one = options | {"anchors": anchors, "batch": batch, "backbone": str(folder)}
-                row = run_one(way, one)
+    folder = find_backbone(options["shape"])
+    started = time.perf_counter()
+    processes = [Way(way, options | {"backbone": str(folder)}) for way in options["ways"]]
+    for process in processes:
+        process.wait_for_turn()
+    peak = matrix_peak() if torch.cuda.is_available() else None
+    abreast = options["abreast"] if len(options["batches"]) == len(options["anchors"]) == 1 else 1
+    together = [process for process in processes if compiles(process.way)]
+    groups = [together[start : start + abreast] for start in range(0, len(together), abreast)]
+    groups += [[process] for process in processes if not compiles(process.way)]
+    for group in groups:
+        for process in group:
+            process.go_on()
+        for process in group:
+            process.wait_for_turn()
+        for process in group:
+            process.go_on()
+            process.wait_for_end()
+            for row in process.rows:
                 if peak and "useful_tflops" in row:
                     row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+                print(f"{time.perf_counter() - started:.0f} s", json.dumps(row), flush=True)
     run = {
         "command": "python -m benchmarks.training_speed " + " ".join(sys.argv[1:]),
         "shape": options["shape"],
         "matrix_peak_tflops": peak and round(peak, 1),
         "provenance": provenance(),
-        "rows": rows,
+        "seconds": round(time.perf_counter() - started),
+        "rows": [row for process in processes for row in process.rows],
     }
     add_runs(Path(options["out"]), [run])
+
+
+def find_backbone(shape: str) -> Path:
+    """The folder of a shape's random weights, written if need be in a process whose memory goes with it."""
+    from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
+
+    if shape not in SHAPES:
+        return Path(shape)
+    folder = PROJECT_DIR / "backbones" / f"llama3-{shape}"
+    if not (folder / "config.json").is_file():
+        if not (TOKENIZER_DIR / "biomerge.json").is_file():
+            build_tokenizer("random/llama3-8b")
+        code = f"from benchmarks.readiness import *; build_backbone(Path({str(folder)!r}), {shape!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True)
+    return folder
+
+
+class Way:
+    """A way's process, which waits for its turns, and the rows that it has printed."""
+
+    def __init__(self, way: str, options: dict[str, Any]) -> None:
+        self.way, self.options = way, options
+        self.rows: list[dict[str, Any]] = []
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.training_speed", "--one", way],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            cwd=PROJECT_DIR,
+            env=os.environ | {"BIOMERGE_BENCHMARK": json.dumps(options), "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def go_on(self) -> None:
+        with suppress(BrokenPipeError):  # it has ended, which wait_for_end reports
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+
+    def wait_for_turn(self) -> bool:
+        """Read rows until the process waits again; False when it has ended."""
+        for line in self.process.stdout:
+            if line.startswith("ROW "):
+                self.rows.append(json.loads(line.removeprefix("ROW ")))
+            elif line == "TURN\n":
+                return True
+        return False
+
+    def wait_for_end(self) -> None:
+        """Read the last rows; a process that broke down is a row with its last line."""
+        while self.wait_for_turn():
+            self.go_on()
+        self.process.wait()
+        if self.process.returncode or any("error" in row for row in self.rows):
+            self.errors.seek(0)
+            text = self.errors.read()
+            print(text[-3000:], file=sys.stderr)
+            if self.process.returncode:
+                last = (text.strip().splitlines() or ["no output"])[-1]
+                where = {"batch": self.options["batches"][0], "anchors": self.options["anchors"][0]}
+                self.rows.append({"way": self.way, **where, "error": last[:200]})
 
 
 def add_runs(path: Path, runs: list[dict[str, Any]]) -> None:
@@ -452,19 +601,6 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
-
-
-def run_one(way: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Measure one way in a process of its own; a failure is a row with its last line."""
-    command = [sys.executable, "-m", "benchmarks.training_speed", "--one", way]
-    environment = os.environ | {"BIOMERGE_BENCHMARK": json.dumps(options), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT_DIR)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    print(done.stderr[-3000:], file=sys.stderr)
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return {"way": way, "batch": options["batch"], "anchors": options["anchors"], "error": last[:300]}
 
 
 if __name__ == "__main__":
