@@ -30,9 +30,9 @@ from biomerge_lib.ner_span import read_split
 from biomerge_lib.parity import check_parity
 from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions
+from biomerge_lib.ready_models import SHIPPED, merge_for_use
 from biomerge_lib.records import Record, file_sha256
 from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
-from biomerge_lib.tagger import SHIPPED, prepare_folder, read_rendering
 from biomerge_lib.vllm_client import served_names
 from biomerge_lib.vllm_server import EXECUTION, VllmServer
 
@@ -54,20 +54,6 @@ def build_random_model(shape: str) -> Path:
     if not (folder / "config.json").is_file():
         code = f"from benchmarks.readiness import *; build_backbone(Path({str(folder)!r}), {shape!r})"
         subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True)  # its memory goes with it
-    return folder
-
-
-def build_trained_model(records: list[Record], folder: Path) -> Path:
-    """The shipped adapter merged in float32, so that each decoder rounds it as its own dtype wants."""
-    from biomerge_lib.tokenizer import load_tokenizer
-    from biomerge_lib.unsloth_lora_ner import merge_checkpoint
-
-    rendering = read_rendering(SHIPPED)
-    backbone = prepare_folder(rendering["backbone"])
-    prompt = build_prompts(records[:1], load_tokenizer(backbone), **without_answer_limit(rendering))[0]
-    merge_checkpoint(
-        backbone, SHIPPED, folder, dtype="float32", rendering=rendering, probe_ids=prompt.prompt_ids
-    )
     return folder
 
 
@@ -272,7 +258,7 @@ def main() -> None:
                 ),
             )
         if options.dtypes:
-            trained = build_trained_model(records, scratch / SHIPPED.name / "merged")
+            trained = merge_for_use(SHIPPED)  # in float32: each decoder rounds it as its own dtype wants
         for dtype in options.dtypes:
             attempt(
                 report,
