@@ -447,6 +447,7 @@ def main() -> None:
     processes = [Way(way, options | {"backbone": str(folder)}) for way in options["ways"]]
     for process in processes:
         process.wait_for_turn()
+    print(f"{time.perf_counter() - started:.0f} s: all have imported", flush=True)
     peak = matrix_peak() if torch.cuda.is_available() else None
     abreast = options["abreast"] if len(options["batches"]) == len(options["anchors"]) == 1 else 1
     together = [process for process in processes if compiles(process.way)]
@@ -460,17 +461,18 @@ def main() -> None:
         for process in group:
             process.go_on()
             process.wait_for_end()
-            for row in process.rows:
-                if peak and "useful_tflops" in row:
-                    row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
-                print(f"{time.perf_counter() - started:.0f} s", json.dumps(row), flush=True)
+            print(f"{time.perf_counter() - started:.0f} s: {process.way} is done", flush=True)
+    rows = [row for process in processes for row in process.rows]
+    for row in rows:
+        if peak and "useful_tflops" in row:
+            row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
     run = {
         "command": "python -m benchmarks.training_speed " + " ".join(sys.argv[1:]),
         "shape": options["shape"],
         "matrix_peak_tflops": peak and round(peak, 1),
         "provenance": provenance(),
         "seconds": round(time.perf_counter() - started),
-        "rows": [row for process in processes for row in process.rows],
+        "rows": rows,
     }
     add_runs(Path(options["out"]), [run])
 
@@ -516,6 +518,7 @@ class Way:
         """Read rows until the process waits again; False when it has ended."""
         for line in self.process.stdout:
             if line.startswith("ROW "):
+                print(line.removeprefix("ROW "), end="", flush=True)
                 self.rows.append(json.loads(line.removeprefix("ROW ")))
             elif line == "TURN\n":
                 return True
