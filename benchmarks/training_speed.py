@@ -14,6 +14,7 @@ Every way trains LoRA r = 8 on all linear layers on the same anchored sentences,
                                    batch's longest, all sentences in one batch, no checkpointing
     trl                            TRL's SFTTrainer, packing, no checkpointing; a row holds a step's tokens
     unsloth                        FastLanguageModel and SFTTrainer as Unsloth's notebooks use them
+    unsloth tuned                  the same without their gradient checkpointing
 
 A row is the mean over the optimiser steps behind the first ones, between two moments at which the GPU had done all its
 work; tokens are those that were in these steps, padding left out. "Useful" TFLOP/s count 4 FLOP a weight of the decoder
@@ -67,6 +68,7 @@ WAYS = [
     "tuned",
     "trl",
     "unsloth",
+    "unsloth tuned",
 ]
 METHOD = __doc__.split("\n\n", 2)[2]
 FEWEST_STEPS = 4  # measured, however slow they are
@@ -234,6 +236,7 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
         )
         result |= {
             "accumulate": accumulate,
+            "decoder_weights": weights,
             "useful_tflops": round(4 * weights * result["tokens_a_second"] / 1e12, 1),
             "sentences": len(records),
             "build_seconds": round(ready - start, 1),
