@@ -14,6 +14,7 @@ embedding, which this project's own ways have.
     trl+flex  the same with transformers' flex_attention, which skips the mask's empty blocks (needs a GPU)
     unsloth   FastLanguageModel and SFTTrainer of its notebooks: their checkpointing, no dropout, padding-free where
               they choose it
+    unsloth tuned  the same without checkpointing
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast, Trainer
 
-PEERS = ("brief", "tuned", "trl", "trl+flex", "unsloth")
+PEERS = ("brief", "tuned", "trl", "trl+flex", "unsloth", "unsloth tuned")
 BRIEF_ROW = 256 + 64  # the brief's limits for the sentence and for the span string
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": list(LINEAR_LAYERS)}
 
@@ -39,14 +40,15 @@ def load_peer(way: str, folder: str) -> PeftModel:
     """The backbone with a peer's fresh adapter."""
     import torch
 
-    if way == "unsloth":
+    if way.startswith("unsloth"):
         from unsloth import FastLanguageModel
 
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=2048, dtype=None, load_in_4bit=False
         )
+        checkpointing = False if way == "unsloth tuned" else "unsloth"
         return FastLanguageModel.get_peft_model(
-            model, **LORA, lora_dropout=0, bias="none", use_gradient_checkpointing="unsloth"
+            model, **LORA, lora_dropout=0, bias="none", use_gradient_checkpointing=checkpointing
         )
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -112,8 +114,9 @@ def build_peer(
         )
     from trl import SFTConfig, SFTTrainer
 
-    if way == "unsloth":
-        del common["gradient_checkpointing"]  # their model has its own already
+    if way.startswith("unsloth"):
+        if way == "unsloth":
+            del common["gradient_checkpointing"]  # as their notebooks, which leave it to the model
         config = SFTConfig(**common, max_length=2048, packing=False)
     else:
         lengths = dataset["length"]
@@ -158,6 +161,8 @@ def count_batch(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor | int, tor
     (4, 2)
     """
     ids = batch["input_ids"]
+    if "packed_seq_lengths" in batch:  # Unsloth's
+        return batch["packed_seq_lengths"].sum(), len(batch["packed_seq_lengths"])
     if batch.get("attention_mask") is not None:
         return batch["attention_mask"].sum(), ids.shape[0]
     return ids.numel(), (batch["position_ids"] == 0).sum()

@@ -14,6 +14,7 @@ Every way trains LoRA r = 8 on all linear layers on the same anchored sentences,
                                    batch's longest, all sentences in one batch, no checkpointing
     trl                            TRL's SFTTrainer, packing, no checkpointing; a row holds a step's tokens
     unsloth                        FastLanguageModel and SFTTrainer as Unsloth's notebooks use them
+    unsloth tuned                  the same without their gradient checkpointing
 
 A row is the mean over the optimiser steps behind the first ones, between two moments at which the GPU had done all its
 work; tokens are those that were in these steps, padding left out. "Useful" TFLOP/s count 4 FLOP a weight of the decoder
@@ -41,11 +42,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training_page import add_runs
 from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer
-from biomerge_lib.runs import PROJECT_DIR, provenance, write_json
+from biomerge_lib.runs import PROJECT_DIR, provenance
 
 REPORT = PROJECT_DIR / "reports" / "training_speed.json"
-CHANGES = PROJECT_DIR / "benchmarks" / "training_speed_log.md"
 OURS = {  # parameters of this project
     "padded": {"packing": False},
     "padded+checkpointing": {"packing": False, "gradient_checkpointing": True},
@@ -67,9 +68,10 @@ WAYS = [
     "tuned",
     "trl",
     "unsloth",
+    "unsloth tuned",
 ]
+METHOD = __doc__.split("\n\n", 2)[2]
 FEWEST_STEPS = 4  # measured, however slow they are
-CORPUS_SIZES = (1_000, 4_560, 32_000)
 
 
 def compiles(way: str) -> bool:
@@ -234,6 +236,7 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
         )
         result |= {
             "accumulate": accumulate,
+            "decoder_weights": weights,
             "useful_tflops": round(4 * weights * result["tokens_a_second"] / 1e12, 1),
             "sentences": len(records),
             "build_seconds": round(ready - start, 1),
@@ -438,7 +441,7 @@ def main() -> None:
         return
     if options["merge"] is not None:
         files = [json.loads(Path(file).read_text(encoding="utf-8")) for file in options["merge"]]
-        add_runs(Path(options["out"]), [run for file in files for run in file["runs"]])
+        add_runs(Path(options["out"]), [run for file in files for run in file["runs"]], METHOD)
         return
     import torch
 
@@ -447,6 +450,7 @@ def main() -> None:
     processes = [Way(way, options | {"backbone": str(folder)}) for way in options["ways"]]
     for process in processes:
         process.wait_for_turn()
+    print(f"{time.perf_counter() - started:.0f} s: all have imported", flush=True)
     peak = matrix_peak() if torch.cuda.is_available() else None
     abreast = options["abreast"] if len(options["batches"]) == len(options["anchors"]) == 1 else 1
     together = [process for process in processes if compiles(process.way)]
@@ -460,19 +464,20 @@ def main() -> None:
         for process in group:
             process.go_on()
             process.wait_for_end()
-            for row in process.rows:
-                if peak and "useful_tflops" in row:
-                    row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
-                print(f"{time.perf_counter() - started:.0f} s", json.dumps(row), flush=True)
+            print(f"{time.perf_counter() - started:.0f} s: {process.way} is done", flush=True)
+    rows = [row for process in processes for row in process.rows]
+    for row in rows:
+        if peak and "useful_tflops" in row:
+            row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
     run = {
         "command": "python -m benchmarks.training_speed " + " ".join(sys.argv[1:]),
         "shape": options["shape"],
         "matrix_peak_tflops": peak and round(peak, 1),
         "provenance": provenance(),
         "seconds": round(time.perf_counter() - started),
-        "rows": [row for process in processes for row in process.rows],
+        "rows": rows,
     }
-    add_runs(Path(options["out"]), [run])
+    add_runs(Path(options["out"]), [run], METHOD)
 
 
 def find_backbone(shape: str) -> Path:
@@ -516,6 +521,7 @@ class Way:
         """Read rows until the process waits again; False when it has ended."""
         for line in self.process.stdout:
             if line.startswith("ROW "):
+                print(line.removeprefix("ROW "), end="", flush=True)
                 self.rows.append(json.loads(line.removeprefix("ROW ")))
             elif line == "TURN\n":
                 return True
@@ -534,73 +540,6 @@ class Way:
                 last = (text.strip().splitlines() or ["no output"])[-1]
                 where = {"batch": self.options["batches"][0], "anchors": self.options["anchors"][0]}
                 self.rows.append({"way": self.way, **where, "error": last[:200]})
-
-
-def add_runs(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Add runs to a report, each in the place of an earlier one of the same command, and write its table and plot."""
-    kept = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
-    commands = {run["command"] for run in runs}
-    kept = [run for run in kept if run["command"] not in commands] + runs
-    write_json(path, {"runs": kept})
-    path.with_suffix(".md").write_text(describe(kept), encoding="utf-8")
-    plot(kept, path.with_suffix(".svg"))
-
-
-def describe(runs: list[dict[str, Any]]) -> str:
-    """The table of all runs."""
-    columns = {
-        "way": "way",
-        "batch": "sentences a step",
-        "anchors": "anchors",
-        "ms_a_step": "ms a step",
-        "tokens_a_second": "real tokens/s",
-        "sentences_a_second": "sentences/s",
-        "useful_tflops": "useful TFLOP/s",
-        "share_of_peak": "share of peak",
-        "peak_memory_gb": "peak GB",
-        "first_steps_seconds": "first 6 steps, s",
-    }
-    lines = ["# How fast a training step is", "", __doc__.split("\n\n", 2)[2].strip(), ""]
-    lines += ["![tokens a second](training_speed.svg)", ""]
-    for run in runs:
-        origin = run["provenance"]
-        peak = f", matrix peak {run['matrix_peak_tflops']} TFLOP/s" if run["matrix_peak_tflops"] else ""
-        lines += [
-            f"## {Path(run['shape']).name}: {origin['device']}{peak}",
-            "",
-            f"`{run['command']}`, commit `{origin['commit'][:12]}`.",
-            "",
-            "| " + " | ".join(columns.values()) + " |",
-            "|" + "---|" * len(columns),
-        ]
-        for row in run["rows"]:
-            cells = [row.get(name, "") for name in columns]
-            if "error" in row:
-                cells = [row["way"], row["batch"], row["anchors"], f"failed: {row['error']}", *[""] * 6]
-            if isinstance(row.get("tokens_a_second"), int):
-                cells[4] = f"{row['tokens_a_second']:,}"
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Real tokens a second over the sentences a step, a panel a run."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4.2), squeeze=False)
-    for panel, run in zip(panels[0], runs, strict=True):
-        rows = [row for row in run["rows"] if "error" not in row]
-        for way in dict.fromkeys(row["way"] for row in rows):
-            points = sorted((row["batch"], row["tokens_a_second"]) for row in rows if row["way"] == way)
-            panel.plot(*zip(*points, strict=True), marker="o", label=way)
-        panel.set(xscale="log", xlabel="sentences a step", ylabel="real tokens a second")
-        panel.set_xticks(sorted({row["batch"] for row in rows}), sorted({row["batch"] for row in rows}))
-        panel.set_title(f"{Path(run['shape']).name}, {run['provenance']['device']}")
-        panel.legend(fontsize=7)
-        panel.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def compile_layers(decoder: torch.nn.Module) -> None:
     Decoding and scoring run uncompiled under ``torch.compiler.set_stance("force_eager")``.
     """
     for layer in decoder.layers:
-        layer.compile(dynamic=True)
+        if layer._compiled_call_impl is None:  # else all would be compiled anew
+            layer.compile(dynamic=True)
 
 
 @dataclass(frozen=True)
