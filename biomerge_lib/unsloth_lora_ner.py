@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+# Those of Llama, Qwen and Gemma, and all that Unsloth knows.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 log = logging.getLogger("biomerge")
 
@@ -65,7 +66,7 @@ def load_lora_model(
     ``max_length`` is the longest sequence in tokens (Unsloth sizes its rotary cache by it and truncates beyond).
 
     Raises:
-        ModelError: the folder holds no model, or the backend cannot load it.
+        ModelError: the folder holds no model, the backend cannot load it, or its layers cannot all get LoRA.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -78,7 +79,6 @@ def load_lora_model(
         "r": lora_rank,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
-        "target_modules": list(LINEAR_LAYERS),
         "trainable_token_indices": tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)),
         "modules_to_save": ["token_head"] if token_head else None,
     }
@@ -88,18 +88,21 @@ def load_lora_model(
         model, _ = FastLanguageModel.from_pretrained(
             str(folder), dtype=getattr(torch, dtype), max_seq_length=max_length, load_in_4bit=False
         )
+        layers = choose_lora_layers(model, backend=backend)
         _attach_token_head(model, token_head)
         model = FastLanguageModel.get_peft_model(
             model,
             **adapter,
+            target_modules=layers,
             bias="none",
             use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
             random_state=seed,
         )
     else:
         model = load_causal_lm(folder, dtype=dtype)
+        layers = choose_lora_layers(model, backend=backend)
         _attach_token_head(model, token_head)
-        model = get_peft_model(model, LoraConfig(**adapter, task_type="CAUSAL_LM"))
+        model = get_peft_model(model, LoraConfig(**adapter, target_modules=layers, task_type="CAUSAL_LM"))
         if gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -139,6 +142,34 @@ def load_full_model(
     _rotate_as_narrow_as_autocast(model)
     install_span_loss(model, head_loss_weight=head_loss_weight, max_seq_len=max_length)
     return model
+
+
+def choose_lora_layers(model: PreTrainedModel, *, backend: str) -> list[str]:
+    """Names of the linear modules of a backbone's layers, in a layer's order; its output layer is not one of them.
+
+    They are :data:`LINEAR_LAYERS` where a layer has just these, so that adapters' configurations are alike, however
+    large the backbone (PEFT's own ``all-linear`` writes the full path of each module of a small one, and takes the
+    token head too).
+
+    Raises:
+        ModelError: the layers have no linear module, or, with Unsloth, others than it knows.
+    """
+    import torch
+
+    linear = (
+        name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)
+    )
+    layers = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    kind = type(model).__name__
+    if not layers:
+        raise ModelError(f"{kind}: its layers have no torch.nn.Linear to put LoRA on; see docs/backbones.md.")
+    unknown = [name for name in layers if name not in LINEAR_LAYERS]
+    if backend == "unsloth" and unknown:
+        raise ModelError(
+            f"{kind}: its layers also have {', '.join(unknown)}, and with backend=unsloth LoRA is put on "
+            f"{', '.join(LINEAR_LAYERS)} alone. Set backend=peft, which takes every linear layer."
+        )
+    return layers
 
 
 def load_causal_lm(folder: Path | str, *, dtype: str) -> PreTrainedModel:

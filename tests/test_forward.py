@@ -79,7 +79,8 @@ def test_what_is_trained_is_lora_the_five_rows_and_the_head(tiny_prepared, token
     model = load_lora_model(tiny_prepared, token_head=True, **OPTIONS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained if ".lora_" in name}
-    assert layers == set(LINEAR_LAYERS)
+    llama = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert layers == set(LINEAR_LAYERS) == llama == model.peft_config["default"].target_modules
     assert sum(".lora_A" in name for name in trained) == 2 * len(LINEAR_LAYERS)
     rest = {name: p for name, p in trained.items() if ".lora_" not in name}
     rows = [p for name, p in rest.items() if "trainable_tokens" in name]

@@ -16,7 +16,7 @@ from biomerge_lib.launch import train_run
 from biomerge_lib.prompt import encode
 from biomerge_lib.records import write_records
 from biomerge_lib.tokenizer import load_tokenizer
-from biomerge_lib.unsloth_lora_ner import load_causal_lm, merge_checkpoint
+from biomerge_lib.unsloth_lora_ner import choose_lora_layers, load_causal_lm, merge_checkpoint
 
 SHAPE = {
     "hidden_size": 32,
@@ -30,6 +30,7 @@ SHAPE = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.fixture
@@ -72,14 +73,15 @@ def train_family(parameters) -> tuple[list[float], Path, dict]:
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture"),
+    ("family", "architecture", "layers"),
     [
-        ("qwen2", "Qwen2ForCausalLM"),
-        ("gemma", "GemmaForCausalLM"),
-        ("gemma3_text", "Gemma3ForCausalLM"),
+        ("qwen2", "Qwen2ForCausalLM", LLAMA_LAYERS),
+        ("gemma", "GemmaForCausalLM", LLAMA_LAYERS),
+        ("gemma3_text", "Gemma3ForCausalLM", LLAMA_LAYERS),
+        ("phi3", "Phi3ForCausalLM", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
     ],
 )
-def test_a_family_trains_packed_as_padded_and_merges(make_parameters, family, architecture):
+def test_a_family_trains_packed_as_padded_and_merges(make_parameters, family, architecture, layers):
     parameters = make_parameters(family)
     losses, run, metrics = train_family(parameters)
     padded, _, _ = train_family(parameters.model_copy(update={"run_id": "padded", "packing": False}))
@@ -87,7 +89,8 @@ def test_a_family_trains_packed_as_padded_and_merges(make_parameters, family, ar
     assert losses == pytest.approx(padded, abs=2e-3)
     checkpoint = best_checkpoint(run, metrics)
     adapted = [name for name in load_file(checkpoint / "adapter_model.safetensors") if "lora_A" in name]
-    assert len(adapted) == 2 * 7  # two layers: q, k, v, o, gate, up, down
+    assert len(adapted) == 2 * len(layers)
+    assert set(json.loads((checkpoint / "adapter_config.json").read_text())["target_modules"]) == layers
     backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
     prompt_ids = encode(
         ASPIRIN, load_tokenizer(backbone), offset_anchors="start", corpus_cue=False
@@ -97,6 +100,22 @@ def test_a_family_trains_packed_as_padded_and_merges(make_parameters, family, ar
     )
     assert check.same_answer and check.max_logit_difference < 1e-4
     assert type(load_causal_lm(run / "merged", dtype="float32")).__name__ == architecture
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "words"),
+    [
+        ("phi3", "unsloth", r"Phi3ForCausalLM: .* also have qkv_proj, gate_up_proj, .*Set backend=peft"),
+        ("phi", "unsloth", r"PhiForCausalLM: .* also have dense, fc1, fc2, "),
+        ("gpt2", "peft", r"GPT2LMHeadModel: .* no torch.nn.Linear"),
+    ],
+)
+def test_layers_that_would_get_no_lora_are_refused(family, backend, words):
+    config = AutoConfig.for_model(family, vocab_size=64, **SHAPE)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError, match=words):
+        choose_lora_layers(model, backend=backend)
 
 
 def test_gemma_2_soft_caps_and_trains_padded(make_parameters):
