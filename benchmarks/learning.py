@@ -38,7 +38,7 @@ SETS: dict[str, dict[str, str]] = {
     "padded": {
         f"seed {seed}, padded": f"{ECHO} seed={seed} packing=false step_launch=eager" for seed in (42, 43, 44)
     },
-    "union": {"cue": f"{UNION} corpus_cue=true", "no cue": UNION},
+    "union": {"cue": f"{UNION} corpus_cue=true"},
     "ceiling": {
         "LoRA, 6 epochs": f"{ECHO} {LONG}",
         "all weights, 2 epochs": f"{ECHO} trainable=all learning_rate=3e-4",
@@ -53,15 +53,18 @@ SETS: dict[str, dict[str, str]] = {
         "echo_start": f"{SOME} offset_anchors=echo_start",
         "echo_start_before_space": f"{SOME} offset_anchors=echo_start_before_space",
         "start, no head": f"{SOME} fast_metrics=false",
-        "start, head weight 0.2": f"{SOME} head_loss_weight=0.2",
         "start, cue": f"{SOME} corpus_cue=true cue_dropout=0.0",
-        "start, batch 8": f"{SOME} per_device_train_batch_size=8",
         "start, batch 32": f"{SOME} per_device_train_batch_size=32",
-        "start, no dropout": f"{SOME} lora_dropout=0.0",
     },
     "grid": {
         f"rank {rank}, learning rate {rate}": f"{SOME} lora_rank={rank} learning_rate={rate}"
         for rank, rate in product((4, 8, 16), ("1e-3", "2e-3", "3e-3"))
+    },
+    "more": {
+        "start, batch 8": f"{SOME} per_device_train_batch_size=8",
+        "start, head weight 0.2": f"{SOME} head_loss_weight=0.2",
+        "start, no dropout": f"{SOME} lora_dropout=0.0",
+        "union, no cue": UNION,
     },
     "qwen": {anchors: f"{QWEN} offset_anchors={anchors}" for anchors in ("none", "start")},
 }
