@@ -37,17 +37,18 @@ def make_trainer(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_
     short = [record for record in sample_records["train"] if len(record.text) < 90 and record.spans]
     records = {"train": short[:12], "dev": short[12:16]}
 
-    def make(name: str):
-        parameters = tiny_parameters(
-            run_id=name,
-            trainable="all",
-            learning_rate=3e-3,
-            eval_steps=2,
-            save_steps=2,
-            num_train_epochs=2.0,
-            per_device_train_batch_size=2,
-            early_stopping_patience=100,
-        )
+    def make(name: str, **overrides):
+        values = {
+            "run_id": name,
+            "trainable": "all",
+            "learning_rate": 3e-3,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "num_train_epochs": 2.0,
+            "per_device_train_batch_size": 2,
+            "early_stopping_patience": 100,
+        }
+        parameters = tiny_parameters(**values | overrides)
         folder = tmp_path / "runs" / name
         model = build_model(parameters, tiny_prepared)
         trainer = build_trainer(model, tokenizer, records, parameters, checkpoints=folder / "checkpoints")
@@ -181,6 +182,14 @@ def test_bfloat16_is_computed_with_float32_weights(tiny_prepared, tiny_parameter
     assert set(seen) == {(torch.bfloat16,) * 3}
     assert written.shape == (1, 3) and loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2) and loss != exact
+
+
+@pytest.mark.parametrize("trainable", ["lora", "all"])
+def test_step_launch_compiles_every_decoder_layer(make_trainer, trainable):
+    trainer, _ = make_trainer("compiled", trainable=trainable, step_launch="compiled")
+    decoder = [module for module in trainer.model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+    assert trainer.launch == "compiled" and len(decoder) == 2
+    assert all(layer._compiled_call_impl is not None for layer in decoder)
 
 
 @pytest.mark.parametrize(
