@@ -31,6 +31,7 @@ import faulthandler
 import gc
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -165,6 +166,9 @@ def measure_way(way: str, options: dict[str, Any]) -> None:
     """All measurements of a way in this process: the model is loaded once, a Trainer is built for each."""
     started = time.perf_counter()
     if "unsloth" in way:
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = (
+            tempfile.mkdtemp()
+        )  # two at once must not write the same files
         os.environ.setdefault("UNSLOTH_RETURN_LOGITS", "0")
         import unsloth  # noqa: F401
     import torch
@@ -213,7 +217,7 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
     start = time.perf_counter()
     build = build_ours if way in OURS else build_peer_trainer
     trainer, count = build(way, model, tokenizer, records, options | {"accumulate": accumulate})
-    warm = warm_steps(way)
+    warm = min(warm_steps(way), epoch // batch - 1) if epoch else warm_steps(way)
     watch = Stopwatch(
         warm,
         None if epoch else options["steps"],
@@ -470,7 +474,7 @@ def main() -> None:
         if peak and "useful_tflops" in row:
             row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
     run = {
-        "command": "python -m benchmarks.training_speed " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.training_speed " + shlex.join(sys.argv[1:]),
         "shape": options["shape"],
         "matrix_peak_tflops": peak and round(peak, 1),
         "provenance": provenance(),
@@ -538,6 +542,8 @@ class Way:
             print(text[-3000:], file=sys.stderr)
             if self.process.returncode:
                 last = (text.strip().splitlines() or ["no output"])[-1]
+                if "Timeout (" in text:  # of faulthandler
+                    last = f"hung for {self.options['way_limit']:.0f} s"
                 where = {"batch": self.options["batches"][0], "anchors": self.options["anchors"][0]}
                 self.rows.append({"way": self.way, **where, "error": last[:200]})
 
