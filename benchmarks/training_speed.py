@@ -1,7 +1,8 @@
 """How fast a training step is: this project's, and its peers' on the same sentences, on one GPU, in one run.
 
     python -m benchmarks.training_speed --shape 8b --data_dir data/bc5cdr_iob/ner
-    python -m benchmarks.training_speed --shape backbones/smollm2-135m --batches 8 32 128 256 --epochs 32000
+    python -m benchmarks.training_speed --shape backbones/smollm2-135m --batches 8 32 128 256 --steps 50 --ways trl
+    python -m benchmarks.training_speed --shape backbones/smollm2-135m --ways packed+graphed --epochs 1000 4560 32000
     python -m benchmarks.training_speed --shape tiny --batches 4 --ways packed padded   # to try it on a CPU
 
 Every way trains LoRA r = 8 on all linear layers on the same anchored sentences, in a process of its own:
@@ -113,15 +114,17 @@ class Stopwatch:
                     when_warm()
                     watch.at_start = (*count(), compiled())
                     watch.start = time.perf_counter()
-                elif steps is not None and watch.steps > warm:
+                elif watch.steps > warm:
                     measured = watch.steps - warm
                     late = time.perf_counter() - watch.start > seconds and measured >= FEWEST_STEPS
-                    control.should_training_stop |= measured >= steps or late
+                    if steps is not None:
+                        control.should_training_stop |= measured >= steps or late
+                    if control.should_training_stop or state.global_step >= state.max_steps:
+                        watch.end = wait_for_gpu()  # before the Trainer puts its things away
                 return control
 
         def read() -> dict[str, Any]:
-            end = wait_for_gpu()
-            taken, done = end - watch.start, watch.steps - warm
+            taken, done = watch.end - watch.start, watch.steps - warm
             tokens, sentences, recompiles = (
                 after - before for after, before in zip((*count(), compiled()), watch.at_start, strict=True)
             )
@@ -146,7 +149,7 @@ def wait_for_gpu() -> float:
 
 
 class Turns:
-    """Where a way's process waits until it may go on; one that hangs between two turns is ended."""
+    """Where a way's process waits until it may go on; one that hangs in between is ended."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
@@ -159,16 +162,18 @@ class Turns:
             print("TURN", flush=True)
             if not sys.stdin.readline():
                 sys.exit("the benchmark itself has ended")
-            faulthandler.dump_traceback_later(self.limit, exit=True)
+            self.watch()
+
+    def watch(self) -> None:
+        faulthandler.dump_traceback_later(self.limit, exit=True)
 
 
 def measure_way(way: str, options: dict[str, Any]) -> None:
     """All measurements of a way in this process: the model is loaded once, a Trainer is built for each."""
     started = time.perf_counter()
     if "unsloth" in way:
-        os.environ["UNSLOTH_COMPILE_LOCATION"] = (
-            tempfile.mkdtemp()
-        )  # two at once must not write the same files
+        # Two processes at once must not write the same files.
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp()
         os.environ.setdefault("UNSLOTH_RETURN_LOGITS", "0")
         import unsloth  # noqa: F401
     import torch
@@ -195,6 +200,7 @@ def measure_way(way: str, options: dict[str, Any]) -> None:
     runs += [run | {"epoch": size} for run in runs for size in options["epochs"]]
     for run in runs:
         row: dict[str, Any] = {"way": way} | run
+        turns.watch()
         try:
             row |= startup | measure(way, model, tokenizer, records, options | run, turns)
         except Exception as error:
@@ -422,7 +428,7 @@ def main() -> None:
         "--way-seconds", type=float, default=8, help=f"measure no longer, but {FEWEST_STEPS} steps at least"
     )
     parser.add_argument(
-        "--way-limit", type=float, default=240, help="seconds until a way that hangs is ended"
+        "--way-limit", type=float, default=240, help="seconds until a measurement that hangs is ended"
     )
     parser.add_argument(
         "--abreast", type=int, default=3, help="compiling ways that load and warm up together"
