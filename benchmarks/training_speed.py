@@ -1,7 +1,8 @@
 """How fast a training step is: this project's, and its peers' on the same sentences, on one GPU, in one run.
 
     python -m benchmarks.training_speed --shape 8b --data_dir data/bc5cdr_iob/ner
-    python -m benchmarks.training_speed --shape backbones/smollm2-135m --batches 8 32 128 256 --epochs 32000
+    python -m benchmarks.training_speed --shape backbones/smollm2-135m --batches 8 32 128 256 --steps 50 --ways trl
+    python -m benchmarks.training_speed --shape backbones/smollm2-135m --ways packed+graphed --epochs 1000 4560 32000
     python -m benchmarks.training_speed --shape tiny --batches 4 --ways packed padded   # to try it on a CPU
 
 Every way trains LoRA r = 8 on all linear layers on the same anchored sentences, in a process of its own:
@@ -31,6 +32,7 @@ import faulthandler
 import gc
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -112,15 +114,17 @@ class Stopwatch:
                     when_warm()
                     watch.at_start = (*count(), compiled())
                     watch.start = time.perf_counter()
-                elif steps is not None and watch.steps > warm:
+                elif watch.steps > warm:
                     measured = watch.steps - warm
                     late = time.perf_counter() - watch.start > seconds and measured >= FEWEST_STEPS
-                    control.should_training_stop |= measured >= steps or late
+                    if steps is not None:
+                        control.should_training_stop |= measured >= steps or late
+                    if control.should_training_stop or state.global_step >= state.max_steps:
+                        watch.end = wait_for_gpu()  # before the Trainer puts its things away
                 return control
 
         def read() -> dict[str, Any]:
-            end = wait_for_gpu()
-            taken, done = end - watch.start, watch.steps - warm
+            taken, done = watch.end - watch.start, watch.steps - warm
             tokens, sentences, recompiles = (
                 after - before for after, before in zip((*count(), compiled()), watch.at_start, strict=True)
             )
@@ -145,7 +149,7 @@ def wait_for_gpu() -> float:
 
 
 class Turns:
-    """Where a way's process waits until it may go on; one that hangs between two turns is ended."""
+    """Where a way's process waits until it may go on; one that hangs in between is ended."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
@@ -158,13 +162,18 @@ class Turns:
             print("TURN", flush=True)
             if not sys.stdin.readline():
                 sys.exit("the benchmark itself has ended")
-            faulthandler.dump_traceback_later(self.limit, exit=True)
+            self.watch()
+
+    def watch(self) -> None:
+        faulthandler.dump_traceback_later(self.limit, exit=True)
 
 
 def measure_way(way: str, options: dict[str, Any]) -> None:
     """All measurements of a way in this process: the model is loaded once, a Trainer is built for each."""
     started = time.perf_counter()
     if "unsloth" in way:
+        # Two processes at once must not write the same files.
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp()
         os.environ.setdefault("UNSLOTH_RETURN_LOGITS", "0")
         import unsloth  # noqa: F401
     import torch
@@ -191,6 +200,7 @@ def measure_way(way: str, options: dict[str, Any]) -> None:
     runs += [run | {"epoch": size} for run in runs for size in options["epochs"]]
     for run in runs:
         row: dict[str, Any] = {"way": way} | run
+        turns.watch()
         try:
             row |= startup | measure(way, model, tokenizer, records, options | run, turns)
         except Exception as error:
@@ -213,7 +223,7 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
     start = time.perf_counter()
     build = build_ours if way in OURS else build_peer_trainer
     trainer, count = build(way, model, tokenizer, records, options | {"accumulate": accumulate})
-    warm = warm_steps(way)
+    warm = min(warm_steps(way), epoch // batch - 1) if epoch else warm_steps(way)
     watch = Stopwatch(
         warm,
         None if epoch else options["steps"],
@@ -418,7 +428,7 @@ def main() -> None:
         "--way-seconds", type=float, default=8, help=f"measure no longer, but {FEWEST_STEPS} steps at least"
     )
     parser.add_argument(
-        "--way-limit", type=float, default=240, help="seconds until a way that hangs is ended"
+        "--way-limit", type=float, default=240, help="seconds until a measurement that hangs is ended"
     )
     parser.add_argument(
         "--abreast", type=int, default=3, help="compiling ways that load and warm up together"
@@ -470,7 +480,7 @@ def main() -> None:
         if peak and "useful_tflops" in row:
             row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
     run = {
-        "command": "python -m benchmarks.training_speed " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.training_speed " + shlex.join(sys.argv[1:]),
         "shape": options["shape"],
         "matrix_peak_tflops": peak and round(peak, 1),
         "provenance": provenance(),
@@ -538,6 +548,8 @@ class Way:
             print(text[-3000:], file=sys.stderr)
             if self.process.returncode:
                 last = (text.strip().splitlines() or ["no output"])[-1]
+                if "Timeout (" in text:  # of faulthandler
+                    last = f"hung for {self.options['way_limit']:.0f} s"
                 where = {"batch": self.options["batches"][0], "anchors": self.options["anchors"][0]}
                 self.rows.append({"way": self.way, **where, "error": last[:200]})
 
