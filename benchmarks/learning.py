@@ -30,7 +30,7 @@ COMMON = (
 )
 SOME = "eval_limit=800"  # of dev, evenly spread
 ECHO = "offset_anchors=echo_start"
-UNION = f"{ECHO} data_dir=data/union/ner per_device_train_batch_size=32"
+UNION = f"{ECHO} data_dir=data/union/ner per_device_train_batch_size=32 max_input_tokens=768"
 LONG = "num_train_epochs=6 early_stopping_patience=100"
 QWEN = f"{SOME} model=qwen2_5_coder_1_5b per_device_eval_batch_size=128"
 SETS: dict[str, dict[str, str]] = {
@@ -86,10 +86,15 @@ def start(group: str, name: str, changes: str, extra: list[str]) -> subprocess.P
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT_DIR)
 
 
-def run_all(sets: list[str], *, at_once: int, budget: float, extra: list[str]) -> None:
-    """Train what is not finished, ``at_once`` side by side, in the sets' order."""
+def run_all(sets: list[str], *, names: list[str], at_once: int, budget: float, extra: list[str]) -> None:
+    """Train what is not finished, ``at_once`` side by side, in the sets' order; ``names`` are the only ones, if any."""
     begun = time.time()
-    waiting = [(group, name, changes) for group in sets for name, changes in SETS[group].items()]
+    waiting = [
+        (group, name, changes)
+        for group in sets
+        for name, changes in SETS[group].items()
+        if not names or name in names
+    ]
     running: dict[tuple[str, str], subprocess.Popen] = {}
     while waiting or running:
         for key, process in list(running.items()):
@@ -217,6 +222,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="only these of the sets")
     parser.add_argument(
         "--at-once", type=int, default=6, help="trainings side by side (default: %(default)s)"
     )
@@ -227,7 +233,13 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", metavar="NAME=VALUE", help="parameters of all trainings")
     options = parser.parse_args()
     if not options.report:
-        run_all(options.sets, at_once=options.at_once, budget=options.budget, extra=options.extra)
+        run_all(
+            options.sets,
+            names=options.names,
+            at_once=options.at_once,
+            budget=options.budget,
+            extra=options.extra,
+        )
     rows = read_rows(options.report or sorted((PROJECT_DIR / "runs").glob("learning-*/")))
     write_json(REPORT, rows)
     REPORT.with_suffix(".md").write_text(describe(rows), encoding="utf-8")
