@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from biomerge_lib.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from biomerge_lib.plain_tokenizer import PlainTokenizer
 
 ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
 log = logging.getLogger(__name__)
@@ -65,12 +67,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
             f"{folder}: no tokenizer here (tokenizer_config.json is missing). "
             "notebooks/01_tokenizer.ipynb writes one; or set tokenizer_dir."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
     check_tokenizer(tokenizer, str(folder))
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast | PlainTokenizer, name: str) -> None:
     """Raise ModelError unless each of the five tokens is one id and prompts do not end with EOS."""
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in ADDED_TOKENS if token not in vocabulary]
