@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from biomerge_lib.plain_tokenizer import PlainTokenizer
 
 ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
 log = logging.getLogger(__name__)
@@ -72,8 +70,11 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast | PlainTokenizer, name: str) -> None:
-    """Raise ModelError unless each of the five tokens is one id and prompts do not end with EOS."""
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise ModelError unless each of the five tokens is one id and prompts do not end with EOS.
+
+    ``tokenizer`` is one of transformers or a ``PlainTokenizer``, which stands downstream of this module.
+    """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in ADDED_TOKENS if token not in vocabulary]
     if missing:
