@@ -21,14 +21,19 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from biomerge_lib.readers import read_corpus
 from biomerge_lib.records import Record, write_records
 from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Result = TypeVar("Result")
 CORPORA = ("bc5cdr", "bc2gm", "jnlpba", "anatem", "bionlp13cg")
 TOKENIZER = PROJECT_DIR / "tokenizers" / "smollm2_biomerge_tok"
-RENDERING = {
+RENDERING: dict[str, Any] = {
     "offset_anchors": "start",
     "corpus_cue": True,
     "max_input_tokens": 512,
@@ -37,7 +42,7 @@ RENDERING = {
 REPORT = PROJECT_DIR / "reports" / "data_speed.json"
 
 
-def timed(work: Callable) -> tuple[float, object]:
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
     started = time.perf_counter()
     result = work()
     return round(time.perf_counter() - started, 2), result
@@ -52,10 +57,10 @@ def peak_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
-def load_libraries() -> tuple[float, object]:
+def load_libraries() -> tuple[float, PreTrainedTokenizerFast]:
     """The tokenizer, and the seconds that importing transformers and datasets for it took."""
 
-    def load():
+    def load() -> PreTrainedTokenizerFast:
         import datasets  # noqa: F401
 
         from biomerge_lib.tokenizer import load_tokenizer
@@ -188,7 +193,8 @@ def generate(sentences: int, split: str = "train") -> Iterator[Record]:
     chance = random.Random(split)
     for number in range(sentences):
         chosen = chance.choices(words, k=chance.randrange(8, 46))
-        spans, position = [], 0
+        spans: list[tuple[int, int]] = []
+        position = 0
         for word in chosen:
             if chance.random() < 0.075:
                 spans.append((position, position + len(word)))
@@ -281,7 +287,7 @@ def write_page(report: dict) -> None:
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
-    cells = [
+    cells: list[list] = [
         header,
         ["---"] * len(header),
         *([f"{v:,}" if isinstance(v, int) else v for v in row] for row in rows),
@@ -301,7 +307,7 @@ def main() -> None:
         print(json.dumps(MEASURES[name](*arguments)))
         return
     where = provenance()
-    report = {
+    report: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.data_speed", *sys.argv[1:]]),
         "commit": where["commit"],
         "device": where["device"],

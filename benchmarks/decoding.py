@@ -16,7 +16,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from biomerge_lib.answer_grammar import CONSTRAINTS
 from biomerge_lib.confidence import calibration_error, choose_threshold
@@ -119,14 +119,19 @@ def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, co
     limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
     rows, found = [], {}
     # Every row asks the same prompts: each must pay for reading them.
-    options = {"max_model_len": limit, "extra_arguments": ["--no-enable-prefix-caching"]}
+    options: dict[str, Any] = {"max_model_len": limit, "extra_arguments": ["--no-enable-prefix-caching"]}
     server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", **options)
     with server:
-        asking = {"base_url": server.base_url, "api_key": server.api_key, "model_id": server.model_id}
+        asking: dict[str, Any] = {
+            "base_url": server.base_url,
+            "api_key": server.api_key,
+            "model_id": server.model_id,
+        }
         asking |= {"split": "dev", **rendering}
         evaluate_split(records[:4], tokenizer, out=f"{scratch}/warm.jsonl", progress=None, **asking)
         # An answer of one token takes as long as reading its prompt: what no company can speed up.
-        jobs = [("one by one, first token only", "off", records[:few], 1, 1)] if few else []
+        jobs: list[tuple[str, str, Any, int, int | None]] = []
+        jobs += [("one by one, first token only", "off", records[:few], 1, 1)] if few else []
         jobs += [("one by one", "off", records[:few], 1, None)] if few else []
         jobs += [("64 at a time", constraint, records, 64, None) for constraint in constraints]
         for name, constraint, asked, concurrency, max_new_tokens in jobs:
@@ -145,7 +150,7 @@ def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, co
             rows.append(row)
             if concurrency > 1:
                 found[constraint] = evaluation.predictions
-    return rows, found, round(server.startup_seconds, 1)
+    return rows, found, round(cast(float, server.startup_seconds), 1)
 
 
 def compare(
@@ -295,7 +300,7 @@ def main() -> None:
                 for constraint in constraints
                 if constraint in greedy
             ]
-    report = {
+    report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.decoding", *sys.argv[1:]]),
         "commit": where["commit"],
         "device": where["device"],

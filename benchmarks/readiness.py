@@ -15,10 +15,11 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics, write_json
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -46,7 +47,11 @@ def llama3_tokenizer():
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    path = Path(find_spec("llama_models").submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    spec = find_spec("llama_models")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise SystemExit("the PyPI package llama-models is not installed: run `make env`")
+    path = Path(folders[0]) / "llama3" / "tokenizer.model"
     reserved = [f"<|reserved_special_token_{index}|>" for index in range(250)]
     special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:250], "<|eot_id|>"]
     special += [f"<|unused_{index}|>" for index in range(256 - len(special))]
@@ -86,7 +91,7 @@ def build_backbone(folder: Path, shape: str) -> None:
     config = LlamaConfig(
         vocab_size=rows,
         max_position_embeddings=8192,
-        rope_theta=500_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -127,9 +132,9 @@ def measure(shape: str) -> dict:
         for name, value in runs.items()
     ]
     codes = [process.wait() for process in started]
-    rows = []
-    for (name, checkpointing), code in zip(runs.items(), codes, strict=True):
-        if code == 0 and not rows:  # both merged models have the same shape
+    rows: list[dict[str, Any]] = []
+    for (name, checkpointing), ended in zip(runs.items(), codes, strict=True):
+        if ended == 0 and not rows:  # both merged models have the same shape
             notebook("04_greedy_dev", f"run_id={name}").wait()
         run = PROJECT_DIR / "runs" / name
         stages = read_metrics(run).get("stages", {})

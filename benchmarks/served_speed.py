@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.decoding import table
 from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
@@ -37,7 +37,7 @@ from biomerge_lib.vllm_client import served_names
 from biomerge_lib.vllm_server import EXECUTION, VllmServer
 
 REPORT = PROJECT_DIR / "reports" / "served_speed.json"
-RANDOM_RENDERING = {
+RANDOM_RENDERING: dict[str, Any] = {
     "offset_anchors": "start",
     "corpus_cue": False,
     "max_input_tokens": 512,
@@ -80,7 +80,11 @@ def serve(
         model_dir, dtype=dtype, execution=execution, log_path=logs / f"{name}.log", max_model_len=limit
     )
     with server:
-        asking = {"base_url": server.base_url, "api_key": server.api_key, "model_id": server.model_id}
+        asking: dict[str, Any] = {
+            "base_url": server.base_url,
+            "api_key": server.api_key,
+            "model_id": server.model_id,
+        }
         asking |= {"split": "dev", "concurrency": concurrency, **rendering}
         warm_up = evaluate_split(
             records[:WARM_UP], tokenizer, out=scratch / "warm.jsonl", progress=None, **asking
@@ -89,7 +93,7 @@ def serve(
             records, tokenizer, out=scratch / f"{name}.jsonl", progress=None, **asking
         )
     prompts = build_prompts(records, tokenizer, **without_answer_limit(rendering))
-    start_up = server.startup_seconds + warm_up.seconds
+    start_up = cast(float, server.startup_seconds) + warm_up.seconds
     return {
         "model": server.model_id,
         "dtype": dtype,
@@ -119,7 +123,11 @@ def decode(
 
     tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
     prompts = build_prompts(records, tokenizer, **without_answer_limit(rendering))
-    options = {"max_new_tokens": rendering["max_new_tokens"], "batch_size": batch_size, "progress": None}
+    options: dict[str, Any] = {
+        "max_new_tokens": rendering["max_new_tokens"],
+        "batch_size": batch_size,
+        "progress": None,
+    }
     greedy_decode(model, tokenizer, prompts[:2], **options)
     started = time.monotonic()
     answers = greedy_decode(model, tokenizer, prompts, **options)
@@ -214,7 +222,7 @@ def main() -> None:
     quiet_libraries()
     where = provenance()
     records = read_split(options.data_dir, "dev", limit=options.limit)
-    report = {
+    report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.served_speed", *sys.argv[1:]]),
         **{name: where[name] for name in ("commit", "device", "python", "versions")},
         "records": len(records),

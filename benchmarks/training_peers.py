@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PEERS = ("brief", "tuned", "trl", "trl+flex", "unsloth", "unsloth tuned")
 BRIEF_ROW = 256 + 64  # the brief's limits for the sentence and for the span string
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": list(LINEAR_LAYERS)}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(LINEAR_LAYERS)}
 
 
 def load_peer(way: str, folder: str) -> PeftModel:
@@ -58,7 +58,8 @@ def load_peer(way: str, folder: str) -> PeftModel:
         folder,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
         attn_implementation="flex_attention" if way == "trl+flex" else "sdpa",
-    ).to("cuda" if on_gpu else "cpu")
+    )
+    model.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
     return get_peft_model(model, LoraConfig(**LORA, lora_dropout=0.05, task_type="CAUSAL_LM"))
 
 

@@ -42,14 +42,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from benchmarks.training_page import add_runs
 from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer
 from biomerge_lib.runs import PROJECT_DIR, provenance
 
 REPORT = PROJECT_DIR / "reports" / "training_speed.json"
-OURS = {  # parameters of this project
+OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "padded": {"packing": False},
     "padded+checkpointing": {"packing": False, "gradient_checkpointing": True},
     "packed": {},
@@ -105,6 +105,8 @@ class Stopwatch:
 
         watch = self
         self.steps = 0
+        self.warm_end = self.start = 0.0
+        self.at_start = (0, 0, 0)  # tokens, sentences, compilations
 
         class AtStepEnd(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
@@ -345,7 +347,7 @@ def build_peer_trainer(way: str, model, tokenizer, records, options: dict[str, A
         max_target_tokens=128,
     )
     names = ("batch", "accumulate", "num_workers")
-    trainer = build_peer(way, model, tokenizer, dataset, **{name: options[name] for name in names})
+    trainer: Any = build_peer(way, model, tokenizer, dataset, **{name: options[name] for name in names})
     seen: list[Any] = [0, 0]
     get_batches = trainer.get_batch_samples
 
@@ -524,12 +526,13 @@ class Way:
 
     def go_on(self) -> None:
         with suppress(BrokenPipeError):  # it has ended, which wait_for_end reports
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
+            stdin = cast(IO[str], self.process.stdin)
+            stdin.write("\n")
+            stdin.flush()
 
     def wait_for_turn(self) -> bool:
         """Read rows until the process waits again; False when it has ended."""
-        for line in self.process.stdout:
+        for line in cast(IO[str], self.process.stdout):
             if line.startswith("ROW "):
                 print(line.removeprefix("ROW "), end="", flush=True)
                 self.rows.append(json.loads(line.removeprefix("ROW ")))

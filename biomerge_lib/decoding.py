@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, cast
 
 from biomerge_lib.answer_grammar import build_grammar
 from biomerge_lib.predictions import Prompt, RawAnswer, margin_of, sum_parts
 from biomerge_lib.unsloth_lora_ner import decoding_mode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from biomerge_lib.backbones import CausalLM
 
 
 def greedy_decode(
-    model: PreTrainedModel,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
     *,
@@ -34,7 +37,7 @@ def greedy_decode(
 
     grammars = _Grammars(tokenizer, model.config.vocab_size, constrained_decoding)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].prompt_ids))
-    answers: list[RawAnswer | None] = [None] * len(prompts)
+    answers: dict[int, RawAnswer] = {}
     bar = tqdm(total=len(prompts), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
     with decoding_mode(model), torch.inference_mode(), bar:
         for start in range(0, len(order), batch_size):
@@ -44,7 +47,7 @@ def greedy_decode(
             for index, *row in zip(indices, rows, best, second, strict=True):
                 answers[index] = read_answer(row[0], tokenizer, *row[1:])
             bar.update(len(indices))
-    return answers
+    return [answers[index] for index in range(len(prompts))]
 
 
 def read_answer(
@@ -58,11 +61,11 @@ def read_answer(
     ``logprobs`` are those of the tokens, ``second_logprobs`` those of the runners-up.
     """
     ids = list(token_ids)
-    finish = "length"
+    finish: Literal["eos", "length"] = "length"
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
         finish = "eos"
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     steps = len(ids) + (finish == "eos")
     logprobs, second_logprobs = logprobs[:steps], second_logprobs[:steps]
     return RawAnswer(
@@ -81,10 +84,10 @@ class _TopTwo:
     The first is the chosen token's (decoding is greedy); keeping all scores would take vocabulary x steps floats.
     """
 
-    def __init__(self):
-        self.steps = []  # of (batch, 2)
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []  # of (batch, 2)
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.steps.append(scores.float().log_softmax(-1).topk(2).values.cpu())
         return scores
 
@@ -108,17 +111,23 @@ class _Grammars:
             )
             self.compiler = xgrammar.GrammarCompiler(info)
 
-    def masks(self, prompts: Sequence[Prompt]) -> list:
+    def masks(self, prompts: Sequence[Prompt]) -> list[Callable]:
         if self.constraint == "off":
             return []
         from xgrammar.contrib.hf import LogitsProcessor
 
         texts = [prompt.chunk.record.text for prompt in prompts]
-        grammars = [build_grammar(text, self.constraint) for text in texts]
+        grammars = [cast(str, build_grammar(text, self.constraint)) for text in texts]
         return [LogitsProcessor([self.compiler.compile_grammar(grammar) for grammar in grammars])]
 
 
-def _continue(model, tokenizer, prompts: list[Prompt], max_new_tokens: int, masks: list):
+def _continue(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    masks: list[Callable],
+) -> tuple[list, ...]:
     """Generated ids and the two best log-probabilities of each step, as lists of rows."""
     import torch
     from transformers import LogitsProcessorList

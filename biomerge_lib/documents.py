@@ -107,13 +107,13 @@ def read_spans(
         DataError: a mention is empty, outside the text, or differs from its words (named as ``file:line``).
     """
     spans: list[Span] = []
-    for mention, parts in zip(document.mentions, _locate(document, counts), strict=True):
+    for mention, located in zip(document.mentions, _locate(document, counts), strict=True):
         counts.annotated += 1
         counts.types[mention.type] += 1
         if mention.is_composite_part:
             counts.composite_parts += 1
             continue
-        parts = _close_gaps(parts, document.text)
+        parts = _close_gaps(located, document.text)
         start, end = trim(document.text, parts[0][0], parts[-1][1])
         if types is not None and mention.type not in types:
             counts.other_types += 1

@@ -114,7 +114,9 @@ def evaluate_split(
     if not records:
         raise DataError(f"{split}: no records to score.")
     served = find_served_model(base_url, api_key, names=[model_id])
-    rendering = dict(offset_anchors=offset_anchors, corpus_cue=corpus_cue, max_input_tokens=max_input_tokens)
+    rendering: dict[str, Any] = dict(
+        offset_anchors=offset_anchors, corpus_cue=corpus_cue, max_input_tokens=max_input_tokens
+    )
     prompts = build_prompts(records, tokenizer, **rendering)
     needed = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
     if served.max_model_len and needed > served.max_model_len:
@@ -123,7 +125,9 @@ def evaluate_split(
             f"{served.max_model_len}. Start it with --max-model-len {needed}, or lower max_input_tokens."
         )
     all_ids = json.dumps([prompt.prompt_ids for prompt in prompts]).encode()
-    job = dict(split=split, model=served.id, weights=weights, max_new_tokens=max_new_tokens, **rendering)
+    job: dict[str, Any] = dict(
+        split=split, model=served.id, weights=weights, max_new_tokens=max_new_tokens, **rendering
+    )
     job |= dict(constrained_decoding=constrained_decoding)
     job |= dict(prompts=len(prompts), prompts_sha256=hashlib.sha256(all_ids).hexdigest())
     client = GreedyClient(
@@ -140,7 +144,7 @@ def evaluate_split(
     with PartialAnswers(f"{out}.partial.jsonl", job) as partial:
         resumed = len(partial.answers)
         todo = {number: prompt for number, prompt in enumerate(prompts) if number not in partial.answers}
-        options = {"unit": "sentence", "mininterval": 2.0, "disable": progress is None}
+        options: dict[str, Any] = {"unit": "sentence", "mininterval": 2.0, "disable": progress is None}
         bar = tqdm(total=len(prompts), initial=resumed, desc=progress, **options)
 
         def keep(number: int, answer: RawAnswer) -> None:

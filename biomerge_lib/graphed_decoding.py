@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import StaticCache
+
+    from biomerge_lib.backbones import CausalLM
 
 STEPS_A_LOOK = 8  # tokens between two looks at whether all rows have ended, each of which waits for the GPU
 
 
-def can_graph(model: PreTrainedModel) -> bool:
+def can_graph(model: CausalLM) -> bool:
     """Whether decoding can be captured: on a GPU, with attention over all that was read, without Unsloth's kernels."""
     layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     return (
@@ -28,7 +30,7 @@ def can_graph(model: PreTrainedModel) -> bool:
 
 
 def decode_graphed(
-    model: PreTrainedModel,
+    model: CausalLM,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     *,
@@ -81,7 +83,14 @@ def decode_graphed(
 class _Step:
     """One token for each row: all that changes lives in tensors that stay in place."""
 
-    def __init__(self, model, cache, attention_mask: torch.Tensor, max_new_tokens: int, eos_token_id: int):
+    def __init__(
+        self,
+        model: CausalLM,
+        cache: StaticCache,
+        attention_mask: torch.Tensor,
+        max_new_tokens: int,
+        eos_token_id: int,
+    ):
         batch, longest = attention_mask.shape
         device = attention_mask.device
         self.model, self.cache, self.eos_token_id = model, cache, eos_token_id

@@ -5,15 +5,19 @@ Knows nothing of what the pass computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from biomerge_lib.backbones import LayerStack
 
 Batch = dict[str, torch.Tensor]
 
 
-def compile_layers(decoder: torch.nn.Module) -> None:
+def compile_layers(decoder: LayerStack) -> None:
     """Compile a decoder's layers: one compilation serves all layers and all lengths of packed rows.
 
     Decoding and scoring run uncompiled under ``torch.compiler.set_stance("force_eager")``.
@@ -39,7 +43,7 @@ class GraphedPass:
     """
 
     run: Callable[[Batch], torch.Tensor]
-    parameters: Iterable[torch.nn.Parameter]
+    parameters: Sequence[torch.nn.Parameter]
     _captures: dict[tuple, _Capture | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, cast
 
 STOP_SECONDS = 15
 # The read ends when the pipe from the calling process closes.
@@ -28,7 +29,7 @@ class GuardedProcess:
     """
 
     def __init__(self, command: Sequence[str], *, environment: Mapping[str, str], log_path: Path):
-        self._watchdog: subprocess.Popen | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
@@ -80,7 +81,7 @@ class GuardedProcess:
             # Only now: an interrupt above leaves the watchdog to finish the work.
             self._watchdog.kill()
             self._watchdog.wait()
-            self._watchdog.stdin.close()
+            cast(IO[bytes], self._watchdog.stdin).close()  # a pipe
             self._watchdog = None
 
 

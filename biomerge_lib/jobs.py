@@ -115,4 +115,4 @@ def _tell(name: str, message: str) -> None:
 
 def _told(name: str) -> bool:
     folder = os.environ.get(JOB_DIR)
-    return bool(folder) and (Path(folder) / name).is_file()
+    return bool(folder and (Path(folder) / name).is_file())

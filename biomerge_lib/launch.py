@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from biomerge_lib.backbones import prepare_backbone
 from biomerge_lib.errors import BioMergeError
@@ -79,7 +79,7 @@ def _torchrun(folder: Path, processes: int) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
-        for line in process.stdout:
+        for line in cast(IO[str], process.stdout):  # a pipe
             lines.append(line)
             if "%|" not in line:  # progress bars are for terminals
                 print(line, end="")

@@ -66,7 +66,8 @@ def iter_split(
     path = Path(data_dir) / f"{split}.jsonl"
     if default_cue is not None and trained is None:
         trained = train_datasets(data_dir)
-    documents, total = None, 0
+    documents: set[Document] | None = None
+    total = 0
     if path.is_file() and (subsample < 1.0 or limit is not None):
         sizes = _count_documents(path)
         documents = draw_share(sizes, subsample, seed)
@@ -78,7 +79,7 @@ def iter_split(
         index += 1
         if limit is not None and limit < total and not _is_picked(index, limit, total):
             continue
-        if default_cue is not None:
+        if default_cue is not None and trained is not None:
             record = cue_record(
                 record, trained=trained, default_cue=default_cue, cue_dropout=cue_dropout, seed=seed
             )
@@ -195,13 +196,13 @@ def iter_examples(
     Raises:
         DataError: a word or a gold span that fits no chunk.
     """
-    rendering = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
-    limits = {"max_input_tokens": max_input_tokens, "max_target_tokens": max_target_tokens}
+    rendering: dict[str, Any] = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
+    limits: dict[str, Any] = {"max_input_tokens": max_input_tokens, "max_target_tokens": max_target_tokens}
     seen = chunked = 0
     for batch in _batches(records):
         for record, encoding in zip(batch, encode_many(batch, tokenizer, **rendering), strict=True):
             seen += 1
-            pieces = [(record, encoding)]
+            pieces: Iterable[tuple[Record, Encoding]] = [(record, encoding)]
             if (
                 len(encoding.prompt_ids) > max_input_tokens
                 or len(encoding.completion_ids) > max_target_tokens

@@ -12,7 +12,7 @@ import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 ATTENTION = "biomerge_packed"
 # PyTorch before 2.12 groups the heads of key and value unasked.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,9 @@ def attend_within_sentences(
     if query.is_cuda and query.dtype != torch.float32:
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         rows = [states[0].transpose(0, 1) for states in (query, key, value)]  # (T, heads, D)
-        ends = (cu_seq_lens, cu_seq_lens, max_seq_len, max_seq_len)
-        return varlen_attn(*rows, *ends, scale=scaling, window_size=window, **_GROUPED)[None], None
+        arguments: Any = (*rows, cu_seq_lens, cu_seq_lens, max_seq_len, max_seq_len)
+        attended = varlen_attn(*arguments, scale=scaling, window_size=window, **_GROUPED)
+        return cast(torch.Tensor, attended)[None], None
     lengths = cu_seq_lens.diff().tolist()
     if sliding_window is not None and max(lengths) > sliding_window:
         raise ModelError(

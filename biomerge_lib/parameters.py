@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -381,9 +381,8 @@ def _compose_cached(overrides: tuple[str, ...]) -> dict[str, Any]:
         with initialize_config_dir(str(PARAMETERS_DIR), version_base="1.3"):
             config = compose("config", overrides=[word for word in overrides if word not in named_as_group])
         OmegaConf.set_struct(config, False)
-        return OmegaConf.to_container(
-            OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group)), resolve=True
-        )
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group))
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ParameterError(str(error).strip().splitlines()[0]) from None
 

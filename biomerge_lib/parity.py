@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import cast
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.ner_metrics import SpanScore, score_spans
@@ -219,7 +220,7 @@ def _readable(answers: Sequence[str]) -> list[str]:
 
 def _token_text(ids: Sequence[int], position: int, finish: str, tokenizer: Decoder) -> str:
     if position < len(ids):
-        return tokenizer.decode(ids[position : position + 1])
+        return cast(str, tokenizer.decode([ids[position]]))
     return "<cut>" if finish == "length" else "<end>"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from biomerge_lib.errors import ModelError
 from biomerge_lib.tokenizer import check_tokenizer
@@ -27,8 +28,9 @@ class PlainTokenizer:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.eos_token_id = self._id_of(config.get("eos_token"))
-        self.pad_token_id = self._id_of(config.get("pad_token"))
+        # check_tokenizer refuses None.
+        self.eos_token_id = cast(int, self._id_of(config.get("eos_token")))
+        self.pad_token_id = cast(int, self._id_of(config.get("pad_token")))
 
     def __call__(
         self,
@@ -38,9 +40,8 @@ class PlainTokenizer:
         return_offsets_mapping: bool = False,
     ) -> dict[str, list]:
         is_one = isinstance(text, str)
-        encoded = self._tokenizer.encode_batch(
-            [text] if is_one else list(text), add_special_tokens=add_special_tokens
-        )
+        texts = [text] if isinstance(text, str) else list(text)
+        encoded = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         columns: dict[str, list] = {"input_ids": [encoding.ids for encoding in encoded]}
         if return_offsets_mapping:
             columns["offset_mapping"] = [encoding.offsets for encoding in encoded]

@@ -22,13 +22,13 @@ from biomerge_lib.records import Record
 from biomerge_lib.spans import Span, parse_answer, read_parts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from biomerge_lib.prompt import Tokenizer
 
 
 class Decoder(Protocol):
     """What is needed of a tokenizer here: token ids to text."""
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: list[int]) -> str | list[str]: ...  # one list gives one string
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Prediction:
 
 def build_prompts(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     *,
     offset_anchors: str,
     corpus_cue: bool,

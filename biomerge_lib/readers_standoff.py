@@ -127,14 +127,14 @@ def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:
                 text = block.findtext("text") or ""
                 mentions = tuple(_bioc_mention(node, offset, path) for node in block.iterfind("annotation"))
                 yield Document(doc_id, text, mentions, where, is_sentence=bool(sentences))
-            if sentences and passage.find("annotation") is not None:
-                where = f"{path}:{passage.find('annotation').get(_LINE)}"
+            if sentences and (stray := passage.find("annotation")) is not None:
+                where = f"{path}:{stray.get(_LINE)}"
                 raise DataError(
                     f"{where}: an annotation beside sentences; move it into the sentence that holds it."
                 )
         counts.other_lines += len(element.findall("relation"))
-        if element.find("annotation") is not None:
-            where = f"{path}:{element.find('annotation').get(_LINE)}"
+        if (stray := element.find("annotation")) is not None:
+            where = f"{path}:{stray.get(_LINE)}"
             raise DataError(
                 f"{where}: an annotation beside passages; move it into the passage that holds it."
             )
@@ -181,7 +181,7 @@ def _iter_bioc_documents(path: Path) -> Iterator[ElementTree.Element]:
         depth -= 1
         if builder is not None:
             builder.end(name)
-        if name == "document":
+        if name == "document" and builder is not None:
             done.append(builder.close())
             builder = None
 

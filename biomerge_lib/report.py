@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from biomerge_lib import __version__
 from biomerge_lib import report_figures as figures
@@ -59,7 +59,7 @@ def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
     answers = read_answers(ranked)
     curves = draw_curves(ranked)
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    page.globals |= {"F1_COLUMNS": F1_COLUMNS, "COST_COLUMNS": COST_COLUMNS, "ERROR_KINDS": ERROR_KINDS}
+    page.globals.update(F1_COLUMNS=F1_COLUMNS, COST_COLUMNS=COST_COLUMNS, ERROR_KINDS=ERROR_KINDS)
     page.filters |= {"show": show_value, "ranks": _ranges}
     html = page.get_template("report.html.j2").render(
         ranked=ranked,
@@ -87,9 +87,10 @@ def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
 
 def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[str]:
     """A figure a quantity: the five best runs carry their rank, ``background`` more are drawn faintly."""
-    lines = defaultdict(list)
+    lines: defaultdict[str, list[figures.Series]] = defaultdict(list)
     for run in ranked[: COMPARED + background]:
-        style = run.rank - 1 if run.rank <= COMPARED else None
+        rank = cast(int, run.rank)
+        style = rank - 1 if rank <= COMPARED else None
         history = read_file(run.folder / "log_history.json", list, run.notes)
         for title, key in CURVES.items():
             entries = [entry for entry in history if isinstance(entry, dict) and is_number(entry.get(key))]
@@ -103,7 +104,8 @@ def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[
 
 def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> str:
     """Token head, greedy, vLLM and test F1 of the best runs side by side, with the greedy F1's interval."""
-    rows, marks = [], []
+    rows: list[tuple[str, dict[str, float], figures.Point | None]] = []
+    marks: list[str] = []
     for run in ranked[:most]:
         scores = {name: run.value(sources) for name, sources in F1_COLUMNS.items()}
         named = {name: score for name, score in scores.items() if score is not None}
@@ -127,7 +129,7 @@ def draw_sweep(ranked: Sequence[ReportedRun]) -> list[str]:
     if len(ranked) >= 4 and len(gridded) >= 2:
         chosen = sorted(gridded, key=lambda name: -_explained(varying[name], scores))[:2]
         x_name, y_name = sorted(chosen, key=numeric.index)
-        cells = defaultdict(list)
+        cells: defaultdict[figures.Point, list[float]] = defaultdict(list)
         for x, y, score in zip(varying[x_name], varying[y_name], scores, strict=True):
             cells[x, y].append(score)
         drawn.append(figures.heat_map(x_name, y_name, cells, score="greedy dev F1"))
@@ -138,7 +140,7 @@ def draw_sweep(ranked: Sequence[ReportedRun]) -> list[str]:
 
 def _explained(values: Sequence[float], scores: Sequence[float]) -> float:
     """How far the mean scores of a parameter's values lie apart."""
-    by_value = defaultdict(list)
+    by_value: defaultdict[float, list[float]] = defaultdict(list)
     for value, score in zip(values, scores, strict=True):
         by_value[value].append(score)
     means = [sum(found) / len(found) for found in by_value.values()]
@@ -157,7 +159,9 @@ def show_value(value: Any) -> str:
 def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
     """Predictions of the best runs: per corpus, per length, and the errors of the best run that has any."""
     compared: list[tuple[ReportedRun, list[Prediction]]] = []
-    file, texts, examples = None, None, {}
+    file: str | None = None
+    texts: list[str] | None = None
+    examples: dict[str, Any] = {}
     for run in ranked[:COMPARED]:
         names = [file] if file else [name for name in PREDICTION_FILES if (run.folder / name).is_file()]
         for name in names[:1]:
@@ -196,7 +200,9 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
     }
 
 
-def _score_groups(groups: Mapping[str, list[bool]], compared: Sequence[tuple[ReportedRun, list[Prediction]]]):
+def _score_groups(
+    groups: Mapping[str, list[bool]], compared: Sequence[tuple[ReportedRun, list[Prediction]]]
+) -> list[tuple[str, int, int, list[float]]]:
     rows = []
     for name, mask in groups.items():
         chosen = [[p for p, wanted in zip(found, mask, strict=True) if wanted] for _, found in compared]
@@ -238,7 +244,7 @@ def _group(runs: Sequence[ReportedRun], key: Callable[[ReportedRun], dict]) -> l
     groups: dict[str, tuple[list[int], dict]] = {}
     for run in runs:
         value = key(run)
-        groups.setdefault(str(value), ([], value))[0].append(run.rank)
+        groups.setdefault(str(value), ([], value))[0].append(cast(int, run.rank))
     return list(groups.values())
 
 

@@ -6,9 +6,10 @@ Every series differs in colour (Okabe and Ito 2008) and also in dash, marker or 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any, cast
 
 Point = tuple[float, float]
 
@@ -68,7 +69,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
             body.append(f'<polyline class="other" points="{path}"/>')
             continue
         body.append(f'<polyline class="line s{line.style}" points="{path}"/>')
-        dots = line.points if len(line.points) <= 40 else []
+        dots: Sequence[Point] = line.points if len(line.points) <= 40 else []
         body += [f'<circle class="f{line.style}" cx="{to_x(x)}" cy="{to_y(y)}" r="2.6"/>' for x, y in dots]
         ends.append([to_y(line.points[-1][1]), to_x(line.points[-1][0]), line])
     for (_, x, line), y in zip(*_spread(ends, height - bottom), strict=True):
@@ -153,7 +154,8 @@ def parallel_coordinates(
         scores: of the runs, best first.
     """
     step, top, bottom, left = max(124, min(200, 840 // len(axes))), 44, 330, 70
-    positions, body = {}, []
+    positions: dict[str, list[Point]] = {}
+    body: list[str] = []
     for number, (name, values) in enumerate({**axes, score: scores}.items()):
         x = left + step * number
         place, ticks = _axis(values, bottom, top, logarithmic=name != score)
@@ -197,20 +199,23 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * size, 12) for index in range(math.floor(low / size), math.ceil(high / size) + 1)]
 
 
-def _axis(values: Sequence[float | str], bottom: float, top: float, *, logarithmic: bool):
+def _axis(
+    values: Sequence[float | str], bottom: float, top: float, *, logarithmic: bool
+) -> tuple[Callable[[Any], float], list[Any]]:
     """The place of each value on a vertical axis (by category, logarithmic over a decade, or linear), and ticks."""
     distinct = set(values)
     if any(isinstance(value, str) for value in distinct):
-        names = sorted(distinct)
+        names = sorted(cast(set[str], distinct))
         slot = _scale(-0.5, len(names) - 0.5, bottom, top)
         return (lambda value: slot(names.index(value))), names
-    low, high = min(distinct), max(distinct)
+    numbers = cast(set[float], distinct)
+    low, high = min(numbers), max(numbers)
     if logarithmic and low > 0 and high / low >= 10:
         slot = _scale(math.log(low), math.log(high), bottom - 8, top + 8)
         place = lambda value: slot(math.log(value))  # noqa: E731
     else:
         place = _scale(low, high, bottom - 8, top + 8)
-    ticks = sorted(distinct) if len(distinct) <= 8 else [t for t in nice_ticks(low, high) if low <= t <= high]
+    ticks = sorted(numbers) if len(numbers) <= 8 else [t for t in nice_ticks(low, high) if low <= t <= high]
     kept: list[float] = []
     for tick in ticks:  # no two labels on top of each other
         if not kept or abs(place(tick) - place(kept[-1])) >= 12:
@@ -218,14 +223,15 @@ def _axis(values: Sequence[float | str], bottom: float, top: float, *, logarithm
     return place, kept
 
 
-def _scale(low: float, high: float, start: float, end: float):
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     span = (high - low) or 1.0
     return lambda value: round(start + (value - low) / span * (end - start), 1)
 
 
 def _spread(ends: list[list], limit: float, gap: float = 13.0) -> tuple[list[list], list[float]]:
     """Labels' heights in ascending order, moved apart so that none covers another."""
-    ordered, heights = sorted(ends, key=lambda end: end[0]), []
+    ordered = sorted(ends, key=lambda end: end[0])
+    heights: list[float] = []
     for index, end in enumerate(ordered):
         room = limit - gap * (len(ordered) - 1 - index)
         heights.append(max(min(end[0], room), heights[-1] + gap if heights else 0))
@@ -247,7 +253,9 @@ def _text(x: float, y: float, text: str, classes: str = "", anchor: str = "start
     return f'<text x="{x:g}" y="{y:g}" class="{classes}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(width: float, height: float, text: str, body: Sequence[str], narrowest=0.0, widest=0.0) -> str:
+def _svg(
+    width: float, height: float, text: str, body: Sequence[str], narrowest: float = 0.0, widest: float = 0.0
+) -> str:
     # Below ``narrowest`` the text would be too small to read: the box around the figure scrolls instead.
     size = f"max-width:{widest or width:g}px" + (f";min-width:{narrowest:g}px" if narrowest else "")
     label = escape(text, quote=True)

@@ -6,16 +6,19 @@ runs/<run_id>/{metrics.json, parameters.yaml, *.ipynb} --[collect_runs]--> Repor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.parameters import NOT_IDENTITY
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TRAIN, GREEDY, VLLM = "03_train", "04_greedy_dev", "05_vllm_eval"
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
@@ -95,24 +98,26 @@ def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
     Raises:
         DataError: a path does not exist, or there is no run in any of them.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    for path in paths:
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    for path in given:
         if not path.is_dir():
             raise DataError(
                 f"{path}: no such folder. Give run folders, or the folder that holds them (runs)."
             )
-    folders = {folder.resolve(): folder for path in paths for folder in _run_folders(path)}
+    folders = {folder.resolve(): folder for path in given for folder in _run_folders(path)}
     runs = [run for run in map(_read_run, folders.values()) if run]
     if not runs:
-        where = ", ".join(map(str, paths))
+        where = ", ".join(map(str, given))
         raise DataError(f"{where}: no run here. Train one first: python -m biomerge_lib run 03_train")
-    ranked = sorted((run for run in runs if run.status == "finished"), key=lambda run: (-run.score, run.name))
+    ranked = sorted(
+        (run for run in runs if run.status == "finished"), key=lambda run: (-cast(float, run.score), run.name)
+    )
     for rank, run in enumerate(ranked, start=1):
         run.rank = rank
     return ranked + sorted((run for run in runs if run.rank is None), key=lambda run: (run.status, run.name))
 
 
-def runs_table(runs: Sequence[ReportedRun]):
+def runs_table(runs: Sequence[ReportedRun]) -> pd.DataFrame:
     """The ranked runs as a pandas table: the parameters that vary, then every F1 that some run has."""
     import pandas as pd
 
@@ -141,7 +146,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
-def read_file(path: Path, kind: Callable[[], Any], notes: list[str]) -> Any:
+def read_file(path: Path, kind: type, notes: list[str]) -> Any:
     """A JSON or YAML file's list or object; an empty one where it is missing, or broken (that becomes a note)."""
     if not path.is_file():
         return kind()

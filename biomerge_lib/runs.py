@@ -305,7 +305,7 @@ def device_name() -> str:
 def quiet_libraries() -> None:
     """Keep third-party chatter out of notebooks and logs; warnings that matter stay."""
     # nbformat's jsonschema imports it where it can, and it compiles a grammar for three seconds each time.
-    sys.modules.setdefault("rfc3987_syntax", None)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # typeshed leaves None out
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")

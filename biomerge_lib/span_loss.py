@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,12 @@ from biomerge_lib.packing import packed_row, use_packed_attention
 from biomerge_lib.prompt import B_I_O, IGNORE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from collections.abc import Callable
+
+    from biomerge_lib.backbones import CausalLM
 
 
-def install_span_loss(model: PreTrainedModel, *, head_loss_weight: float, max_seq_len: int) -> None:
+def install_span_loss(model: CausalLM, *, head_loss_weight: float, max_seq_len: int) -> None:
     """Give a causal LM (of a PEFT model) a forward with labels; without ``labels`` (decoding) its own runs, unchanged.
 
     ``max_seq_len``: tokens of the longest sentence that a packed row may hold.
@@ -33,7 +35,7 @@ def install_span_loss(model: PreTrainedModel, *, head_loss_weight: float, max_se
         read_trained_rows_in_place(model)
 
     @functools.wraps(own_forward)
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, **batch: Any):
+    def forward(self: CausalLM, *args: Any, labels: torch.Tensor | None = None, **batch: Any) -> Any:
         if labels is None:
             return own_forward(*args, **batch)
         batch = {
@@ -47,7 +49,7 @@ def install_span_loss(model: PreTrainedModel, *, head_loss_weight: float, max_se
 
 
 def span_loss(
-    model: PreTrainedModel,
+    model: CausalLM,
     *,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
@@ -80,7 +82,7 @@ def span_loss(
         inputs |= packed_row(cu_seq_lens, max_seq_len)
     hidden = model.model(**inputs, use_cache=False)[0]  # (B, T, H)
     if cu_seq_lens is not None:
-        at_targets = hidden[0].index_select(0, target_positions)
+        at_targets = hidden[0].index_select(0, cast(torch.Tensor, target_positions))
     else:
         shifted = labels[:, 1:]
         at_targets, targets = hidden[:, :-1][shifted != IGNORE], shifted[shifted != IGNORE]
@@ -88,6 +90,7 @@ def span_loss(
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = cap * (logits / cap).tanh()
+    targets = cast(torch.Tensor, targets)
     summed = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     loss = _mean_loss(summed, num_items_in_batch, targets)
     output = {"loss": loss, "lm_loss": loss.detach()}
@@ -111,7 +114,7 @@ def _mean_loss(summed: torch.Tensor, count: torch.Tensor | int | None, labels: t
     return summed / count
 
 
-def read_trained_rows_in_place(model: PreTrainedModel) -> None:
+def read_trained_rows_in_place(model: CausalLM) -> None:
     """Let a PEFT model look its ``trainable_token_indices`` up where they are read.
 
     PEFT puts the trained rows into a copy of the whole table at every forward, whose gradient is as large (1 GB each
@@ -129,7 +132,17 @@ def read_trained_rows_in_place(model: PreTrainedModel) -> None:
         )
 
 
-def _read_rows(read, peft_forward, adapter, table, ids, values, inputs, *args, **kwargs):
+def _read_rows(
+    read: Callable[..., torch.Tensor],
+    peft_forward: Callable[..., torch.Tensor],
+    adapter: Any,
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    values: torch.Tensor,
+    inputs: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
     if adapter.disable_adapters or adapter.merged:
         return peft_forward(inputs, *args, **kwargs)
     return read(inputs, table, ids, values.to(table.dtype))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -112,7 +112,7 @@ def read_point(sweep: Sweep, number: int) -> Point:
     stage = read_metrics(folder).get("stages", {}).get(STAGE, {})
     metrics = stage.get("metrics", {})
     score = metrics.get(sweep.metric)
-    common = {"number": number, "values": sweep.points[number], "folder": folder}
+    common: dict[str, Any] = {"number": number, "values": sweep.points[number], "folder": folder}
     if not (folder / "parameters.yaml").is_file():
         reason = stage.get("error", "")
         return Point(**common, status="failed" if reason else "waiting", reason=reason)
@@ -153,7 +153,8 @@ def rank_points(sweep: Sweep) -> list[Point]:
     """The finished points, best first, then the others in the grid's order."""
     points = [read_point(sweep, number) for number in range(len(sweep.points))]
     finished = [point for point in points if point.status == "finished"]
-    finished.sort(key=lambda point: (-point.score if sweep.maximize else point.score, point.number))
+    sign = -1 if sweep.maximize else 1
+    finished.sort(key=lambda point: (sign * cast(float, point.score), point.number))
     return finished + [point for point in points if point.status != "finished"]
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib import prompt, records, spans
 from biomerge_lib.records import Record
@@ -104,5 +104,5 @@ def _write_stream(sink: Any, batches: Iterable[list[Mapping[str, Any]]]) -> None
 def _code_hash() -> str:
     from biomerge_lib import ner_span
 
-    files = sorted(Path(module.__file__) for module in (ner_span, prompt, records, spans))
+    files = sorted(Path(cast(str, module.__file__)) for module in (ner_span, prompt, records, spans))
     return hashlib.sha256(b"".join(path.read_bytes() for path in [*files, Path(__file__)])).hexdigest()

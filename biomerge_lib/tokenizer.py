@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.errors import ModelError
 
@@ -65,13 +65,16 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
             f"{folder}: no tokenizer here (tokenizer_config.json is missing). "
             "notebooks/01_tokenizer.ipynb writes one; or set tokenizer_dir."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
     check_tokenizer(tokenizer, str(folder))
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Raise ModelError unless each of the five tokens is one id and prompts do not end with EOS."""
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise ModelError unless each of the five tokens is one id and prompts do not end with EOS.
+
+    ``tokenizer`` is one of transformers or a ``PlainTokenizer``, which stands downstream of this module.
+    """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in ADDED_TOKENS if token not in vocabulary]
     if missing:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import yaml
@@ -85,7 +85,7 @@ def open_run(parameters: Parameters, folder: Path) -> wandb.Run | None:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if run is None:
         run = _init(folder, settings, mode="offline", resumed=False, seconds=CURVE_SECONDS)
-        print(_offline_notice(reason, folder))
+        print(_offline_notice(cast(str, reason), folder))
     else:
         print(f"W&B: {run.name} in {run.project}, {run.url}")
     found = {
@@ -161,7 +161,7 @@ def why_offline() -> str | None:
     url = urlsplit(base_url)
     try:
         socket.create_connection(
-            (url.hostname, url.port or {"http": 80}.get(url.scheme, 443)), timeout=10
+            (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)), timeout=10
         ).close()
     except OSError as error:
         return f"no network: {url.hostname} cannot be reached, {error}"
@@ -230,7 +230,9 @@ def _files(folder: Path, stage: str, metrics: dict[str, Any]) -> list[tuple[str,
     return [(kind, name, paths) for kind, name, paths in found if paths and all(map(Path.is_file, paths))]
 
 
-def _init(folder: Path, settings: dict[str, Any], *, mode: str, resumed: bool, seconds: int) -> wandb.Run:
+def _init(
+    folder: Path, settings: dict[str, Any], *, mode: Literal["online", "offline"], resumed: bool, seconds: int
+) -> wandb.Run:
     import wandb
 
     names = ("id", "project", "entity", "name", "group", "config")

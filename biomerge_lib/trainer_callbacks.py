@@ -13,14 +13,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from biomerge_lib import jobs, tracking
 from biomerge_lib.errors import ModelError
 from biomerge_lib.parameters import Parameters
+
+if TYPE_CHECKING:
+    import wandb
 
 
 class StopOnRequest(TrainerCallback):
@@ -33,14 +37,18 @@ class StopOnRequest(TrainerCallback):
     def __init__(self) -> None:
         self.stopped_at: int | None = None
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         last_of_epoch = state.global_step >= state.max_steps or float(state.epoch).is_integer()
         if _any_process(jobs.stop_requested(), args) and not last_of_epoch:
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
         return control
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.stopped_at == state.global_step and state.is_world_process_zero:
             jobs.note_interrupted(f"checkpoint-{state.global_step} of {state.max_steps} steps")
 
@@ -53,15 +61,24 @@ class TrackingCallback(TrainerCallback):
         self.run_folder = run_folder
         self.stop = stop
         self.count_tokens: Callable[[], int] = lambda: 0
-        self._run = None
+        self._run: wandb.Run | None = None
         self._counted = (0.0, 0)  # when, how many tokens
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self._run = tracking.open_run(self.parameters, self.run_folder)
             self._counted = (time.time(), self.count_tokens())
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._run is None:
             return
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -72,7 +89,9 @@ class TrackingCallback(TrainerCallback):
                 numbers["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self._run.log(numbers, step=state.global_step)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._run is None:
             return
         if self.stop.stopped_at:
@@ -89,7 +108,9 @@ class ProgressBar(TrainerCallback):
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self._bar = tqdm(
                 total=state.max_steps,
@@ -99,11 +120,20 @@ class ProgressBar(TrainerCallback):
                 mininterval=2.0,
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self._bar is None or not logs:
             return
         if "loss" in logs:
@@ -112,7 +142,9 @@ class ProgressBar(TrainerCallback):
         if scores:
             print(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -171,7 +203,7 @@ class FiniteLoss:
         )
 
 
-def _any_process(asked: bool, args) -> bool:
+def _any_process(asked: bool, args: TrainingArguments) -> bool:
     """Whether any process was asked: all of them must leave at the same step."""
     if args.world_size == 1:
         return asked

@@ -10,9 +10,10 @@ import functools
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -47,8 +49,13 @@ from biomerge_lib.training_order import StepSampler
 from biomerge_lib.unsloth_lora_ner import load_full_model, load_lora_model
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import EvalPrediction, PreTrainedTokenizerFast
+
+    from biomerge_lib.backbones import CausalLM
+
+    Batch = dict[str, Any]  # of tensors, and what the Trainer adds
 
 WATCH_METRIC = "eval_ner_f1"
 log = logging.getLogger("biomerge")
@@ -69,6 +76,11 @@ class NerTrainer(Trainer):
     with seqeval in one forward pass (or decodes, if the model has no head).
     """
 
+    args: NerTrainingArguments
+    model: CausalLM | PeftModel
+    processing_class: PreTrainedTokenizerFast
+    stop: StopOnRequest  # given by build_trainer
+
     def __init__(
         self,
         *,
@@ -81,17 +93,19 @@ class NerTrainer(Trainer):
         self.records = records
         self.parameters = parameters
         self.launch = launch
-        self.backbone_sha256 = backbone_sha256(self.model.config.name_or_path)
+        self.backbone_sha256 = backbone_sha256(cast(str, self.model.config.name_or_path))
         # The model divides its loss by num_items_in_batch, the target tokens of the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._words_in_step: torch.Tensor | None = None
         self._graphed: GraphedPass | None = None
-        self.finite = FiniteLoss(Path(self.args.output_dir), self.args.learning_rate)
+        self.finite = FiniteLoss(Path(cast(str, self.args.output_dir)), self.args.learning_rate)
         self.tokens_seen: torch.Tensor | int = 0
         self.examples_seen = 0
         self.last_greedy: tuple[int, dict[str, Any]] = (-1, {})
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | int | None]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         words = sum((batch["token_labels"] != IGNORE).sum() for batch in batches)
         if self.args.world_size > 1:
@@ -103,19 +117,27 @@ class NerTrainer(Trainer):
             self.examples_seen += len(lengths)
         return batches, items
 
-    def _get_train_sampler(self, train_dataset=None):
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StepSampler:
+        dataset = cast("Dataset", train_dataset if train_dataset is not None else self.train_dataset)
         args = self.args
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return StepSampler(
             dataset["length"], step_size=step_size, seed=args.seed, group_lengths=not self.parameters.packing
         )
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        write_json(Path(output_dir or self.args.output_dir) / BACKBONE_NOTE, {"sha256": self.backbone_sha256})
+        write_json(
+            Path(output_dir or cast(str, self.args.output_dir)) / BACKBONE_NOTE,
+            {"sha256": self.backbone_sha256},
+        )
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         inputs = {**inputs, "num_words_in_batch": self._words_in_step}
         if self.launch == "graphed":
             if self._graphed is None:
@@ -129,18 +151,24 @@ class NerTrainer(Trainer):
         self.finite.watch(loss, inputs, self.state.global_step)
         return loss
 
-    def _run_pass(self, model, batch):
+    def _run_pass(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         inputs = dict(batch)
         items = inputs.pop("num_items_in_batch")
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=items)
+            loss = cast(torch.Tensor, self.compute_loss(model, inputs, num_items_in_batch=items))
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def floating_point_ops(self, inputs):
+    def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # walks over all modules at every step, for a number that nobody reads
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = model(**inputs)
@@ -151,7 +179,12 @@ class NerTrainer(Trainer):
             predicted, gold = (unpack_rows(row, inputs["cu_seq_lens"]) for row in (predicted, gold))
         return output["loss"], predicted, gold
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         if not self.args.predict_with_generate and self.parameters.fast_metrics:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score_greedily("dev").items()}
@@ -191,14 +224,17 @@ class NerTrainer(Trainer):
 class EpochEndEvaluation(TrainerCallback):
     """At each epoch's end: the watch metric, a checkpoint, and a greedy pass over dev."""
 
-    def __init__(self) -> None:
-        self.trainer: NerTrainer | None = None
+    trainer: NerTrainer  # given by build_trainer
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         control.should_log |= state.global_step >= state.max_steps  # the curve's last point
         return control
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         if self.trainer.stop.stopped_at is not None:
             return control  # in the middle of an epoch
         evaluated = any(
@@ -208,7 +244,7 @@ class EpochEndEvaluation(TrainerCallback):
         control.should_save = not evaluated
         if self.trainer.parameters.fast_metrics:
             evaluate_greedily(self.trainer, "greedy_dev")
-            keep_log(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
+            keep_log(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}", state)
         return control
 
 
@@ -232,7 +268,7 @@ def evaluate_greedily(trainer: NerTrainer, prefix: str) -> dict[str, Any]:
         trainer.args.predict_with_generate = before
 
 
-def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | PreTrainedModel:
+def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | CausalLM:
     """The prepared backbone with a fresh token head, to be trained whole or through a fresh adapter."""
     common: dict[str, Any] = {
         "token_head": parameters.fast_metrics,
@@ -285,7 +321,7 @@ def build_collator(parameters: Parameters, pad_token_id: int, launch: str) -> Sp
 
 
 def build_trainer(
-    model: PeftModel | PreTrainedModel,
+    model: PeftModel | CausalLM,
     tokenizer: PreTrainedTokenizerFast,
     records: dict[str, list[Record]],
     parameters: Parameters,
@@ -389,7 +425,7 @@ def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTr
     )
 
 
-def head_metrics(prediction) -> dict[str, float]:
+def head_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """seqeval scores of the token head; ``prediction`` holds (N, T) label ids, IGNORE where there is no word."""
     kept = [row != IGNORE for row in prediction.label_ids]
     gold = [row[keep].tolist() for row, keep in zip(prediction.label_ids, kept, strict=True)]
@@ -407,10 +443,10 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     if done.is_file():
         print(f"{run_folder.name} is trained already; existing_run=replace trains it anew.")
         return json.loads(done.read_text(encoding="utf-8"))
-    checkpoints = Path(trainer.args.output_dir)
+    checkpoints = Path(cast(str, trainer.args.output_dir))
     last = find_resumable_checkpoint(checkpoints)
     if last:
-        refuse_other_backbone(last, trainer.model.config.name_or_path)
+        refuse_other_backbone(last, cast(str, trainer.model.config.name_or_path))
         print(f"going on from {last}")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -440,11 +476,13 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     stopped_early = state.global_step < state.max_steps
     if stopped_early:
         print(explain_early_stop(trainer.parameters, state))
-    best = Path(trainer.state.best_model_checkpoint or find_resumable_checkpoint(checkpoints)).name
+    best = Path(
+        trainer.state.best_model_checkpoint or cast(Path, find_resumable_checkpoint(checkpoints))
+    ).name
     step, greedy = trainer.last_greedy
     if f"checkpoint-{step}" != best or "greedy_dev_ner_f1" not in greedy:
         greedy = evaluate_greedily(trainer, "greedy_dev")
-    metrics = {
+    metrics: dict[str, Any] = {
         "eval_ner_f1": trainer.state.best_metric,
         "train_loss": next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry),
         **greedy,

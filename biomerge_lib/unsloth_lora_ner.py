@@ -11,10 +11,11 @@ import importlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.backbones import refuse_other_backbone
 from biomerge_lib.errors import ModelError
@@ -25,7 +26,8 @@ from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
+
+    from biomerge_lib.backbones import CausalLM
 
 # Those of Llama, Qwen and Gemma, and all that Unsloth knows.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,7 +77,7 @@ def load_lora_model(
 
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(folder)
-    adapter = {
+    adapter: dict[str, Any] = {
         "r": lora_rank,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
@@ -119,7 +121,7 @@ def load_full_model(
     gradient_checkpointing: bool,
     max_length: int,
     seed: int,
-) -> PreTrainedModel:
+) -> CausalLM:
     """A prepared backbone of which every weight trains, with a fresh token head.
 
     The weights are float32 also where the Trainer computes in bfloat16 (autocast): AdamW's updates are often below a
@@ -144,7 +146,7 @@ def load_full_model(
     return model
 
 
-def choose_lora_layers(model: PreTrainedModel, *, backend: str) -> list[str]:
+def choose_lora_layers(model: CausalLM, *, backend: str) -> list[str]:
     """Names of the linear modules of a backbone's layers, in a layer's order; its output layer is not one of them.
 
     They are :data:`LINEAR_LAYERS` where a layer has just these, so that adapters' configurations are alike, however
@@ -172,7 +174,7 @@ def choose_lora_layers(model: PreTrainedModel, *, backend: str) -> list[str]:
     return layers
 
 
-def load_causal_lm(folder: Path | str, *, dtype: str) -> PreTrainedModel:
+def load_causal_lm(folder: Path | str, *, dtype: str) -> CausalLM:
     """A causal LM from a local folder (a prepared backbone or a merged model), in evaluation mode.
 
     Raises:
@@ -186,7 +188,9 @@ def load_causal_lm(folder: Path | str, *, dtype: str) -> PreTrainedModel:
             f"{folder}: no model here (config.json is missing). notebooks/03_train.ipynb writes one."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    model = cast("CausalLM", AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)))
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
+    return model.eval()
 
 
 def load_adapter(folder: Path | str, checkpoint: Path | str, *, dtype: str) -> PeftModel:
@@ -233,7 +237,7 @@ def merge_checkpoint(
     *,
     dtype: str,
     rendering: dict[str, Any],
-    probe_ids,
+    probe_ids: Sequence[int],
 ) -> MergeCheck:
     """Write a checkpoint as one plain causal LM folder that vLLM serves, after a comparison of both.
 
@@ -252,6 +256,7 @@ def merge_checkpoint(
 
     out = Path(out)
     is_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
+    model: PeftModel | CausalLM
     if is_adapter:
         model = load_adapter(folder, checkpoint, dtype=dtype)
     else:
@@ -260,12 +265,12 @@ def merge_checkpoint(
     with torch.inference_mode():
         before, answer = model(input_ids=probe).logits.float(), _greedy_answer(model, probe)
         if is_adapter:
-            with model.disable_adapter():
+            with cast("PeftModel", model).disable_adapter():
                 untrained = model(input_ids=probe).logits.float()
         else:
             untrained = load_causal_lm(folder, dtype=dtype)(input_ids=probe).logits.float()
     effect = _root_mean_square(before - untrained)
-    merged = model.merge_and_unload() if is_adapter else model.to(getattr(torch, dtype))
+    merged = cast("PeftModel", model).merge_and_unload() if is_adapter else model.to(getattr(torch, dtype))
     if hasattr(merged, "token_head"):
         del merged.token_head
     with torch.inference_mode():
@@ -290,7 +295,7 @@ def merge_checkpoint(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        merged.save_pretrained(partial)
+        merged.save_pretrained(str(partial))
         load_tokenizer(folder).save_pretrained(partial)
         write_json(partial / "biomerge.json", rendering)
     except OSError as error:
@@ -307,7 +312,7 @@ def _root_mean_square(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _greedy_answer(model: PreTrainedModel | PeftModel, probe: torch.Tensor) -> list[int]:
+def _greedy_answer(model: CausalLM | PeftModel, probe: torch.Tensor) -> list[int]:
     """Up to 32 token ids that greedy decoding writes after a (1, T) prompt."""
     generated = model.generate(
         input_ids=probe, attention_mask=probe.new_ones(probe.shape), max_new_tokens=32, do_sample=False
@@ -316,7 +321,7 @@ def _greedy_answer(model: PreTrainedModel | PeftModel, probe: torch.Tensor) -> l
 
 
 @contextmanager
-def decoding_mode(model: PreTrainedModel | PeftModel):
+def decoding_mode(model: CausalLM | PeftModel) -> Iterator[CausalLM | PeftModel]:
     """Evaluation mode with a KV cache and nothing compiled inside the block; mode and flags as before after it."""
     import torch
 
@@ -335,7 +340,7 @@ def decoding_mode(model: PreTrainedModel | PeftModel):
         model.train(was_training)
 
 
-def _unsloth_of(model):
+def _unsloth_of(model: torch.nn.Module) -> Any:
     """Unsloth's FastLanguageModel if the model was loaded through it."""
     if not hasattr(model, "max_seq_length"):
         return None
@@ -344,7 +349,7 @@ def _unsloth_of(model):
     return FastLanguageModel
 
 
-def _attach_token_head(model: PreTrainedModel, wanted: bool) -> None:
+def _attach_token_head(model: CausalLM, wanted: bool) -> None:
     import torch
 
     if wanted:
@@ -354,7 +359,7 @@ def _attach_token_head(model: PreTrainedModel, wanted: bool) -> None:
         )
 
 
-def _rotate_as_narrow_as_autocast(model: PreTrainedModel) -> None:
+def _rotate_as_narrow_as_autocast(model: CausalLM) -> None:
     """Give query and key autocast's type, as value has it.
 
     The rotary embedding goes by the hidden states, which stay float32 where the weights are; attention kernels and KV
@@ -362,7 +367,9 @@ def _rotate_as_narrow_as_autocast(model: PreTrainedModel) -> None:
     """
     import torch
 
-    def narrow(module, inputs, rotations):
+    def narrow(
+        module: torch.nn.Module, inputs: Any, rotations: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
         device = rotations[0].device.type
         if not torch.is_autocast_enabled(device):
             return rotations
@@ -373,7 +380,7 @@ def _rotate_as_narrow_as_autocast(model: PreTrainedModel) -> None:
             module.register_forward_hook(narrow)
 
 
-def _initialise(model: PreTrainedModel | PeftModel, seed: int) -> None:
+def _initialise(model: CausalLM | PeftModel, seed: int) -> None:
     """Draw what the backbone lacks by name and seed, so that both backends begin with the same numbers.
 
     LoRA A as PEFT does (Kaiming uniform), B zero, the head as ``nn.Linear`` does.

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 
@@ -210,7 +210,7 @@ class GreedyClient:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-        finish = "length" if finish_reason == "length" else "eos"
+        finish: Literal["eos", "length"] = "length" if finish_reason == "length" else "eos"
         logprobs, margins = _read_logprobs(choice, len(ids) + (finish == "eos"))
         return RawAnswer(list(ids), text, finish, logprobs, margins, sum_parts(ids, logprobs, self.tokenizer))
 

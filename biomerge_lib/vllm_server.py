@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from biomerge_lib.errors import ServerError
 from biomerge_lib.guarded_process import GuardedProcess, find_group_members
@@ -147,7 +148,7 @@ class VllmServer:
             self._command(), environment=self._environment(), log_path=self.log_path
         )
         try:
-            self._wait_until_ready(deadline=started + self.ready_seconds)
+            self._wait_until_ready(self._process, self.port, deadline=started + self.ready_seconds)
         except BaseException:  # an interrupt while waiting must not leave the server behind
             self.stop()
             raise
@@ -185,12 +186,12 @@ class VllmServer:
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.kv_cache_gib))
         return environment
 
-    def _wait_until_ready(self, *, deadline: float) -> None:
-        while not self._is_ready():
-            if self._process.exit_code is not None:
+    def _wait_until_ready(self, process: GuardedProcess, port: int, *, deadline: float) -> None:
+        while not self._is_ready(port):
+            if process.exit_code is not None:
                 raise ServerError(
                     f"the vLLM server for {self.model_dir} ended while starting (exit code "
-                    f"{self._process.exit_code}). The end of its log {self.log_path}:\n{read_log_tail(self.log_path)}"
+                    f"{process.exit_code}). The end of its log {self.log_path}:\n{read_log_tail(self.log_path)}"
                 )
             if time.monotonic() > deadline:
                 raise ServerError(
@@ -199,15 +200,15 @@ class VllmServer:
                 )
             time.sleep(0.25)
 
-    def _is_ready(self) -> bool:
+    def _is_ready(self, port: int) -> bool:
         """Healthy, and ours: only our server knows our key and serves our model's name."""
-        if _get(self.port, "/health", self.api_key)[0] != 200:
+        if _get(port, "/health", self.api_key)[0] != 200:
             return False
-        status, body = _get(self.port, "/v1/models", self.api_key)
+        status, body = _get(port, "/v1/models", self.api_key)
         return status == 200 and self.model_id in [model.get("id") for model in json.loads(body)["data"]]
 
 
-def open_server(base_url: str | None, model_dir: Path | str, **options) -> VllmServer | RunningServer:
+def open_server(base_url: str | None, model_dir: Path | str, **options: Any) -> VllmServer | RunningServer:
     """The server to use in a ``with`` block: the running one at ``base_url``, or one to be started and stopped there.
 
     ``options`` are those of :class:`VllmServer`.
