@@ -2,7 +2,7 @@
 
     python -m benchmarks.start_up                          # `make debug`'s notebooks, the commands, the training
     python -m benchmarks.start_up --against 876414d        # the same of an older commit, turn about in the same run
-    python -m benchmarks.start_up --only 01_tokenizer predict
+    python -m benchmarks.start_up --only 01_tokenizer predict   # a notebook needs those before it
 
 Each notebook runs twice, as `make debug` runs it: first in a scratch folder without tokenizer, data or backbone, then
 again with every import timed by CPython. A hook of IPython's notes each cell's seconds. CPU seconds (user and system,
@@ -32,7 +32,7 @@ from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_js
 REPORT = PROJECT_DIR / "reports" / "start_up.json"
 NOTEBOOKS = ("01_tokenizer", "02_data", "03_train", "04_greedy_dev", "05_vllm_eval", "06_report")
 DEBUG = ["existing_run=replace", "subsample=0.01", "num_train_epochs=0.1", "run_id=debug"]  # of `make debug`
-COMMANDS = ("--help", "parameters", "preflight", "report", "predict, first", "predict")
+COMMANDS = ("help", "parameters", "preflight", "report", "predict-first", "predict")
 TRAININGS = ("packed", "padded")
 LIBRARIES = 8  # named in a table, dearest first
 # A cell's job by the first call in it that is named here.
@@ -228,17 +228,17 @@ class Place:
     def measure_command(self, name: str) -> dict[str, Any]:
         """A console command once as it is and once with its imports timed; predict's first call merges its model."""
         words = {
-            "--help": ["--help"],
+            "help": ["--help"],
             "parameters": ["parameters"],
             "preflight": ["preflight", *self.overrides],
             "report": ["report", str(self.scratch / "runs"), "--out", str(self.scratch / "report.html")],
         }.get(name, ["predict", "Aspirin can trigger asthma attacks ."])
         cache = self.scratch / "cache"
-        if name == "predict, first":
+        if name == "predict-first":
             shutil.rmtree(cache, ignore_errors=True)
         child = run_child(["-m", "biomerge_lib", *words], tree=self.tree, BIOMERGE_CACHE=str(cache))
         row = {"command": name, **_numbers(child)}
-        if name != "predict, first":
+        if name != "predict-first":
             again = run_child(
                 ["-X", "importtime", "-m", "biomerge_lib", *words], tree=self.tree, BIOMERGE_CACHE=str(cache)
             )
@@ -395,8 +395,9 @@ def main() -> None:
     quiet_libraries()
     where = provenance()
     report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.start_up", *map(_quoted, sys.argv[1:])]),
+        "command": " ".join(["python -m benchmarks.start_up", *sys.argv[1:]]),
         **{name: where[name] for name in ("commit", "device", "python", "versions")},
+        "nice": os.nice(0),
     }
     with tempfile.TemporaryDirectory() as scratch:
         places = {"now": Place(PROJECT_DIR, Path(scratch) / "now")}
@@ -453,7 +454,7 @@ def write_page(report: dict[str, Any]) -> None:
         "# Where the seconds of a start go on a CPU",
         "",
         f"Written by `{report['command']}` on {report['device']}, commit `{report['commit']}`, "
-        f"Python {report['python']}. Each cell holds wall seconds and, in brackets, CPU seconds (user and system, all "
+        f"Python {report['python']}, priority (nice) {report['nice']}. Each cell holds wall seconds and, in brackets, CPU seconds (user and system, all "
         "threads and children). *load* is the machine's load average as the row began: above 2, wall seconds are other "
         "people's, too, and threads that wait for each other spend CPU seconds on it.",
         "",
@@ -551,10 +552,6 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def _quoted(word: str) -> str:
-    return f'"{word}"' if " " in word else word
 
 
 if __name__ == "__main__":
