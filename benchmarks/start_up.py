@@ -454,7 +454,8 @@ def write_page(report: dict[str, Any]) -> None:
         "# Where the seconds of a start go on a CPU",
         "",
         f"Written by `{report['command']}` on {report['device']}, commit `{report['commit']}`, "
-        f"Python {report['python']}, priority (nice) {report['nice']}. Each cell holds wall seconds and, in brackets, CPU seconds (user and system, all "
+        f"Python {report['python']}, priority (nice) {report['nice']}. Each "
+        "cell holds wall seconds and, in brackets, CPU seconds (user and system, all "
         "threads and children). *load* is the machine's load average as the row began: above 2, wall seconds are other "
         "people's, too, and threads that wait for each other spend CPU seconds on it.",
         "",
