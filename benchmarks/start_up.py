@@ -1,7 +1,7 @@
 """Where the seconds of a start go on a CPU, and what was cut; writes reports/start_up.json and reports/start_up.md.
 
     python -m benchmarks.start_up                          # `make debug`'s notebooks, the commands, the training
-    python -m benchmarks.start_up --against 876414d        # the same of an older commit, turn about in the same run
+    python -m benchmarks.start_up --against 876414d        # loading and decoding also as an older commit did it
     python -m benchmarks.start_up --only 01_tokenizer predict   # a notebook needs those before it
 
 Each notebook runs twice, as `make debug` runs it: first in a scratch folder without tokenizer, data or backbone, then
@@ -34,6 +34,8 @@ NOTEBOOKS = ("01_tokenizer", "02_data", "03_train", "04_greedy_dev", "05_vllm_ev
 DEBUG = ["existing_run=replace", "subsample=0.01", "num_train_epochs=0.1", "run_id=debug"]  # of `make debug`
 COMMANDS = ("help", "parameters", "preflight", "report", "predict-first", "predict")
 TRAININGS = ("packed", "padded")
+# What the changes are about, each in a new process, of the older commit and of this one turn about.
+LOADING = ("tokenizer", "model", "decoding")
 LIBRARIES = 8  # named in a table, dearest first
 # A cell's job by the first call in it that is named here.
 JOBS = {
@@ -245,6 +247,15 @@ class Place:
             row["imports"] = dearest(count_imports(again["stderr"].splitlines()))
         return row
 
+    def measure_loading(self, what: str, tree: Path) -> dict[str, Any]:
+        """Load the debug run's tokenizer, or model too, or decode 8 sentences for 16 tokens, in a checkout."""
+        code = f"import sys; sys.path.append({str(PROJECT_DIR)!r}); "
+        code += (
+            f"from benchmarks.start_up import load_in_parts; load_in_parts({str(self.scratch)!r}, {what!r})"
+        )
+        child = run_child(["-c", code], tree=tree)
+        return {"loading": what, **_numbers(child), **json.loads(child["stdout"].splitlines()[-1])}
+
     def measure_training(self, batches: str) -> dict[str, Any]:
         """03_train's training cell taken apart, in a process of its own; the laptop's parameters but for packing."""
         shutil.rmtree(self.scratch / "training", ignore_errors=True)
@@ -259,6 +270,32 @@ class Place:
         code += f"from benchmarks.start_up import train_in_parts; train_in_parts({words!r})"
         child = run_child(["-c", code], tree=self.tree)
         return {"batches": batches, **_numbers(child), **json.loads(child["stdout"].splitlines()[-1])}
+
+
+def load_in_parts(scratch: str, what: str) -> None:
+    """What ``measure_loading`` asks for; prints the decoding's own seconds as JSON."""
+    quiet_libraries()
+    from biomerge_lib.tokenizer import load_tokenizer
+
+    merged = Path(scratch) / "runs" / "debug" / "merged"
+    tokenizer, spent = load_tokenizer(merged), {}
+    if what != "tokenizer":
+        from biomerge_lib.unsloth_lora_ner import load_causal_lm
+
+        model = load_causal_lm(merged, dtype="float32")
+    if what == "decoding":
+        from biomerge_lib.decoding import greedy_decode
+        from biomerge_lib.ner_span import read_split
+        from biomerge_lib.predictions import build_prompts
+
+        records = read_split(f"{scratch}/data", "dev", limit=8)
+        rendering = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512}
+        prompts = build_prompts(records, tokenizer, **rendering)
+        began = time.perf_counter(), time.process_time()
+        greedy_decode(model, tokenizer, prompts, max_new_tokens=16, batch_size=16)
+        now = time.perf_counter(), time.process_time()
+        spent = {"decoding": _part(now[0] - began[0], now[1] - began[1])}
+    print(json.dumps(spent))
 
 
 def train_in_parts(words: Sequence[str]) -> None:
@@ -366,31 +403,34 @@ def extract(commit: str, folder: Path) -> Path:
     return folder
 
 
-def measure(places: Mapping[str, Place], wanted: Sequence[str]) -> Iterable[tuple[str, str, dict[str, Any]]]:
-    """Every row, ``(version, kind, row)``; the versions take turns, so that a busy machine is busy for both."""
+def measure(
+    place: Place, older: Path | None, wanted: Sequence[str]
+) -> Iterable[tuple[str, str, dict[str, Any]]]:
+    """Every row, ``(version, kind, row)``."""
     for traced in (False, True):
         for name in NOTEBOOKS:
-            # Its server takes most of a minute: once is enough.
+            # vLLM's server takes most of a minute: once is enough.
             if name in wanted and (traced or name != "05_vllm_eval"):
-                for version, place in places.items():
-                    yield version, "notebooks", place.measure_notebook(name, traced=traced)
+                yield "now", "notebooks", place.measure_notebook(name, traced=traced)
+    for what in LOADING:
+        for version, tree in {"before": older, "now": place.tree}.items():
+            if what in wanted and tree is not None:
+                yield version, "loading", place.measure_loading(what, tree)
     for name in COMMANDS:
         if name in wanted:
-            for version, place in places.items():
-                yield version, "commands", place.measure_command(name)
+            yield "now", "commands", place.measure_command(name)
     for batches in TRAININGS:
         if batches in wanted:
-            for version, place in places.items():
-                yield version, "trainings", place.measure_training(batches)
+            yield "now", "trainings", place.measure_training(batches)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = (*NOTEBOOKS, *COMMANDS, *TRAININGS)
+    known = (*NOTEBOOKS, *LOADING, *COMMANDS, *TRAININGS)
     parser.add_argument(
         "--only", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known)
     )
-    parser.add_argument("--against", metavar="COMMIT", help="measure an older commit's files beside these")
+    parser.add_argument("--against", metavar="COMMIT", help="measure loading as an older commit did it, too")
     options = parser.parse_args()
     quiet_libraries()
     where = provenance()
@@ -400,12 +440,11 @@ def main() -> None:
         "nice": os.nice(0),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        places = {"now": Place(PROJECT_DIR, Path(scratch) / "now")}
+        place, older = Place(PROJECT_DIR, Path(scratch) / "now"), None
         if options.against:
             older = extract(options.against, Path(scratch) / "checkout")
-            places = {"before": Place(older, Path(scratch) / "before")} | places
             report["against"] = options.against
-        for version, kind, row in measure(places, options.only):
+        for version, kind, row in measure(place, older, options.only):
             report.setdefault(version, {}).setdefault(kind, []).append(row)
             print(version, json.dumps(row), flush=True)
             write_json(REPORT, report)
@@ -414,35 +453,32 @@ def main() -> None:
     print(REPORT.with_suffix(".md"))
 
 
-# What was cut, what it should have brought, and the rows in which to look: (kind, name, traced).
+# What was changed, what it should have brought, and the row of LOADING that shows it.
 CHANGES = (
     (
-        "`load_tokenizer` takes the class that the tokenizer's own file names, not `AutoTokenizer`",
-        "3 s less where no model follows (01, later starts): no generation, no torch compiler",
-        ("notebooks", "01_tokenizer", True),
+        "`load_tokenizer` takes the class that the tokenizer's own file names, not `AutoTokenizer`, and transformers "
+        "finds itself without scikit-learn and torchao",
+        "3 to 4 CPU seconds less where no model follows (01): no generation, no torch compiler",
+        "tokenizer",
     ),
+    ("the same, where a model follows (04, `predict`)", "1 to 2 CPU seconds less", "model"),
     (
-        "transformers finds itself without scikit-learn and torchao (`import_transformers`)",
-        "1 to 2 s less in 04; `predict` went without scikit-learn already",
-        ("notebooks", "04_greedy_dev", True),
+        "`OMP_WAIT_POLICY=passive`: PyTorch's threads sleep while they wait for each other",
+        "on a busy machine a third of the CPU seconds of decoding; on a quiet one a few per cent more wall seconds",
+        "decoding",
     ),
-    ("the same, for `predict`", "0.5 s less", ("commands", "predict", False)),
-    (
-        "both, for 03",
-        "nothing: seqeval imports scikit-learn and peft torchao later on",
-        ("notebooks", "03_train", True),
-    ),
-    (
-        "`cache_dir` reaches the Trainer's data sets (it was read by nobody)",
-        "nothing on the sample; a corpus of 30,000 sentences is not tokenised again",
-        ("trainings", "packed", False),
-    ),
+)
+# What has no row of its own.
+NOTES = (
+    "`cache_dir` reached no data set of 03_train's; now it does. Predicted: nothing on the sample corpus, whose "
+    "tokenising is a row of the table of training; what it spares with 30,000 sentences is in data_speed.md.",
+    "scikit-learn and torchao are imported in 03 all the same, later: seqeval wants the one, peft the other.",
 )
 
 
 def find_row(version: Mapping[str, Any], kind: str, name: str, traced: bool) -> dict[str, Any] | None:
     """The row of a version that was measured, or None."""
-    keys = {"notebooks": "notebook", "commands": "command", "trainings": "batches"}
+    keys = {"notebooks": "notebook", "commands": "command", "trainings": "batches", "loading": "loading"}
     rows = (row for row in version.get(kind, ()) if row[keys[kind]] == name)
     return next((row for row in rows if row.get("traced", False) == traced), None)
 
@@ -459,7 +495,7 @@ def write_page(report: dict[str, Any]) -> None:
         "threads and children). *load* is the machine's load average as the row began: above 2, wall seconds are other "
         "people's, too, and threads that wait for each other spend CPU seconds on it.",
         "",
-        *_totals_table(now, before, report.get("against")),
+        *_totals_table(now),
     ]
     for row in now.get("notebooks", ()):
         if row["traced"]:
@@ -475,20 +511,18 @@ def write_page(report: dict[str, Any]) -> None:
             f"greedy pass: {share['share']:.0%} went to evaluation.",
             "",
         ]
-    lines += _changes_table(now, before)
+    lines += _changes_table(now, before, report.get("against"))
     REPORT.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def _totals_table(now: Mapping[str, Any], before: Mapping[str, Any], against: str | None) -> list[str]:
-    header = ["", "run", *([f"at `{against}`"] if before else []), "now", "load"]
+def _totals_table(now: Mapping[str, Any]) -> list[str]:
     rows = []
     for kind in ("notebooks", "commands"):
         for row in now.get(kind, ()):
-            name, traced = row.get("notebook") or f"`{row['command']}`", row.get("traced", False)
-            run = "" if kind == "commands" else "again, imports timed" if traced else "first"
-            old = find_row(before, kind, row.get("notebook") or row["command"], traced)
-            rows.append([name, run, *([_cell(old)] if before else []), _cell(row), row["load_at_start"]])
-    return ["## In all", "", *_table(header, rows), ""]
+            run = "" if kind == "commands" else "again, imports timed" if row["traced"] else "first"
+            name = row["notebook"] if kind == "notebooks" else f"`{row['command']}`"
+            rows.append([name, run, _cell(row), row["load_at_start"]])
+    return ["## In all", "", *_table(["", "run", "seconds", "load"], rows), ""]
 
 
 def _parts_table(again: Mapping[str, Any], first: Mapping[str, Any] | None) -> list[str]:
@@ -531,17 +565,19 @@ def _training_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _changes_table(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+def _changes_table(now: Mapping[str, Any], before: Mapping[str, Any], against: str | None) -> list[str]:
     rows = []
-    for change, predicted, where in CHANGES if before else ():
-        old, new = find_row(before, *where), find_row(now, *where)
+    for change, predicted, what in CHANGES:
+        old, new = find_row(before, "loading", what), find_row(now, "loading", what)
         if old and new:
-            saved = old["cpu_seconds"] - new["cpu_seconds"]
-            measured = f"{where[1]}: {_cell(old)} before, {_cell(new)} now: {saved:+.2f} CPU s spared"
-            rows.append([change, predicted, measured])
+            old, new = (row.get("decoding", row) | {"load": row["load_at_start"]} for row in (old, new))
+            rows.append(
+                [change, predicted, what, *(f"{_cell(row)}, load {row['load']}" for row in (old, new))]
+            )
     if not rows:
         return []
-    return ["## Changes", "", *_table(["what", "predicted", "measured"], rows), ""]
+    header = ["what", "predicted", "in a new process", f"at `{against}`", "now"]
+    return ["## Changes", "", *_table(header, rows), "", *(f"- {note}" for note in NOTES), ""]
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
