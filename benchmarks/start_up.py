@@ -432,7 +432,6 @@ def main() -> None:
     )
     parser.add_argument("--against", metavar="COMMIT", help="measure loading as an older commit did it, too")
     options = parser.parse_args()
-    quiet_libraries()
     where = provenance()
     report: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.start_up", *sys.argv[1:]]),
