@@ -475,7 +475,7 @@ NOTES = (
 )
 
 
-def find_row(version: Mapping[str, Any], kind: str, name: str, traced: bool) -> dict[str, Any] | None:
+def find_row(version: Mapping[str, Any], kind: str, name: str, traced: bool = False) -> dict[str, Any] | None:
     """The row of a version that was measured, or None."""
     keys = {"notebooks": "notebook", "commands": "command", "trainings": "batches", "loading": "loading"}
     rows = (row for row in version.get(kind, ()) if row[keys[kind]] == name)
