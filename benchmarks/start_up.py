@@ -431,6 +431,7 @@ def main() -> None:
         "--only", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known)
     )
     parser.add_argument("--against", metavar="COMMIT", help="measure loading as an older commit did it, too")
+    parser.add_argument("--out", type=Path, default=REPORT, help="JSON to write, with a page (%(default)s)")
     options = parser.parse_args()
     where = provenance()
     report: dict[str, Any] = {
@@ -446,10 +447,10 @@ def main() -> None:
         for version, kind, row in measure(place, older, options.only):
             report.setdefault(version, {}).setdefault(kind, []).append(row)
             print(version, json.dumps(row), flush=True)
-            write_json(REPORT, report)
+            write_json(options.out, report)
             if "now" in report:
-                write_page(report)
-    print(REPORT.with_suffix(".md"))
+                write_page(report, options.out.with_suffix(".md"))
+    print(options.out.with_suffix(".md"))
 
 
 # What was changed, what it should have brought, and the row of LOADING that shows it.
@@ -482,7 +483,7 @@ def find_row(version: Mapping[str, Any], kind: str, name: str, traced: bool = Fa
     return next((row for row in rows if row.get("traced", False) == traced), None)
 
 
-def write_page(report: dict[str, Any]) -> None:
+def write_page(report: dict[str, Any], page: Path) -> None:
     """The tables that ``report`` has rows for."""
     now, before = report["now"], report.get("before", {})
     lines = [
@@ -511,7 +512,7 @@ def write_page(report: dict[str, Any]) -> None:
             "",
         ]
     lines += _changes_table(now, before, report.get("against"))
-    REPORT.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def _totals_table(now: Mapping[str, Any]) -> list[str]:
