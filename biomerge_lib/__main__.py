@@ -206,7 +206,9 @@ def _preflight(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from biomerge_lib.report import write_report
+    from biomerge_lib.runs import quiet_libraries
 
+    quiet_libraries()
     print(write_report(options.runs, options.out))
     return 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from biomerge_lib.errors import ModelError
-from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer, save_tokenizer
+from biomerge_lib.tokenizer import add_biomerge_tokens, import_transformers, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,7 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: the folder has no tokenizer, the hub name cannot be reached, the package is missing.
     """
+    import_transformers()
     from transformers import AutoTokenizer
 
     if backbone in (SMOLLM2, QWEN):

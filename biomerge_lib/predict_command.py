@@ -55,8 +55,6 @@ def predict_texts(options: Namespace) -> int:
 
 
 def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator[Tagged]:
-    # transformers imports scikit-learn (a second) where it finds it, for a way of decoding that is not used here.
-    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]  # typeshed leaves None out
     from tqdm import tqdm
 
     from biomerge_lib.tagger import load_tagger

@@ -307,6 +307,8 @@ def quiet_libraries() -> None:
     # nbformat's jsonschema imports it where it can, and it compiles a grammar for three seconds each time.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # typeshed leaves None out
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PyTorch's threads on a CPU sleep while they wait; spinning, they take the cores from whom they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")

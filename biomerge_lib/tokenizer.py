@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +14,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
+GENERIC_CLASSES = (
+    "TokenizersBackend",
+    "PreTrainedTokenizerFast",
+)  # all of the tokenizer is in tokenizer.json
+NOT_NEEDED = ("sklearn", "torchao")
 log = logging.getLogger(__name__)
+
+
+def import_transformers() -> None:
+    """Let transformers find itself without the packages that it imports only because they are there (2 s).
+
+    Whoever imports them later gets them. Where transformers is imported already (Unsloth does), nothing changes.
+    """
+    if "transformers" in sys.modules:
+        return
+    hidden = [name for name in NOT_NEEDED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        from transformers.utils import is_sklearn_available, is_torchao_available
+
+        is_sklearn_available(), is_torchao_available()  # they remember their answers
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def add_biomerge_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -57,15 +82,20 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: the folder has no tokenizer, or the five tokens or EOS are missing.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").is_file():
         raise ModelError(
             f"{folder}: no tokenizer here (tokenizer_config.json is missing). "
             "notebooks/01_tokenizer.ipynb writes one; or set tokenizer_dir."
         )
-    tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder))
+    import_transformers()
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in config:
+        # AutoTokenizer comes to the same class, and imports generation and torch's compiler on the way (3 s).
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
+    tokenizer = cast("PreTrainedTokenizerFast", Tokenizer.from_pretrained(folder))
     check_tokenizer(tokenizer, str(folder))
     return tokenizer
 

@@ -349,6 +349,7 @@ def build_trainer(
             corpus_cue=parameters.corpus_cue,
             max_input_tokens=parameters.max_input_tokens,
             max_target_tokens=parameters.max_target_tokens,
+            cache_dir=parameters.cache_dir,
         )
         for split in ("train", "dev")
     }

@@ -101,6 +101,7 @@ def tiny_parameters(tmp_path):
         values = compose_parameters([]).model_dump()
         values |= {
             "runs_dir": str(tmp_path / "runs"),
+            "cache_dir": str(tmp_path / "token_cache"),
             "run_id": "tiny",
             "eval_limit": 4,
             "num_train_epochs": 1.0,

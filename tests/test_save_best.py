@@ -41,6 +41,15 @@ def make_trainer(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_
     return make
 
 
+def test_tokenised_data_are_kept_for_the_next_start(make_trainer, tmp_path):
+    first = make_trainer()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "token_cache").iterdir()}
+    second = make_trainer()
+    assert len(kept) == 2
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "token_cache").iterdir()}
+    assert list(first.train_dataset) == list(second.train_dataset) and len(first.train_dataset) == 12
+
+
 def test_only_the_best_checkpoint_remains(make_trainer, monkeypatch):
     scores = iter([0.1, 0.2, 0.3])
 
