@@ -69,11 +69,16 @@ def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator
         total=characters, desc="reading", unit=" characters", mininterval=interval, disable=characters < LONG
     )
     with bar:
-        found = tagger.find_mentions(
+        parts = tagger.find_parts(
             (text.text for text in again), spaced=not options.as_is, note=lambda count: bar.update(count)
         )
-        for text, spans in zip(texts, found, strict=True):
-            yield Tagged(text.doc_id, text.text, spans)
+        text: Text | None = None
+        for part in parts:
+            text = text or next(texts)
+            spans = [(start - part.start, end - part.start) for start, end in part.spans]
+            yield Tagged(text.doc_id, text.text[part.start : part.end], spans, part.start, part.is_last)
+            if part.is_last:
+                text = None
 
 
 def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) -> None:
@@ -83,19 +88,27 @@ def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) ->
         write_iob(tagged, out, spaced=spaced)
     else:
         for text in tagged:
-            print(bracket(text.text, text.spans, colour=out.isatty()), file=out, flush=True)
+            shown = bracket(text.text, text.spans, colour=out.isatty())
+            print(shown, file=out, end="\n" if text.is_last else "", flush=True)
 
 
 @contextmanager
 def _open_out(path: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears under its name when it is whole (``.partial`` until then)."""
+    """Standard output, or a file that appears under its name when it is whole; until then it ends in ``.partial``."""
     if path is None:
         yield sys.stdout
         return
     partial = Path(path).with_name(Path(path).name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8", newline="\n") as out:
-        yield out
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as out:
+            yield out
+    except BaseException:  # interrupted, or a server that died
+        if partial.stat().st_size:
+            print(f"what was found so far is in {partial}", file=sys.stderr)
+        else:
+            partial.unlink()
+        raise
     os.replace(partial, path)
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -14,9 +15,9 @@ from biomerge_lib.predictions import RawAnswer
 from biomerge_lib.readers import read_iob
 from biomerge_lib.readers_standoff import read_brat
 from biomerge_lib.records import iter_records
-from biomerge_lib.tagger import Tagger
+from biomerge_lib.tagger import Part, Tagger
 from biomerge_lib.texts import Text, is_english, iter_texts
-from biomerge_lib.writers import Tagged, write_brat, write_iob, write_jsonl
+from biomerge_lib.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
 
 RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512, "max_new_tokens": 64}
 TEXT = "Aspirin-induced asthma (AIA).\r\n\r\nβ-blockers\tmay harm\u2028too; 5-HT𝛼 rose."
@@ -159,6 +160,61 @@ def test_a_long_text_streams_in_bounded_memory(tagger):
     assert tracemalloc.get_traced_memory()[1] < peak_of_first + 300_000
     tracemalloc.stop()
     assert sum(notes) == 2000 * (len(line) - 1) and len(asked) == 500
+
+
+def test_a_document_comes_in_parts_that_make_it_up(tagger):
+    """The first after a few sentences, then more at a time; a part ends where the next sentence begins."""
+    tagger, asked = tagger
+    text = " " + "Aspirin helps.  Heparin harms.\n\n" * 10 + "Caffeine wakes. \n"
+    parts = tagger.find_parts(["Zinc.", text])
+    assert (next(parts), asked) == (Part(0, 5, [(0, 4)], True), [4])
+    assert (next(parts), asked) == (Part(0, 49, [(1, 8), (17, 24), (33, 40)], False), [4])
+    rest = list(parts)
+    assert asked == [4, 4, 4, 4, 4, 2]
+    assert [part.start for part in rest] == [49, *(part.end for part in rest[:-1])]
+    assert [part.is_last for part in rest] == [False] * (len(rest) - 1) + [True] and rest[-1].end == len(text)
+    found = [span for part in rest for span in part.spans]
+    assert list(tagger.find_mentions([text])) == [[(1, 8), (17, 24), (33, 40), *found]]
+    asked.clear()
+    list(replace(tagger, at_once=64).find_parts(["It heals. " * 200]))
+    assert asked == [4, 16, 64, 64, 52]
+
+
+def test_conll_of_parts_is_that_of_the_whole(tmp_path):
+    whole = Tagged("d", "Aspirin helps.  Heparin (so they say.) harms.\n", [(0, 7), (16, 23)])
+    parts = [
+        Tagged("d", whole.text[:16], [(0, 7)], 0, False),
+        Tagged("d", whole.text[16:], [(0, 7)], 16, True),
+    ]
+    assert list(join_parts(parts)) == [whole]
+    for name, tagged in (("whole", [whole, *TAGGED]), ("parts", [*parts, *TAGGED])):
+        with (tmp_path / name).open("w", encoding="utf-8") as out:
+            write_iob(tagged, out)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeypatch, capsys, caplog):
+    def answer(prompts):
+        if len(prompts) > 4:
+            raise KeyboardInterrupt
+        return [RawAnswer([], " 0-7", "eos") for _ in prompts]
+
+    broken = Tagger(tokenizer, RENDERING, None, answer)
+    monkeypatch.setattr("biomerge_lib.tagger.load_tagger", lambda **_: broken)
+    (tmp_path / "long.txt").write_text("Aspirin helps.\n" * 50)
+    command = ["predict", "--file", str(tmp_path / "long.txt"), "--out"]
+    assert main(command[:-1]) == 130
+    assert capsys.readouterr().out == "[Aspirin] helps.\n" * 4
+    assert main([*command, str(tmp_path / "out.jsonl")]) == 130
+    assert f"what was found so far is in {tmp_path / 'out.jsonl.partial'}" in capsys.readouterr().err
+    (record,) = iter_records(tmp_path / "out.jsonl.partial")
+    assert (record.text, record.spans) == ("Aspirin helps.\n" * 4, ((0, 7), (15, 22), (30, 37), (45, 52)))
+    assert "long: only its first 60 characters were read" in caplog.text
+    assert main([*command, str(tmp_path / "out.conll")]) == 130
+    assert len(list(read_iob(tmp_path / "out.conll.partial", dataset="x"))) == 4
+    assert main([*command, str(tmp_path / "brat"), "--format", "brat"]) == 130
+    assert (tmp_path / "brat/long.txt").read_text() == "Aspirin helps.\n" * 4
+    assert len((tmp_path / "brat/long.ann").read_text().splitlines()) == 4
 
 
 def test_a_word_without_end_is_no_end(tagger, caplog):
