@@ -36,6 +36,9 @@ def predict_texts(options: Namespace) -> int:
         raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
     if options.batch_size < 1:
         raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
+    for text in options.texts:
+        if os.path.exists(text):
+            raise ParameterError(f"{text} is there as a file or folder; to read it: predict --file {text}")
     given = [Text(f"text-{number}", text) for number, text in enumerate(options.texts, 1) if text.strip()]
     files = list(options.file)
     if STDIN in files:  # can be read once
@@ -43,8 +46,10 @@ def predict_texts(options: Namespace) -> int:
         files = [path for path in files if path != STDIN]
     characters = sum(len(text.text) for text in chain(given, iter_texts(files) if files else ()))
     if not characters:
-        raise DataError('no text: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."')
-    texts = chain(given, iter_texts(files) if files else ())
+        raise DataError(
+            'no text to read: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."'
+        )
+    texts = chain(given, iter_texts(files, name_empty=False) if files else ())
     tagged = _tag(texts, characters, options)
     if kind == "brat":
         write_brat(tagged, options.out)

@@ -114,14 +114,19 @@ def test_every_format_of_texts_is_found(tmp_path, caplog):
         Text("3", "One."),
         Text("c-3", "Two ."),
     ]
-    assert "document d is empty" in caplog.text
+    assert "document 'd' is empty" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("a.txt", b"x\x00y", "a binary file"),
-        ("a.txt", b"fine\ncaf\xe9", r"a\.txt:2: not UTF-8"),
+        (
+            "a.txt",
+            b"fine\ncaf\xe9",
+            r"a\.txt:2: not UTF-8 \(byte 9 of the file\)\. If it is Latin-1: iconv -f latin1",
+        ),
+        ("a.txt", "IL-2".encode("utf-16"), r"a\.txt: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: expected an object with a text"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: expected an object with a text"),
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: not UTF-8"),
@@ -136,6 +141,24 @@ def test_bad_files_are_named_before_a_model_is_loaded(tmp_path, monkeypatch, cap
         list(iter_texts([tmp_path]))
     assert main(["predict", "--file", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_is_no_prose_or_no_text_is_not_read_as_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("id,text\n1,Aspirin helps\n")
+    (tmp_path / "blank.txt").write_text(" \n")
+    said = {
+        ("a.csv",): "a.csv is there as a file or folder; to read it: predict --file a.csv",
+        (
+            "--file",
+            "a.csv",
+        ): "a.csv: .txt, .jsonl, .pubtator are read. As plain text, all the same: --file - < a.csv",
+        ("--file", "blank.txt"): "no text to read: python -m biomerge_lib predict",
+        ("--file", "none.txt"): "none.txt: no such file or folder.",
+    }
+    for arguments, message in said.items():
+        assert main(["predict", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_sentences_of_many_texts_share_a_batch(tagger):
