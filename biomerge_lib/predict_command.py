@@ -34,6 +34,8 @@ def predict_texts(options: Namespace) -> int:
     kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
     if kind == "brat" and not options.out:
         raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
+    if kind != "brat" and options.out and os.path.isdir(options.out):
+        raise ParameterError(f"--out {options.out} is a folder: name a file in it, or say --format brat.")
     if options.batch_size < 1:
         raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
     for text in options.texts:

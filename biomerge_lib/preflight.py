@@ -23,6 +23,7 @@ from biomerge_lib.parameters import Parameters
 from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompt import encode_completion
 from biomerge_lib.records import Record, file_sha256
+from biomerge_lib.runs import device_name
 from biomerge_lib.spans import parse_answer
 from biomerge_lib.tokenizer import ADDED_TOKENS
 
@@ -89,6 +90,7 @@ def check_training(parameters: Parameters) -> Preflight:
     _report_cues(found, scans, parameters)
     _report_context(found, parameters)
     _report_steps(found, scans, parameters)
+    _report_device(found, parameters)
     if any(finding.verdict == REFUSED for finding in found.findings):
         raise PreflightError(found)
     return found
@@ -303,6 +305,13 @@ def _report_steps(found: Preflight, scans: dict[str, Scan], parameters: Paramete
         found.add(
             NOTE, "steps", f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
         )
+
+
+def _report_device(found: Preflight, parameters: Parameters) -> None:
+    device = device_name()
+    if device.endswith("cores") and parameters.dtype == "bfloat16":
+        says = f"no GPU here ({device}), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
+        found.add(NOTE, "device", says)
 
 
 def count_steps(

@@ -4,6 +4,7 @@ import json
 import shlex
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -283,6 +284,41 @@ def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, mon
     assert predict(["Aspirin works."]) == [[(0, 7)]]
     with pytest.raises(TypeError, match="a list of texts"):
         predict("Aspirin works.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["predict", "x", "--out", "file/out.jsonl"],
+            "file: File exists. Is the path right, may you write there?",
+        ),
+        (
+            ["predict", "x", "--out", "folder"],
+            "--out folder is a folder: name a file in it, or say --format brat.",
+        ),
+        (["run", "01_tokenizer", "runs_dir={}/file"], "/file/"),
+        (["wandb-sync", "folder/mine"], "folder/mine: no such run folder."),
+    ],
+)
+def test_a_place_that_cannot_be_written_or_is_not_there_is_named(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and "Traceback" not in said
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def fail(options):
+        Path("/no/such/file").read_text()
+
+    monkeypatch.setattr("biomerge_lib.predict_command.predict_texts", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["predict", "x"])
 
 
 def test_a_cue_must_be_one_that_the_model_knows(tmp_path):
