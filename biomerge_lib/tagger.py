@@ -172,7 +172,8 @@ def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
         yield Part(item.given, len(item.text), sorted(item.found), is_last=True)
     if queue and queue[0].answered > queue[0].given:
         item = queue[0]
-        end = item.answered + len(_SPACE.match(item.text, item.answered)[0])
+        space = _SPACE.match(item.text, item.answered)
+        end = space.end() if space else item.answered
         yield Part(item.given, end, sorted(item.found), is_last=False)
         item.given, item.found = end, set()
 
