@@ -5,6 +5,9 @@
 The document is the corpus's abstracts, shuffled anew for each repetition. The shipped adapter reads the first part of
 it, until it is interrupted; then all of it goes the same way with a model that answers nothing at once, so that what is
 left is everything but the model. Writes reports/long_document.json.
+
+``sentences_a_second`` counts the start-up in, and nothing of the batch that the interrupt met: it is a lower bound, and
+``extrapolated_hours`` an upper one.
 """
 
 from __future__ import annotations
