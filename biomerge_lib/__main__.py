@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,21 @@ EXIT_CODES = (
     f"exit codes: 0 done; 1 a fault of the program, please report it; 2 the input is at fault, the message says how; "
     f"{INTERRUPTED} stopped on a job's request, to be started again; 130 interrupted"
 )
+# Errors of the operating system that come from where the user wants something read or written.
+OF_THE_PLACE = {
+    getattr(errno, name)
+    for name in (
+        "EACCES",
+        "EDQUOT",
+        "EEXIST",
+        "EISDIR",
+        "ENAMETOOLONG",
+        "ENOSPC",
+        "ENOTDIR",
+        "EPERM",
+        "EROFS",
+    )
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -160,12 +176,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BioMergeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in OF_THE_PLACE or not error.filename:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}. Is the path right, may you write there?",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _epilog(examples: Sequence[str]) -> str:

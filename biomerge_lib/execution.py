@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,7 @@ def execute_notebook(
                     progress_bar=progress,
                     start_timeout=KERNEL_START_SECONDS,
                     config=config,
+                    kernel_manager_class=_kernel_manager(),
                 )
             return
         except PapermillExecutionError as error:
@@ -111,6 +113,22 @@ def _kernel_sockets() -> Iterator[Any]:
         prefix="kernel-", dir=None if longest < SOCKET_PATH_LIMIT else "/tmp", ignore_cleanup_errors=True
     ) as folder:
         yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/k.json"}})
+
+
+def _kernel_manager() -> type:
+    """Kernels that are interrupted at their end only where the user interrupts a running cell.
+
+    jupyter_client interrupts every kernel that it ends. When papermill has its last answer (kernel_info), the kernel
+    may not be quite done with that, and prints "[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel".
+    """
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        async def _async_interrupt_kernel(self) -> None:
+            if not self.shutting_down or isinstance(sys.exception(), KeyboardInterrupt):
+                await super()._async_interrupt_kernel()
+
+    return Kernel
 
 
 def _running_cell(executed: Path) -> str | None:

@@ -34,8 +34,13 @@ def predict_texts(options: Namespace) -> int:
     kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
     if kind == "brat" and not options.out:
         raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
+    if kind != "brat" and options.out and os.path.isdir(options.out):
+        raise ParameterError(f"--out {options.out} is a folder: name a file in it, or say --format brat.")
     if options.batch_size < 1:
         raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
+    for text in options.texts:
+        if os.path.exists(text):
+            raise ParameterError(f"{text} is there as a file or folder; to read it: predict --file {text}")
     given = [Text(f"text-{number}", text) for number, text in enumerate(options.texts, 1) if text.strip()]
     files = list(options.file)
     if STDIN in files:  # can be read once
@@ -43,8 +48,10 @@ def predict_texts(options: Namespace) -> int:
         files = [path for path in files if path != STDIN]
     characters = sum(len(text.text) for text in chain(given, iter_texts(files) if files else ()))
     if not characters:
-        raise DataError('no text: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."')
-    texts = chain(given, iter_texts(files) if files else ())
+        raise DataError(
+            'no text to read: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."'
+        )
+    texts = chain(given, iter_texts(files, name_empty=False) if files else ())
     tagged = _tag(texts, characters, options)
     if kind == "brat":
         write_brat(tagged, options.out)
@@ -67,11 +74,16 @@ def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator
         total=characters, desc="reading", unit=" characters", mininterval=interval, disable=characters < LONG
     )
     with bar:
-        found = tagger.find_mentions(
+        parts = tagger.find_parts(
             (text.text for text in again), spaced=not options.as_is, note=lambda count: bar.update(count)
         )
-        for text, spans in zip(texts, found, strict=True):
-            yield Tagged(text.doc_id, text.text, spans)
+        text: Text | None = None
+        for part in parts:
+            text = text or next(texts)
+            spans = [(start - part.start, end - part.start) for start, end in part.spans]
+            yield Tagged(text.doc_id, text.text[part.start : part.end], spans, part.start, part.is_last)
+            if part.is_last:
+                text = None
 
 
 def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) -> None:
@@ -81,19 +93,27 @@ def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) ->
         write_iob(tagged, out, spaced=spaced)
     else:
         for text in tagged:
-            print(bracket(text.text, text.spans, colour=out.isatty()), file=out, flush=True)
+            shown = bracket(text.text, text.spans, colour=out.isatty())
+            print(shown, file=out, end="\n" if text.is_last else "", flush=True)
 
 
 @contextmanager
 def _open_out(path: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that appears under its name when it is whole (``.partial`` until then)."""
+    """Standard output, or a file that appears under its name when it is whole; until then it ends in ``.partial``."""
     if path is None:
         yield sys.stdout
         return
     partial = Path(path).with_name(Path(path).name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8", newline="\n") as out:
-        yield out
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as out:
+            yield out
+    except BaseException:  # interrupted, or a server that died
+        if partial.stat().st_size:
+            print(f"what was found so far is in {partial}", file=sys.stderr)
+        else:
+            partial.unlink()
+        raise
     os.replace(partial, path)
 
 

@@ -24,6 +24,7 @@ from biomerge_lib.parameters import Parameters
 from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompt import encode_completion
 from biomerge_lib.records import Record, file_sha256
+from biomerge_lib.runs import device_name
 from biomerge_lib.spans import parse_answer
 from biomerge_lib.tokenizer import ADDED_TOKENS
 
@@ -93,6 +94,7 @@ def check_training(parameters: Parameters) -> Preflight:
     _report_steps(found, scans, parameters)
     if parameters.trainable == "all":
         _report_full_training(found, parameters)
+    _report_device(found, parameters)
     if any(finding.verdict == REFUSED for finding in found.findings):
         raise PreflightError(found)
     return found
@@ -332,6 +334,13 @@ def _report_full_training(found: Preflight, parameters: Parameters) -> None:
         f"all {weights / 1e6:,.1f} million weights train: {memory_gb:.1f} GB of memory before activations, "
         f"{checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)",
     )
+
+
+def _report_device(found: Preflight, parameters: Parameters) -> None:
+    device = device_name()
+    if device.endswith("cores") and parameters.dtype == "bfloat16":
+        says = f"no GPU here ({device}), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
+        found.add(NOTE, "device", says)
 
 
 def count_steps(

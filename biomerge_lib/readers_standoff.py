@@ -233,4 +233,7 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file).") from None
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file). "
+            f"If it is Latin-1: iconv -f latin1 -t UTF-8 {path} > NEW_FILE"
+        ) from None

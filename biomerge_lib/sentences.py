@@ -80,15 +80,18 @@ def find_sentences(text: str) -> list[Span]:
     >>> find_sentences("IL-2 (cf. Fig. 1) rose. It fell.")
     [(0, 23), (24, 32)]
     """
-    sentences = []
+    return list(iter_sentences(text))
+
+
+def iter_sentences(text: str) -> Iterator[Span]:
+    """:func:`find_sentences` one at a time: megabytes take seconds."""
     for line_start, line_end in find_lines(text):
         position = line_start
         for sentence in split_multi(text[line_start:line_end]):
             if sentence:  # segtok strips its sentences and changes nothing else
                 start = text.index(sentence, position, line_end)
                 position = start + len(sentence)
-                sentences.append((start, position))
-    return sentences
+                yield start, position
 
 
 def find_lines(text: str) -> list[Span]:

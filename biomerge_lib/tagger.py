@@ -1,6 +1,6 @@
 """Knows how raw texts get their mentions: sentences, words apart as in the corpora, a model's answers, offsets back.
 
-    texts --[find_sentences, find_pieces]--> records --[prompts, greedy decoding | vLLM]--> spans of each text
+    texts --[iter_sentences, find_pieces]--> records --[prompts, greedy decoding | vLLM]--> spans of each text
 
 Knows nothing of files, gold spans or scores.
 """
@@ -27,24 +27,41 @@ from biomerge_lib.ready_models import (
     read_rendering,
 )
 from biomerge_lib.records import Record
-from biomerge_lib.sentences import find_sentences
+from biomerge_lib.sentences import iter_sentences
 from biomerge_lib.spans import Span, is_inside
 from biomerge_lib.texts import is_english
 
 # No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL).
 _PIECE = re.compile(r"[^\W_]{1,60}|[^\w\s]|_")
+_SPACE = re.compile(r"\s*")
 WARNINGS = 3  # texts that are named as not English
+FIRST, GROWTH = (
+    4,
+    4,
+)  # the first answers come soon: so many sentences are asked at first, then this times as many
 log = logging.getLogger("biomerge")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The sorted spans between ``start`` and ``end`` of a text, as offsets in that text."""
+
+    start: int
+    end: int
+    spans: list[Span]
+    is_last: bool
 
 
 @dataclass(slots=True)
 class _Open:
-    """A text whose sentences are being answered."""
+    """A text whose sentences are being answered; ``found`` are the spans since ``given``, its last part's end."""
 
     text: str
     found: set[Span] = field(default_factory=set)
     waiting: int = 0
     is_read: bool = False
+    answered: int = 0
+    given: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +77,31 @@ class Tagger:
     def find_mentions(
         self, texts: Iterable[str], *, spaced: bool = True, note: Callable[[int], object] | None = None
     ) -> Iterator[list[Span]]:
-        """The mentions of each text, in order, as sorted offsets in that text.
+        """The mentions of each text, in order, as sorted offsets in that text; see :meth:`find_parts`."""
+        spans: list[Span] = []
+        for part in self.find_parts(texts, spaced=spaced, note=note):
+            spans += part.spans
+            if part.is_last:
+                yield spans
+                spans = []
 
-        Sentences of many texts share a batch; a text's spans come as soon as its last sentence is answered, and
-        memory holds no more texts than that. ``spaced`` sets punctuation apart for the model, as the corpora it was
-        trained on have it; spans are mapped back either way. Answers that point outside a sentence are left out.
-        ``note`` is called with the number of characters that each batch has answered.
+    def find_parts(
+        self, texts: Iterable[str], *, spaced: bool = True, note: Callable[[int], object] | None = None
+    ) -> Iterator[Part]:
+        """The mentions of each text, in order, as far as they are known: a long text comes in many parts.
+
+        Sentences of many texts share a batch; after each batch, what it has answered is given out, and memory holds
+        no more texts than that. Parts end between sentences, and those of a text make up the whole of it. ``spaced``
+        sets punctuation apart for the model, as the corpora it was trained on have it; spans are mapped back either
+        way. Answers that point outside a sentence are left out. ``note`` is called with the number of characters that
+        each batch has answered.
 
         Raises:
             ServerError: a vLLM server cannot be reached or refuses.
         """
         queue: deque[_Open] = deque()
         batch: list[tuple[_Open, Span]] = []
+        at_once = min(FIRST, self.at_once)
         foreign = 0
         for text in texts:
             if not is_english(text):
@@ -79,17 +109,18 @@ class Tagger:
                 if foreign <= WARNINGS:
                     log.warning("this does not look like English, do not trust its spans: %r", text[:60])
             queue.append(_Open(text))
-            for sentence in find_sentences(text):
+            for sentence in iter_sentences(text):
                 queue[-1].waiting += 1
                 batch.append((queue[-1], sentence))
-                if len(batch) == self.at_once:
+                if len(batch) == at_once:
                     self._answer(batch, spaced, note)
                     batch = []
-                    yield from _finished(queue)
+                    at_once = min(GROWTH * at_once, self.at_once)
+                    yield from _take_parts(queue)
             queue[-1].is_read = True
-            yield from _finished(queue)
+            yield from _take_parts(queue)
         self._answer(batch, spaced, note)
-        yield from _finished(queue)
+        yield from _take_parts(queue)
         if foreign > WARNINGS:
             log.warning("%d texts in all do not look like English", foreign)
 
@@ -97,9 +128,10 @@ class Tagger:
         self, batch: Sequence[tuple[_Open, Span]], spaced: bool, note: Callable[[int], object] | None
     ) -> None:
         sentences = [item.text[start:end] for item, (start, end) in batch]
-        for (item, (start, _)), spans in zip(batch, self._ask(sentences, spaced), strict=True):
+        for (item, (start, end)), spans in zip(batch, self._ask(sentences, spaced), strict=True):
             item.found |= {(first + start, last + start) for first, last in spans}
             item.waiting -= 1
+            item.answered = end
         if note and batch:
             note(sum(map(len, sentences)))
 
@@ -133,9 +165,17 @@ class Tagger:
         return [replace(prompt, record_index=index) for prompt in prompts]
 
 
-def _finished(queue: deque[_Open]) -> Iterator[list[Span]]:
+def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
+    """What is known and not given yet: finished texts, which leave the queue, and the first part of the next one."""
     while queue and queue[0].is_read and not queue[0].waiting:
-        yield sorted(queue.popleft().found)
+        item = queue.popleft()
+        yield Part(item.given, len(item.text), sorted(item.found), is_last=True)
+    if queue and queue[0].answered > queue[0].given:
+        item = queue[0]
+        space = _SPACE.match(item.text, item.answered)
+        end = space.end() if space else item.answered
+        yield Part(item.given, end, sorted(item.found), is_last=False)
+        item.given, item.found = end, set()
 
 
 def find_pieces(sentence: str, *, spaced: bool) -> list[Span]:

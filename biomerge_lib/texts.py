@@ -23,6 +23,7 @@ from biomerge_lib.records import NER_PREFIX
 
 STDIN = "-"
 ENDINGS = (".txt", ".jsonl", ".pubtator")
+NO_PROSE = (".json", ".csv", ".tsv", ".xml", ".html", ".ann", ".conll", ".iob")
 _PUBTATOR = re.compile(r"\s*[^|\t\n]+\|t\|")
 _WORD = re.compile(r"[^\W\d_]+")
 _LATIN_OR_GREEK = re.compile(r"[A-Za-zÀ-ɏͰ-Ͽ]")
@@ -43,14 +44,16 @@ class Text:
     text: str
 
 
-def iter_texts(paths: Iterable[Path | str]) -> Iterator[Text]:
+def iter_texts(paths: Iterable[Path | str], *, name_empty: bool = True) -> Iterator[Text]:
     """The texts of files and folders in order; memory holds one file, or one line of JSONL.
 
     ``-`` is one text from standard input. A folder gives its .txt, .jsonl and .pubtator files by name. A .txt that
-    begins with ``ID|t|`` is PubTator. Texts of nothing but white space are left out, and named in a warning.
+    begins with ``ID|t|`` is PubTator. Texts of nothing but white space are left out, with a warning
+    if ``name_empty``.
 
     Raises:
-        DataError: a path or every text is missing, a file is binary or not UTF-8, a line is broken (``file:line``).
+        DataError: a path or every text is missing, a file is binary, not UTF-8 or of a kind that is no prose (.csv), a
+            line is broken (``file:line``).
     """
     found = 0
     for path in paths:
@@ -58,10 +61,10 @@ def iter_texts(paths: Iterable[Path | str]) -> Iterator[Text]:
             found += 1
             if text.text.strip():
                 yield text
-            else:
-                log.warning("%s: document %s is empty and is left out", path, text.doc_id)
+            elif name_empty:
+                log.warning("%s: document %r is empty and is left out", str(path), text.doc_id)
     if not found:
-        raise DataError("no text was given.")
+        raise DataError("there is no text in what was given.")
 
 
 def find_files(path: Path | str) -> list[Path]:
@@ -100,13 +103,16 @@ def _read_path(path: Path | str) -> Iterator[Text]:
         yield Text("stdin", _decode(sys.stdin.buffer.read(), "standard input"))
         return
     for file in find_files(path):
-        if _is_binary(file):
-            raise DataError(f"{file}: a binary file; text (UTF-8) is needed.")
+        _refuse_other_bytes(file)
         if file.suffix.lower() == ".jsonl":
             yield from _read_jsonl(file)
         elif file.suffix.lower() == ".pubtator" or _begins_pubtator(file):
             for document in read_pubtator(file, ReadCounts()):
                 yield Text(document.doc_id, document.text)
+        elif file.suffix.lower() in NO_PROSE:
+            raise DataError(
+                f"{file}: {', '.join(ENDINGS)} are read. As plain text, all the same: --file - < {file}"
+            )
         else:
             yield Text(file.stem, read_text(file))
 
@@ -141,9 +147,13 @@ def _decode(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}).") from None
 
 
-def _is_binary(path: Path) -> bool:
+def _refuse_other_bytes(path: Path) -> None:
     with path.open("rb") as stream:
-        return b"\0" in stream.read(1 << 16)
+        start = stream.read(1 << 16)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
+    if b"\0" in start:
+        raise DataError(f"{path}: a binary file; text (UTF-8) is needed.")
 
 
 def _begins_pubtator(path: Path) -> bool:

@@ -132,6 +132,8 @@ def sync_run(folder: Path) -> None:
         DataError: the run never was tracked.
         BioMergeError: W&B cannot be reached from here, either.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such run folder.")
     known = _identity(folder)
     if not known:
         raise DataError(f"{folder}: no {IDENTITY}; this run was not tracked (wandb_mode=disabled).")

@@ -2,7 +2,8 @@ r"""Knows how found mentions are written so that the readers read them back; kno
 
     Tagged --[write_jsonl | write_iob | write_brat]--> what iter_records, read_iob and read_brat read
 
-Every writer takes a stream and writes each text before it asks for the next one.
+Every writer takes a stream, in which a long text may come in parts, and writes what it has before it asks for more:
+write_iob each part, the others each text (what there is of it, when the stream is interrupted).
 """
 
 from __future__ import annotations
@@ -29,11 +30,35 @@ log = logging.getLogger("biomerge")
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """A text with its sorted spans."""
+    """A text, or the part of one that begins at ``start``, with its sorted spans as offsets in ``text``."""
 
     doc_id: str
     text: str
     spans: Sequence[Span]
+    start: int = 0
+    is_last: bool = True
+
+
+def join_parts(tagged: Iterable[Tagged]) -> Iterator[Tagged]:
+    """Whole texts; when the user interrupts, first what there is of the text in hand."""
+    parts: list[Tagged] = []
+    try:
+        for part in tagged:
+            parts.append(part)
+            if part.is_last:
+                yield _join(parts)
+                parts = []
+    except KeyboardInterrupt:
+        if parts and not parts[-1].is_last:
+            cut = _join(parts)
+            log.warning("%s: only its first %s characters were read", cut.doc_id, f"{len(cut.text):,}")
+            yield cut
+        raise
+
+
+def _join(parts: Sequence[Tagged]) -> Tagged:
+    spans = [(part.start + start, part.start + end) for part in parts for start, end in part.spans]
+    return Tagged(parts[0].doc_id, "".join(part.text for part in parts), spans)
 
 
 def write_jsonl(tagged: Iterable[Tagged], out: TextIO) -> None:
@@ -41,7 +66,7 @@ def write_jsonl(tagged: Iterable[Tagged], out: TextIO) -> None:
 
     ``{"task": "NER", "input": "<NER> Aspirin can", "target": "<TAG> 0-7", ..., "mentions": [[0, 7, "Aspirin"]]}``
     """
-    for text in tagged:
+    for text in join_parts(tagged):
         record = Record(text.text, tuple(text.spans), text.doc_id, "predicted")
         mentions = [[start, end, text.text[start:end]] for start, end in text.spans]
         fields = json.loads(record.to_json()) | {"mentions": mentions}
@@ -60,10 +85,11 @@ def write_iob(tagged: Iterable[Tagged], out: TextIO, *, spaced: bool = True) -> 
         if len(spans) < len(text.spans):
             lost = len(text.spans) - len(spans)
             log.warning("%s: %d overlapping mentions cannot be written as IOB", text.doc_id, lost)
-        print(f"-DOCSTART- ({_one_line(text.doc_id)})\n", file=out)
+        if not text.start:
+            print(f"-DOCSTART- ({_one_line(text.doc_id)})\n", file=out)
         for start, end in join_cut(find_sentences(text.text), spans):
-            for token, tag in _tag_tokens(text.text, (start, end), spans, spaced):
-                print(text.text[slice(*token)], *token, tag, sep="\t", file=out)
+            for (first, last), tag in _tag_tokens(text.text, (start, end), spans, spaced):
+                print(text.text[first:last], text.start + first, text.start + last, tag, sep="\t", file=out)
             print(file=out, flush=True)
 
 
@@ -78,7 +104,7 @@ def write_brat(tagged: Iterable[Tagged], folder: Path | str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[str, int] = {}
-    for text in tagged:
+    for text in join_parts(tagged):
         name = re.sub(r"[^\w.-]+", "_", text.doc_id).lstrip(".") or "text"
         seen[name] = seen.get(name, 0) + 1
         name = name if seen[name] == 1 else f"{name}-{seen[name]}"

@@ -3,6 +3,9 @@
 import json
 import multiprocessing
 import os
+import signal
+import threading
+import time
 
 import nbformat
 import pytest
@@ -43,6 +46,40 @@ def test_a_failing_cell_and_a_dying_kernel_are_named(execute):
     assert (failed.value.cell, failed.value.reason) == ("In [4]", "ZeroDivisionError: division by zero")
     with pytest.raises(NotebookFailed, match=r"cell In \[3\]: the kernel died \(out of memory"):
         execute("import os; os.kill(os.getpid(), 9)", "x")
+
+
+def test_a_kernel_that_is_not_quite_done_ends_in_silence(execute, capfd):
+    """papermill's last question is kernel_info; jupyter_client interrupts the kernel as soon as that is answered."""
+    execute(
+        "import time\n"
+        "handlers = get_ipython().kernel.shell_handlers\n"
+        "answer = handlers['kernel_info_request']\n"
+        "async def answer_slowly(*request):\n"
+        "    await answer(*request)\n"
+        "    time.sleep(1)\n"
+        "handlers['kernel_info_request'] = answer_slowly"
+    )
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_reaches_the_running_cell(execute, tmp_path):
+    """So that what the cell holds (child processes, a W&B run) is let go of."""
+    source = (
+        "import pathlib, time\n"
+        "pathlib.Path('begun').touch()\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: pathlib.Path('interrupted').touch()"
+    )
+
+    def interrupt():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        execute(source)
+    assert (tmp_path / "interrupted").exists()
 
 
 def test_a_notebook_imports_what_lies_beside_it_before_what_is_installed(execute, tmp_path, monkeypatch):

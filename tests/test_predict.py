@@ -3,6 +3,8 @@
 import json
 import shlex
 import tracemalloc
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,9 @@ from biomerge_lib.predictions import RawAnswer
 from biomerge_lib.readers import read_iob
 from biomerge_lib.readers_standoff import read_brat
 from biomerge_lib.records import iter_records
-from biomerge_lib.tagger import Tagger
+from biomerge_lib.tagger import Part, Tagger
 from biomerge_lib.texts import Text, is_english, iter_texts
-from biomerge_lib.writers import Tagged, write_brat, write_iob, write_jsonl
+from biomerge_lib.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
 
 RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512, "max_new_tokens": 64}
 TEXT = "Aspirin-induced asthma (AIA).\r\n\r\nβ-blockers\tmay harm\u2028too; 5-HT𝛼 rose."
@@ -113,14 +115,19 @@ def test_every_format_of_texts_is_found(tmp_path, caplog):
         Text("3", "One."),
         Text("c-3", "Two ."),
     ]
-    assert "document d is empty" in caplog.text
+    assert "document 'd' is empty" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("a.txt", b"x\x00y", "a binary file"),
-        ("a.txt", b"fine\ncaf\xe9", r"a\.txt:2: not UTF-8"),
+        (
+            "a.txt",
+            b"fine\ncaf\xe9",
+            r"a\.txt:2: not UTF-8 \(byte 9 of the file\)\. If it is Latin-1: iconv -f latin1",
+        ),
+        ("a.txt", "IL-2".encode("utf-16"), r"a\.txt: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: expected an object with a text"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: expected an object with a text"),
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: not UTF-8"),
@@ -135,6 +142,24 @@ def test_bad_files_are_named_before_a_model_is_loaded(tmp_path, monkeypatch, cap
         list(iter_texts([tmp_path]))
     assert main(["predict", "--file", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_is_no_prose_or_no_text_is_not_read_as_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("id,text\n1,Aspirin helps\n")
+    (tmp_path / "blank.txt").write_text(" \n")
+    said = {
+        ("a.csv",): "a.csv is there as a file or folder; to read it: predict --file a.csv",
+        (
+            "--file",
+            "a.csv",
+        ): "a.csv: .txt, .jsonl, .pubtator are read. As plain text, all the same: --file - < a.csv",
+        ("--file", "blank.txt"): "no text to read: python -m biomerge_lib predict",
+        ("--file", "none.txt"): "none.txt: no such file or folder.",
+    }
+    for arguments, message in said.items():
+        assert main(["predict", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_sentences_of_many_texts_share_a_batch(tagger):
@@ -159,6 +184,61 @@ def test_a_long_text_streams_in_bounded_memory(tagger):
     assert tracemalloc.get_traced_memory()[1] < peak_of_first + 300_000
     tracemalloc.stop()
     assert sum(notes) == 2000 * (len(line) - 1) and len(asked) == 500
+
+
+def test_a_document_comes_in_parts_that_make_it_up(tagger):
+    """The first after a few sentences, then more at a time; a part ends where the next sentence begins."""
+    tagger, asked = tagger
+    text = " " + "Aspirin helps.  Heparin harms.\n\n" * 10 + "Caffeine wakes. \n"
+    parts = tagger.find_parts(["Zinc.", text])
+    assert (next(parts), asked) == (Part(0, 5, [(0, 4)], True), [4])
+    assert (next(parts), asked) == (Part(0, 49, [(1, 8), (17, 24), (33, 40)], False), [4])
+    rest = list(parts)
+    assert asked == [4, 4, 4, 4, 4, 2]
+    assert [part.start for part in rest] == [49, *(part.end for part in rest[:-1])]
+    assert [part.is_last for part in rest] == [False] * (len(rest) - 1) + [True] and rest[-1].end == len(text)
+    found = [span for part in rest for span in part.spans]
+    assert list(tagger.find_mentions([text])) == [[(1, 8), (17, 24), (33, 40), *found]]
+    asked.clear()
+    list(replace(tagger, at_once=64).find_parts(["It heals. " * 200]))
+    assert asked == [4, 16, 64, 64, 52]
+
+
+def test_conll_of_parts_is_that_of_the_whole(tmp_path):
+    whole = Tagged("d", "Aspirin helps.  Heparin (so they say.) harms.\n", [(0, 7), (16, 23)])
+    parts = [
+        Tagged("d", whole.text[:16], [(0, 7)], 0, False),
+        Tagged("d", whole.text[16:], [(0, 7)], 16, True),
+    ]
+    assert list(join_parts(parts)) == [whole]
+    for name, tagged in (("whole", [whole, *TAGGED]), ("parts", [*parts, *TAGGED])):
+        with (tmp_path / name).open("w", encoding="utf-8") as out:
+            write_iob(tagged, out)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeypatch, capsys, caplog):
+    def answer(prompts):
+        if len(prompts) > 4:
+            raise KeyboardInterrupt
+        return [RawAnswer([], " 0-7", "eos") for _ in prompts]
+
+    broken = Tagger(tokenizer, RENDERING, None, answer)
+    monkeypatch.setattr("biomerge_lib.tagger.load_tagger", lambda **_: broken)
+    (tmp_path / "long.txt").write_text("Aspirin helps.\n" * 50)
+    command = ["predict", "--file", str(tmp_path / "long.txt"), "--out"]
+    assert main(command[:-1]) == 130
+    assert capsys.readouterr().out == "[Aspirin] helps.\n" * 4
+    assert main([*command, str(tmp_path / "out.jsonl")]) == 130
+    assert f"what was found so far is in {tmp_path / 'out.jsonl.partial'}" in capsys.readouterr().err
+    (record,) = iter_records(tmp_path / "out.jsonl.partial")
+    assert (record.text, record.spans) == ("Aspirin helps.\n" * 4, ((0, 7), (15, 22), (30, 37), (45, 52)))
+    assert "long: only its first 60 characters were read" in caplog.text
+    assert main([*command, str(tmp_path / "out.conll")]) == 130
+    assert len(list(read_iob(tmp_path / "out.conll.partial", dataset="x"))) == 4
+    assert main([*command, str(tmp_path / "brat"), "--format", "brat"]) == 130
+    assert (tmp_path / "brat/long.txt").read_text() == "Aspirin helps.\n" * 4
+    assert len((tmp_path / "brat/long.ann").read_text().splitlines()) == 4
 
 
 def test_a_word_without_end_is_no_end(tagger, caplog):
@@ -204,6 +284,41 @@ def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, mon
     assert predict(["Aspirin works."]) == [[(0, 7)]]
     with pytest.raises(TypeError, match="a list of texts"):
         predict("Aspirin works.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["predict", "x", "--out", "file/out.jsonl"],
+            "file: File exists. Is the path right, may you write there?",
+        ),
+        (
+            ["predict", "x", "--out", "folder"],
+            "--out folder is a folder: name a file in it, or say --format brat.",
+        ),
+        (["run", "01_tokenizer", "runs_dir={}/file"], "/file/"),
+        (["wandb-sync", "folder/mine"], "folder/mine: no such run folder."),
+    ],
+)
+def test_a_place_that_cannot_be_written_or_is_not_there_is_named(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and "Traceback" not in said
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def fail(options):
+        Path("/no/such/file").read_text()
+
+    monkeypatch.setattr("biomerge_lib.predict_command.predict_texts", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["predict", "x"])
 
 
 def test_a_cue_must_be_one_that_the_model_knows(tmp_path):

@@ -220,6 +220,16 @@ def test_literal_tokens_in_the_texts_are_noted(check, tmp_path):
     assert "1 texts hold a token such as <B> literally" in says(found, "train")
 
 
+def test_a_gpu_setting_on_a_cpu_is_noted(check, monkeypatch):
+    monkeypatch.setattr("biomerge_lib.preflight.device_name", lambda: "x86_64 CPU, 2 cores")
+    assert says(check(dtype="bfloat16"), "device") == (
+        "note: no GPU here (x86_64 CPU, 2 cores), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
+    )
+    assert says(check(dtype="float32"), "device") == ""
+    monkeypatch.setattr("biomerge_lib.preflight.device_name", lambda: "1 x NVIDIA H200")
+    assert says(check(dtype="bfloat16"), "device") == ""
+
+
 def test_the_command_prints_the_table_and_its_exit_code_tells(data_dir, tiny_prepared, tmp_path, capsys):
     words = [f"data_dir={data_dir}", f"tokenizer_dir={tiny_prepared}"]
     assert main(["preflight", *words]) == 0
