@@ -72,7 +72,7 @@ def step_cells(row: dict[str, Any]) -> list[Any]:
     if row.get("accumulate", 1) > 1:
         cells[1] = f"{row['batch']} ({row['batch'] // row['accumulate']} x {row['accumulate']})"
     if "error" in row:
-        cells[3] = f"failed: {row['error']}"
+        cells[3] = f"failed: {row['error'].split('. ')[0]}"
     return cells
 
 
