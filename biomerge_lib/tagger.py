@@ -244,4 +244,5 @@ def load_tagger(
         tokenizer, answer = ask_server(folder, base_url, max_new_tokens=new_tokens)
         return Tagger(tokenizer, rendering, cues, answer, at_once=512)
     tokenizer, answer = decode_here(folder, max_new_tokens=new_tokens, batch_size=batch_size)
-    return Tagger(tokenizer, rendering, cues, answer)
+    # Two batches at a time can be sorted by length; more would be lost to an interrupt.
+    return Tagger(tokenizer, rendering, cues, answer, at_once=2 * batch_size)
