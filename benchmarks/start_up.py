@@ -111,22 +111,22 @@ def run_child(arguments: Sequence[str], *, tree: Path, **environment: str) -> di
 
 
 def count_imports(lines: Iterable[str]) -> Counter[str]:
-    """Seconds a top-level package that ``-X importtime`` measured, a module's own time without what it imports.
+    """Microseconds a top-level package that ``-X importtime`` measured, a module's own without what it imports.
 
     >>> count_imports(["import time:   1000000 |    3000000 |   torch.nn", "import time: 500000 | 500000 | torch"])
-    Counter({'torch': 1.5})
+    Counter({'torch': 1500000})
     """
     found: Counter[str] = Counter()
     for line in lines:
         if match := re.match(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)", line):
-            found[match[2]] += int(match[1]) / 1e6
+            found[match[2]] += int(match[1])
     return found
 
 
 def dearest(imports: Counter[str]) -> dict[str, float]:
-    """The dearest packages, then the rest and the sum."""
-    named = {name: round(seconds, 2) for name, seconds in imports.most_common(LIBRARIES)}
-    return named | {"all": round(sum(imports.values()), 2)}
+    """Seconds of the dearest packages, then the sum of all."""
+    named = {name: round(spent / 1e6, 2) for name, spent in imports.most_common(LIBRARIES)}
+    return named | {"all": round(imports.total() / 1e6, 2)}
 
 
 def job_of(source: str) -> str:
@@ -191,7 +191,7 @@ class Place:
             # Each interpreter's lines begin with a heading: the command, then its kernel up to the first cell.
             command, *kernel = re.split(r"^import time: self.*\n", child["stderr"], flags=re.M)[1:]
             # ipykernel shows what a cell writes to stderr below the cell, and hands it on.
-            cells_too, in_cells = count_imports("".join(kernel).splitlines()), Counter()
+            cells_too, in_cells = count_imports("".join(kernel).splitlines()), Counter[str]()
             for cell in code:
                 in_cells.update(_cell_imports(cell))
             row["imports"] = {
@@ -203,7 +203,7 @@ class Place:
             for cell in code:
                 by_job.setdefault(job_of("".join(cell["source"])), Counter()).update(_cell_imports(cell))
             row["imports_by_part"] = {
-                job: round(sum(found.values()), 2) for job, found in by_job.items() if found
+                job: round(found.total() / 1e6, 2) for job, found in by_job.items() if found
             }
         if name == "03_train":
             row["evaluation"] = self.evaluation_share()
@@ -289,8 +289,9 @@ def load_in_parts(scratch: str, what: str) -> None:
         from biomerge_lib.predictions import build_prompts
 
         records = read_split(f"{scratch}/data", "dev", limit=8)
-        rendering = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512}
-        prompts = build_prompts(records, tokenizer, **rendering)
+        prompts = build_prompts(
+            records, tokenizer, offset_anchors="start", corpus_cue=False, max_input_tokens=512
+        )
         began = time.perf_counter(), time.process_time()
         greedy_decode(model, tokenizer, prompts, max_new_tokens=16, batch_size=16)
         now = time.perf_counter(), time.process_time()
@@ -345,7 +346,8 @@ def train_in_parts(words: Sequence[str]) -> None:
     folder = parameters.run_folder
     trainer = build_trainer(model, tokenizer, records, parameters, checkpoints=folder / "checkpoints")
     note("Trainer")
-    steps, evaluations = [], []
+    steps: list[tuple[float, float]] = []
+    evaluations: list[tuple[float, float]] = []
     _watch(trainer, "training_step", steps)
     _watch(trainer, "evaluate", evaluations)
     metrics = train(trainer, folder)

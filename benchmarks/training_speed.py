@@ -107,6 +107,7 @@ class Stopwatch:
         self.steps = 0
         self.warm_end = self.start = 0.0
         self.at_start = (0, 0, 0)  # tokens, sentences, compilations
+        self.end: float  # at the last measured step
 
         class AtStepEnd(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):

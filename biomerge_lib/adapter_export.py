@@ -37,6 +37,8 @@ PLACES = {
     "run_id",
     "existing_run",
     "backbones_dir",
+    "tokenizer_dir",
+    "cache_dir",
     "wandb_mode",
     "wandb_project",
 }

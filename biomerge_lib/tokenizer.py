@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.errors import ModelError
 
@@ -92,10 +92,13 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if config.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in config:
         # AutoTokenizer comes to the same class, and imports generation and torch's compiler on the way (3 s).
-        from transformers import PreTrainedTokenizerFast as Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
-        from transformers import AutoTokenizer as Tokenizer
-    tokenizer = cast("PreTrainedTokenizerFast", Tokenizer.from_pretrained(folder))
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer, str(folder))
     return tokenizer
 

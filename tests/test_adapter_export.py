@@ -31,7 +31,8 @@ def run(tiny_prepared, tiny_parameters, tmp_path) -> Path:
     model.save_pretrained(folder / "checkpoints/checkpoint-9")
     note = {"sha256": backbone_sha256(tiny_prepared)}
     (folder / "checkpoints/checkpoint-9/backbone.json").write_text(json.dumps(note))
-    parameters = tiny_parameters(corpora=[f"{tmp_path}/bc5cdr_iob", f"{tmp_path}/other"])
+    corpora = [f"{tmp_path}/bc5cdr_iob", f"{tmp_path}/other"]
+    parameters = tiny_parameters(corpora=corpora, tokenizer_dir=f"{tmp_path}/tokenizer")
     (folder / "parameters.yaml").write_text(yaml.safe_dump(parameters.model_dump()))
     scores = dict(precision=0.8, recall=0.7, f1=0.74667, f1_low=0.7, f1_high=0.8)
     metrics = {f"greedy_dev_ner_{name}": value for name, value in scores.items()} | {"greedy_dev_records": 64}

@@ -117,7 +117,7 @@ def direct_imports() -> dict[str, set[str]]:
                 names = [str(node.module)]
             for name in names:
                 found.setdefault(name.split(".")[0], set()).add(path.name)
-    own = {path.stem for path in ROOT.glob("tests/*.py")} | {"biomerge_lib", "tests"}
+    own = {path.stem for path in ROOT.glob("tests/*.py")} | {"benchmarks", "biomerge_lib", "tests"}
     return {name: files for name, files in found.items() if name not in sys.stdlib_module_names | own}
 
 
