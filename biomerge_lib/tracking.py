@@ -222,8 +222,9 @@ def _files(folder: Path, stage: str, metrics: dict[str, Any]) -> list[tuple[str,
     ]
     if "best_checkpoint" in metrics:
         checkpoint = folder / "checkpoints" / metrics["best_checkpoint"]
-        kept = [path for path in sorted(checkpoint.glob("*")) if path.suffix in (".json", ".safetensors")]
-        found.append(("model", "checkpoint", kept))
+        if (checkpoint / "adapter_config.json").is_file():  # some MB; a model that was trained whole has GB
+            kept = [path for path in sorted(checkpoint.glob("*")) if path.suffix in (".json", ".safetensors")]
+            found.append(("model", "checkpoint", kept))
     if stage != "03_train":
         decoder = "greedy" if "greedy" in stage else "vllm"
         found.append(
