@@ -66,7 +66,7 @@ def main() -> None:
         "command": "python -m benchmarks.shipped_adapter --corpora ../shared/corpora "
         f"--limit {options.limit} --foreign-limit {options.foreign_limit}",
         "weights_sha256": file_sha256(options.adapter / "adapter_model.safetensors"),
-        **{name: where[name] for name in ("commit", "device", "python", "versions")},
+        **{name: where[name] for name in ("device", "python", "versions")},
     }
     rows = read_rows(options.adapter / "scores.json", report)
     for corpus, types, spaced, what in ROWS:
@@ -76,7 +76,8 @@ def main() -> None:
         records = read_corpus(f"{kind}{options.corpora / corpus}", types=types, splits=("dev",))["dev"]
         limit = options.limit if what.startswith(OWN) else options.foreign_limit
         chosen = records[:: max(1, len(records) // limit)][:limit]
-        row = measure(tagger, chosen, spaced=spaced, name=f"{corpus}, {what}")
+        row = {"commit": where["commit"]}
+        row |= measure(tagger, chosen, spaced=spaced, name=f"{corpus}, {what}")
         rows.append(
             {"corpus": corpus, "types": types, "spaced": spaced, "what": what, "of": len(records), **row}
         )

@@ -152,7 +152,8 @@ def _score_table(report: Mapping[str, Any]) -> str:
         scores = f"{row['precision']:.3f} | {row['recall']:.3f} | {interval}"
         lines.append(f"| {corpus} | {row['what']} | {share} | {scores} |")
     seconds = sum(row["seconds"] for row in report["rows"])
-    made = f"`{report['command']}`, commit `{report['commit']}`, {report['device']}, {seconds:,.0f} s."
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in report["rows"]))
+    made = f"`{report['command']}`, commit {commits}, {report['device']}, {seconds:,.0f} s."
     return "\n".join([*lines, "", made, ""])
 
 
