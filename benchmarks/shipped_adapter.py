@@ -76,7 +76,7 @@ def main() -> None:
         records = read_corpus(f"{kind}{options.corpora / corpus}", types=types, splits=("dev",))["dev"]
         limit = options.limit if what.startswith(OWN) else options.foreign_limit
         chosen = records[:: max(1, len(records) // limit)][:limit]
-        row = {"commit": where["commit"]}
+        row: dict[str, Any] = {"commit": where["commit"]}
         row |= measure(tagger, chosen, spaced=spaced, name=f"{corpus}, {what}")
         rows.append(
             {"corpus": corpus, "types": types, "spaced": spaced, "what": what, "of": len(records), **row}
