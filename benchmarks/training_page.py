@@ -182,8 +182,9 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 [row["tokens_a_second"] for row in rows],
                 color=colours,
             )
-            panel.bar_label(bars, fmt="{:,.0f}", fontsize=7)
-            panel.set(xlabel=f"real tokens a second, {batches[0]} sentences a step (orange: peers)")
+            panel.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=3)
+            panel.margins(x=0.15)
+            panel.set(xlabel=f"real tokens a second\n{batches[0]} sentences a step; orange: peers")
             continue
         for way, anchors in dict.fromkeys((row["way"], row["anchors"]) for row in rows):
             points = sorted(
