@@ -222,7 +222,8 @@ def _files(folder: Path, stage: str, metrics: dict[str, Any]) -> list[tuple[str,
     ]
     if "best_checkpoint" in metrics:
         checkpoint = folder / "checkpoints" / metrics["best_checkpoint"]
-        if (checkpoint / "adapter_model.safetensors").is_file():  # some MB; a model that was trained whole has GB
+        # An adapter has some MB; a model that was trained whole has gigabytes.
+        if (checkpoint / "adapter_model.safetensors").is_file():
             kept = [path for path in sorted(checkpoint.glob("*")) if path.suffix in (".json", ".safetensors")]
             found.append(("model", "checkpoint", kept))
     if stage != "03_train":
