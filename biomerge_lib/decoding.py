@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 from biomerge_lib.answer_grammar import build_grammar
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from biomerge_lib.backbones import CausalLM
+    from biomerge_lib.graphed_decoding import GraphedDecoder
+
+# One row in so many may stay unfinished when a batch is left, and goes on with others like it behind the last batch:
+# the longest answer is several times as long as most, and would hold up all of its batch.
+SHARE_LEFT = 8
 
 
 def greedy_decode(
@@ -35,19 +41,28 @@ def greedy_decode(
     import torch
     from tqdm.auto import tqdm
 
+    from biomerge_lib.graphed_decoding import GraphedDecoder, can_graph
+
+    eos = cast(int, tokenizer.eos_token_id)
+    graphed = constrained_decoding == "off" and can_graph(model)
+    decoder = GraphedDecoder(model, eos_token_id=eos) if graphed else None
     grammars = _Grammars(tokenizer, model.config.vocab_size, constrained_decoding)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].prompt_ids))
-    answers: dict[int, RawAnswer] = {}
-    bar = tqdm(total=len(prompts), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
+    rows = [_Row(prompt) for prompt in prompts]
+    bar = tqdm(total=len(rows), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
     with decoding_mode(model), torch.inference_mode(), bar:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = [prompts[index] for index in indices]
-            rows, best, second = _continue(model, tokenizer, batch, max_new_tokens, grammars.masks(batch))
-            for index, *row in zip(indices, rows, best, second, strict=True):
-                answers[index] = read_answer(row[0], tokenizer, *row[1:])
-            bar.update(len(indices))
-    return [answers[index] for index in range(len(prompts))]
+        waiting = list(rows)
+        while waiting:
+            waiting.sort(key=lambda row: -len(row.prompt.prompt_ids) - len(row.ids))
+            batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+            waiting = []
+            for batch in batches:
+                masks = grammars.masks([row.prompt for row in batch])
+                leave = len(batch) // SHARE_LEFT if len(batches) > 1 else 0
+                _continue(model, tokenizer, batch, max_new_tokens, masks=masks, decoder=decoder, leave=leave)
+                unfinished = [row for row in batch if not row.has_ended(eos, max_new_tokens)]
+                bar.update(len(batch) - len(unfinished))
+                waiting += unfinished
+    return [read_answer(row.ids, tokenizer, row.best, row.second) for row in rows]
 
 
 def read_answer(
@@ -92,10 +107,10 @@ class _TopTwo:
         return scores
 
     def rows(self) -> list[list[list[float]]]:
-        """The best and the second log-probabilities: 2 x batch x steps."""
+        """The best and the second log-probabilities: batch x steps x 2."""
         import torch
 
-        return torch.stack(self.steps).permute(2, 1, 0).tolist()
+        return torch.stack(self.steps, dim=1).tolist()
 
 
 class _Grammars:
@@ -121,37 +136,60 @@ class _Grammars:
         return [LogitsProcessor([self.compiler.compile_grammar(grammar) for grammar in grammars])]
 
 
+@dataclass
+class _Row:
+    """A prompt and what has been written behind it so far, with the two best log-probabilities of each step."""
+
+    prompt: Prompt
+    ids: list[int] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+    second: list[float] = field(default_factory=list)
+
+    def has_ended(self, eos_token_id: int, max_new_tokens: int) -> bool:
+        return eos_token_id in self.ids or len(self.ids) >= max_new_tokens
+
+    def add(self, ids: list[int], logprobs: list[list[float]], max_new_tokens: int) -> None:
+        """Take up what one pass wrote: token ids (N,) and log-probabilities (N, 2)."""
+        room = max_new_tokens - len(self.ids)
+        self.ids += ids[:room]
+        self.best += [best for best, _ in logprobs[:room]]
+        self.second += [second for _, second in logprobs[:room]]
+
+
 def _continue(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: list[Prompt],
+    rows: list[_Row],
     max_new_tokens: int,
+    *,
     masks: list[Callable],
-) -> tuple[list, ...]:
-    """Generated ids and the two best log-probabilities of each step, as lists of rows."""
+    decoder: GraphedDecoder | None,
+    leave: int,
+) -> None:
+    """Write on behind each row; with a ``decoder`` as many as ``leave`` may stay unfinished."""
     import torch
     from transformers import LogitsProcessorList
 
-    from biomerge_lib.graphed_decoding import can_graph, decode_graphed
-
-    prompt_ids = [prompt.prompt_ids for prompt in prompts]
-    longest = max(map(len, prompt_ids))
+    read = [row.prompt.prompt_ids + row.ids for row in rows]
+    longest = max(map(len, read))
     # Padding is known by length, not by id: pad and EOS are the same token.
-    input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompt_ids])
-    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in read])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in read])
     inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
-    if can_graph(model) and not masks:
-        ids, logprobs = decode_graphed(
-            model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id
+    if decoder is not None:
+        most = max_new_tokens - min(len(row.ids) for row in rows)
+        ids, logprobs = decoder.decode(**inputs, max_new_tokens=most, leave=leave)
+        written = zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
+    else:
+        top_two = _TopTwo()
+        generated = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([*masks, top_two]),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-        return ids.tolist(), *logprobs.permute(2, 0, 1).tolist()
-    top_two = _TopTwo()
-    generated = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([*masks, top_two]),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return generated[:, longest:].tolist(), *top_two.rows()
+        written = zip(rows, generated[:, longest:].tolist(), top_two.rows(), strict=True)
+    for row, new_ids, both in written:
+        row.add(new_ids, both, max_new_tokens)

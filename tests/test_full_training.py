@@ -13,7 +13,7 @@ from biomerge_lib.__main__ import main
 from biomerge_lib.checkpoints import best_checkpoint, find_damage
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import ModelError, ParameterError
-from biomerge_lib.graphed_decoding import decode_graphed
+from biomerge_lib.graphed_decoding import GraphedDecoder
 from biomerge_lib.ner_span import encode_example
 from biomerge_lib.packing import PackedCollator
 from biomerge_lib.predictions import build_prompts
@@ -176,9 +176,8 @@ def test_bfloat16_is_computed_with_float32_weights(tiny_prepared, tiny_parameter
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch)["loss"]
         ids = batch["input_ids"][:, :20]
-        written, _ = decode_graphed(
-            model.eval(), ids, torch.ones_like(ids), max_new_tokens=3, eos_token_id=-1
-        )
+        decoder = GraphedDecoder(model.eval(), eos_token_id=-1)
+        written, _ = decoder.decode(ids, torch.ones_like(ids), max_new_tokens=3)
     assert set(seen) == {(torch.bfloat16,) * 3}
     assert written.shape == (1, 3) and loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-2) and loss != exact

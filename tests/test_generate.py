@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from biomerge_lib.decoding import greedy_decode, read_answer
-from biomerge_lib.graphed_decoding import decode_graphed
+from biomerge_lib.graphed_decoding import GraphedDecoder
 from biomerge_lib.ner_span import SpanCollator, encode_example
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.records import Record
@@ -97,24 +97,43 @@ def test_chunks_are_answered_apart_and_mapped_back(trained, tokenizer):
     )
 
 
-def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, tokenizer):
+def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, tokenizer, monkeypatch):
+    """As on a GPU, launch by launch: the same cache and attention, used for batch after batch."""
+    aspirin, nausea, nothing = RECORDS
+    records = [nausea, aspirin, nothing, nausea, nausea, nothing, nausea]
+    prompts = build_prompts(records, tokenizer, **RENDERING, max_input_tokens=200)
+    arguments = {"max_new_tokens": 40, "batch_size": 3, "progress": None}
+    expected = greedy_decode(trained, tokenizer, prompts, **arguments)
+    monkeypatch.setattr("biomerge_lib.graphed_decoding.can_graph", lambda model: True)
+    monkeypatch.setattr("biomerge_lib.decoding.SHARE_LEFT", 3)  # one of three is left to the next round
+    rounds = []
+    decode = GraphedDecoder.decode
+
+    def watch(self, input_ids, attention_mask, **options):
+        ids, logprobs = decode(self, input_ids, attention_mask, **options)
+        rounds.append((len(ids), options["leave"]))
+        return ids, logprobs
+
+    monkeypatch.setattr(GraphedDecoder, "decode", watch)
+    found = greedy_decode(trained, tokenizer, prompts, **arguments)
+    # by length: the long answer stands beside two short ones, is left, and goes on alone
+    assert rounds == [(3, 1), (3, 1), (1, 0), (1, 0)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.token_ids, ours.finish) == (theirs.token_ids, theirs.finish)
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert ours.margins == pytest.approx(theirs.margins, abs=1e-3)
+        assert ours.part_logprobs == pytest.approx(theirs.part_logprobs, abs=1e-3)
+
+
+def test_a_batch_is_left_when_enough_rows_have_ended(trained, tokenizer):
     prompts = build_prompts(RECORDS, tokenizer, **RENDERING, max_input_tokens=200)
-    expected = greedy_decode(trained, tokenizer, prompts, max_new_tokens=40, batch_size=3, progress=None)
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
-    rows = [[0] * (longest - len(p.prompt_ids)) + p.prompt_ids for p in prompts]
-    mask = [[0] * (longest - len(p.prompt_ids)) + [1] * len(p.prompt_ids) for p in prompts]
+    rows = torch.tensor([[0] * (longest - len(p.prompt_ids)) + p.prompt_ids for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p.prompt_ids)) + [1] * len(p.prompt_ids) for p in prompts])
+    decoder = GraphedDecoder(trained, eos_token_id=tokenizer.eos_token_id)
     with decoding_mode(trained), torch.inference_mode():
-        ids, logprobs = decode_graphed(
-            trained,
-            torch.tensor(rows),
-            torch.tensor(mask),
-            max_new_tokens=40,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    assert ids.shape[1] == 16  # all have ended by the second look
-    for row, probabilities, answer in zip(ids.tolist(), logprobs.tolist(), expected, strict=True):
-        best, second = zip(*probabilities, strict=True)
-        found = read_answer(row, tokenizer, best, second)
-        assert (found.token_ids, found.finish) == (answer.token_ids, answer.finish)
-        assert found.logprobs == pytest.approx(answer.logprobs, abs=1e-4)
-        assert found.margins == pytest.approx(answer.margins, abs=1e-3)
+        whole, _ = decoder.decode(rows, mask, max_new_tokens=40)
+        left, _ = decoder.decode(rows, mask, max_new_tokens=40, leave=1)
+    # looks come at 8 and 16 tokens: the two short answers have ended by the first
+    assert (whole.shape, left.shape) == ((3, 16), (3, 8))
+    assert (whole[:, :8] == left).all()
