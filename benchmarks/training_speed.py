@@ -57,6 +57,7 @@ OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "packed+compiled": {"step_launch": "compiled"},
     "packed+compiled+checkpointing": {"step_launch": "compiled", "gradient_checkpointing": True},
     "packed+graphed": {"step_launch": "graphed"},
+    "packed+compiled+graphed": {"step_launch": "compiled_graphed"},
     "unsloth packed": {"backend": "unsloth"},
     "unsloth padded": {"backend": "unsloth", "packing": False},
 }

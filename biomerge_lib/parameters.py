@@ -195,8 +195,8 @@ class Parameters(BaseModel):
     warmup_ratio: float = Field(ge=0, lt=1, description="Share of the steps with a rising learning rate")
     gradient_checkpointing: bool = Field(description="Recompute activations: less memory, more time")
     packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
-    step_launch: Literal["auto", "eager", "compiled", "graphed"] = Field(
-        description="How a step reaches the GPU: kernel by kernel, with compiled layers, or as a CUDA graph"
+    step_launch: Literal["auto", "eager", "compiled", "graphed", "compiled_graphed"] = Field(
+        description="How a step reaches the GPU: kernel by kernel, with compiled layers, as a CUDA graph, or both"
     )
     logging_steps: int = Field(ge=1, description="Optimiser steps between logged losses")
     eval_steps: int = Field(ge=1, description="Optimiser steps between evaluations of the watch metric")
@@ -260,14 +260,15 @@ class Parameters(BaseModel):
             problems.append("trainable=all needs backend=peft (Unsloth is here for its LoRA layers)")
         if self.trainable == "all" and self.deepspeed:
             problems.append("trainable=all does not go with deepspeed: set deepspeed=null")
-        if self.step_launch in ("compiled", "graphed") and self.backend == "unsloth":
+        if self.step_launch not in ("auto", "eager") and self.backend == "unsloth":
             problems.append(
                 f"step_launch={self.step_launch} needs backend=peft (Unsloth has kernels of its own)"
             )
-        if self.step_launch == "graphed" and not (self.packing and self.num_processes == 1):
-            problems.append("step_launch=graphed needs packing=true and num_processes=1")
-        if self.step_launch == "graphed" and self.gradient_checkpointing:
-            problems.append("step_launch=graphed needs gradient_checkpointing=false")
+        graphed = "graphed" in self.step_launch
+        if graphed and not (self.packing and self.num_processes == 1):
+            problems.append(f"step_launch={self.step_launch} needs packing=true and num_processes=1")
+        if graphed and self.gradient_checkpointing:
+            problems.append(f"step_launch={self.step_launch} needs gradient_checkpointing=false")
         if problems:
             raise ValueError("; ".join(problems))
         return self

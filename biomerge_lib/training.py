@@ -139,7 +139,7 @@ class NerTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         inputs = {**inputs, "num_words_in_batch": self._words_in_step}
-        if self.launch == "graphed":
+        if "graphed" in self.launch:
             if self._graphed is None:
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 self._graphed = GraphedPass(functools.partial(self._run_pass, model), trained)
@@ -300,8 +300,10 @@ def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:
         ModelError: ``graphed`` without a GPU.
     """
     on_gpu = torch.cuda.is_available()
-    if parameters.step_launch == "graphed" and not on_gpu:
-        raise ModelError("step_launch=graphed needs a GPU, and PyTorch sees none here. Set step_launch=auto.")
+    if "graphed" in parameters.step_launch and not on_gpu:
+        raise ModelError(
+            f"step_launch={parameters.step_launch} needs a GPU, and PyTorch sees none here. Set step_launch=auto."
+        )
     if parameters.step_launch != "auto":
         return parameters.step_launch
     if not on_gpu or parameters.backend == "unsloth" or parameters.num_processes > 1:
@@ -315,7 +317,7 @@ def build_collator(parameters: Parameters, pad_token_id: int, launch: str) -> Sp
     """How examples become a batch: packed into a row, or padded."""
     if not parameters.packing:
         return SpanCollator(pad_token_id)
-    if launch == "graphed":  # few shapes, a graph each
+    if "graphed" in launch:  # few shapes, a graph each
         return PackedCollator(pad_token_id, 256, 512, parameters.per_device_train_batch_size)
     return PackedCollator(pad_token_id, *((64, 64) if launch == "compiled" else (1, 1)))
 
@@ -356,7 +358,7 @@ def build_trainer(
     step_size = parameters.per_device_train_batch_size * parameters.gradient_accumulation_steps
     steps = len(datasets["train"]) / (step_size * parameters.num_processes) * parameters.num_train_epochs
     launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
-    if launch == "compiled":
+    if "compiled" in launch:
         compile_layers(model.get_decoder())
     epoch_end, stop = EpochEndEvaluation(), StopOnRequest()
     tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)
