@@ -76,6 +76,8 @@ def serve(
     tokenizer = load_plain_tokenizer(model_dir)
     limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
     name = f"{model_dir.parent.name if model_dir.name == 'merged' else model_dir.name}-{dtype}-{execution}"
+    start = 1 + len(list(scratch.glob(f"{name}-*.jsonl")))
+    name = f"{name}-{start}"
     server = VllmServer(
         model_dir, dtype=dtype, execution=execution, log_path=logs / f"{name}.log", max_model_len=limit
     )
@@ -87,7 +89,7 @@ def serve(
         }
         asking |= {"split": "dev", "concurrency": concurrency, **rendering}
         warm_up = evaluate_split(
-            records[:WARM_UP], tokenizer, out=scratch / "warm.jsonl", progress=None, **asking
+            records[:WARM_UP], tokenizer, out=scratch / f"warm-{name}.jsonl", progress=None, **asking
         )
         evaluation = evaluate_split(
             records, tokenizer, out=scratch / f"{name}.jsonl", progress=None, **asking
@@ -98,6 +100,7 @@ def serve(
         "model": server.model_id,
         "dtype": dtype,
         "execution": server.executes,
+        "start": start,
         "weights GB": round(sum(path.stat().st_size for path in model_dir.glob("*.safetensors")) / 1e9, 2),
         "sentences": len(records),
         "in flight": concurrency,
@@ -180,7 +183,8 @@ def write_page(report: dict[str, Any]) -> None:
         f"{report['records']} records of {report['data']} (sha256 {report['data_sha256'][:12]}), spread evenly.",
         "",
         "*start-up*: from starting the server to its answer to eight sentences; *answering*: the records, through the "
-        "project's own client. The random model never writes EOS, so that each of its answers is cut at "
+        "project's own client. *start*: the first of a model in this run, the second (kernels that Triton compiles at "
+        "first use are kept on disk). The random model never writes EOS, so that each of its answers is cut at "
         f"{RANDOM_RENDERING['max_new_tokens']} tokens. *execution*: eager, with CUDA graphs, or compiled with "
         "torch.compile and graphs.",
         "",
@@ -207,7 +211,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=800, help="records (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=256, help="requests in flight (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=128, help="of transformers (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=256, help="of transformers (%(default)s)")
     parser.add_argument(
         "--execution", nargs="+", choices=EXECUTION, default=["graphs"], help="of the random model's servers"
     )

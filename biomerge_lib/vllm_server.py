@@ -184,6 +184,10 @@ class VllmServer:
             threads = ",".join(str(core) for core in cores[1:] or cores)
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.kv_cache_gib))
+        else:
+            # The engine's process then has what the server's process has imported already; vLLM spawns it by itself
+            # where CUDA has been initialised before.
+            environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         return environment
 
     def _wait_until_ready(self, process: GuardedProcess, port: int, *, deadline: float) -> None:

@@ -726,6 +726,15 @@ def test_how_a_server_executes_is_one_flag(start_stub, version, execution, flags
     assert [word for word in server._command() if word in known] == flags
 
 
+def test_the_engine_of_a_cuda_build_is_forked_unless_the_environment_says_otherwise(start_stub, monkeypatch):
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    server = start_stub()
+    server.version = "vllm==0.26.0"
+    assert server._environment()["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    assert server._environment()["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
 def test_a_server_that_is_never_ready_is_stopped(start_stub, tmp_path):
     python = make_stub_python(tmp_path / "slow", run="echo loading; sleep 600")
     server = start_stub(python=python, ready_seconds=0.5)
