@@ -40,9 +40,9 @@ SETS: dict[str, dict[str, str]] = {
     },
     "union": {"cue": f"{UNION} corpus_cue=true"},
     "ceiling": {
-        "LoRA, 6 epochs": f"{ECHO} {LONG}",
-        "all weights, 2 epochs": f"{ECHO} trainable=all learning_rate=3e-4",
-        "all weights, 6 epochs": f"{ECHO} trainable=all learning_rate=3e-4 {LONG}",
+        "LoRA, 6 epochs": f"{SOME} {ECHO} {LONG}",
+        "all weights, 2 epochs": f"{SOME} {ECHO} trainable=all learning_rate=3e-4",
+        "all weights, 6 epochs": f"{SOME} {ECHO} trainable=all learning_rate=3e-4 {LONG}",
     },
     "ablation": {
         "start": SOME,
