@@ -173,8 +173,8 @@ def compare(
     }
 
 
-def write_page(report: dict[str, Any]) -> None:
-    write_json(REPORT, report)
+def write_page(report: dict[str, Any], path: Path) -> None:
+    write_json(path, report)
     lines = [
         "# vLLM: start-up, speed and parity on one machine",
         "",
@@ -200,7 +200,7 @@ def write_page(report: dict[str, Any]) -> None:
             lines += [*([title, ""] if title else []), *table(list(report[part][0]), rows), ""]
     if report["failed"]:
         lines += ["## Failed", "", *(f"- {what}: {why}" for what, why in report["failed"].items()), ""]
-    REPORT.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def main() -> None:
@@ -222,6 +222,7 @@ def main() -> None:
         default=["bfloat16", "float32"],
         help="of the trained model (both; none leaves it out)",
     )
+    parser.add_argument("--out", type=Path, default=REPORT, help="JSON file; its page stands beside it")
     options = parser.parse_args()
     quiet_libraries()
     where = provenance()
@@ -240,6 +241,7 @@ def main() -> None:
             random_model = build_random_model(options.shape)
         for execution in options.execution if options.shape != "none" else ():
             attempt(
+                options.out,
                 report,
                 f"{options.shape} {execution}",
                 lambda how=execution: report["served"].append(
@@ -257,6 +259,7 @@ def main() -> None:
             )
         if options.shape != "none":
             attempt(
+                options.out,
                 report,
                 f"{options.shape} in transformers",
                 lambda: report["decoded"].append(
@@ -273,6 +276,7 @@ def main() -> None:
             trained = merge_for_use(SHIPPED)  # in float32: each decoder rounds it as its own dtype wants
         for dtype in options.dtypes:
             attempt(
+                options.out,
                 report,
                 f"{SHIPPED.name} {dtype}",
                 lambda dtype=dtype: measure_trained(report, trained, records, dtype, options, scratch),
@@ -300,14 +304,14 @@ def measure_trained(
     report["parity"].append(compare(greedy, served, model_dir, dtype=dtype))
 
 
-def attempt(report: dict[str, Any], what: str, measure) -> None:
+def attempt(out: Path, report: dict[str, Any], what: str, measure) -> None:
     """Run one part and write the page; what goes wrong is printed and kept."""
     started = time.monotonic()
     try:
         measure()
     except Exception as error:
         report["failed"][what] = f"{type(error).__name__}: {error}".replace("\n", " ")
-    write_page(report)
+    write_page(report, out)
     print(f"{what}: {time.monotonic() - started:.0f} s", report["failed"].get(what, ""), flush=True)
     for part in ("served", "decoded", "parity"):
         print(part, report[part][-1:], flush=True)

@@ -470,6 +470,12 @@ def main() -> None:
     together = [process for process in processes if compiles(process.way)]
     groups = [together[start : start + abreast] for start in range(0, len(together), abreast)]
     groups += [[process] for process in processes if not compiles(process.way)]
+    run: dict[str, Any] = {
+        "command": "python -m benchmarks.training_speed " + shlex.join(sys.argv[1:]),
+        "shape": options["shape"],
+        "matrix_peak_tflops": peak and round(peak, 1),
+        "provenance": provenance(),
+    }
     for group in groups:
         for process in group:
             process.go_on()
@@ -478,20 +484,18 @@ def main() -> None:
         for process in group:
             process.go_on()
             process.wait_for_end()
-            print(f"{time.perf_counter() - started:.0f} s: {process.way} is done", flush=True)
-    rows = [row for process in processes for row in process.rows]
-    for row in rows:
-        if peak and "useful_tflops" in row:
-            row["share_of_peak"] = round(row["useful_tflops"] / peak, 3)
-    run = {
-        "command": "python -m benchmarks.training_speed " + shlex.join(sys.argv[1:]),
-        "shape": options["shape"],
-        "matrix_peak_tflops": peak and round(peak, 1),
-        "provenance": provenance(),
-        "seconds": round(time.perf_counter() - started),
-        "rows": rows,
-    }
-    add_runs(Path(options["out"]), [run], METHOD)
+            seconds = round(time.perf_counter() - started)
+            print(f"{seconds} s: {process.way} is done", flush=True)
+            rows = [with_share(row, peak) for process in processes for row in process.rows]
+            # After each way, so that what comes later can cost nothing that is measured.
+            add_runs(Path(options["out"]), [run | {"seconds": seconds, "rows": rows}], METHOD)
+
+
+def with_share(row: dict[str, Any], peak: float | None) -> dict[str, Any]:
+    """A row with its share of the matrix peak, where both are known."""
+    if not (peak and "useful_tflops" in row):
+        return row
+    return row | {"share_of_peak": round(row["useful_tflops"] / peak, 3)}
 
 
 def find_backbone(shape: str) -> Path:
