@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,6 +21,10 @@ from biomerge_lib.parameters import Parameters
 from biomerge_lib.records import Record
 from biomerge_lib.runs import PROJECT_DIR, load_run_parameters, quiet_libraries
 from biomerge_lib.unsloth_lora_ner import import_backend
+
+_TORCHRUN = (
+    "elastic/multiprocessing/api.py"  # in the first line that torchrun writes when a process has failed
+)
 
 
 def read_records(parameters: Parameters) -> dict[str, list[Record]]:
@@ -35,15 +41,15 @@ def read_records(parameters: Parameters) -> dict[str, list[Record]]:
 def train_run(folder: Path, parameters: Parameters) -> dict[str, Any]:
     """Train the run in ``folder`` (or go on with it) and return its metrics; see :func:`training.train`.
 
-    With ``num_processes`` > 1 torchrun starts that many processes on this node, and their output is shown here.
+    With ``num_processes`` > 1 or DeepSpeed, torchrun starts the processes on this node; their output is shown here.
 
     Raises:
-        BioMergeError: a process failed; its last lines are in the message.
+        BioMergeError: a process failed; the processes' last lines are in the message.
     """
     done = folder / "training.json"
     if done.is_file():
         print(f"{folder.name} is trained already; existing_run=replace trains it anew.")
-    elif parameters.num_processes == 1:
+    elif parameters.num_processes == 1 and not parameters.deepspeed:
         return _train_here(folder, parameters)
     else:
         # Prepared once, before the processes look for it all at the same time.
@@ -72,9 +78,11 @@ def _train_here(folder: Path, parameters: Parameters) -> dict[str, Any]:
 def _torchrun(folder: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "biomerge_lib.launch", str(folder)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")])
-    }
+    threads = max(
+        1, len(os.sched_getaffinity(0)) // processes
+    )  # each; torchrun's own choice is one, and a banner
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    environment["PYTHONPATH"] = os.pathsep.join([str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")])
     lines: list[str] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -84,11 +92,16 @@ def _torchrun(folder: Path, processes: int) -> None:
             if "%|" not in line:  # progress bars are for terminals
                 print(line, end="")
     if process.returncode:
-        raise BioMergeError(f"torchrun ended with {process.returncode}:\n{''.join(lines[-30:])}")
+        own = list(
+            itertools.takewhile(lambda line: _TORCHRUN not in line, lines)
+        )  # else what it says hides them
+        raise BioMergeError(f"torchrun ended with {process.returncode}:\n{''.join((own or lines)[-30:])}")
 
 
 def main() -> int:
     quiet_libraries()
+    # Of names that DeepSpeed and accelerate still use.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     folder = Path(sys.argv[1])
     try:
         _train_here(folder, load_run_parameters(folder))

@@ -317,6 +317,8 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("hydra", "datasets", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It sets a level of its own when it is imported, and warns of a machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # Its warnings are about names that a notebook's parameters cell does not list; they are checked here.
     logging.getLogger("papermill").setLevel(logging.ERROR)
 

@@ -95,7 +95,8 @@ def span_loss(
     loss = _mean_loss(summed, num_items_in_batch, targets)
     output = {"loss": loss, "lm_loss": loss.detach()}
     if token_labels is not None and hasattr(model, "token_head"):
-        token_logits = model.token_head(hidden.float())  # (B, T, 3)
+        head_dtype = next(model.token_head.parameters()).dtype  # DeepSpeed makes it narrower
+        token_logits = model.token_head(hidden.to(head_dtype)).float()  # (B, T, 3)
         summed = F.cross_entropy(
             token_logits.reshape(-1, len(B_I_O)),
             token_labels.reshape(-1),
@@ -125,41 +126,37 @@ def read_trained_rows_in_place(model: CausalLM) -> None:
         # Gemma's embedding scales what it reads, so it is left as it is.
         if adapter is None or type(adapter.base_layer) not in (torch.nn.Embedding, torch.nn.Linear):
             continue
-        table = adapter.base_layer.weight
-        ids = torch.tensor(adapter.token_indices["default"], device=table.device)
-        module.forward = functools.partial(
-            _read_rows, read, module.forward, adapter, table, ids, adapter.trainable_tokens_delta["default"]
-        )
+        ids = torch.tensor(adapter.token_indices["default"], device=adapter.base_layer.weight.device)
+        module.forward = functools.partial(_read_rows, read, module.forward, adapter, ids)
 
 
 def _read_rows(
     read: Callable[..., torch.Tensor],
     peft_forward: Callable[..., torch.Tensor],
     adapter: Any,
-    table: torch.Tensor,
     ids: torch.Tensor,
-    values: torch.Tensor,
     inputs: torch.Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
     if adapter.disable_adapters or adapter.merged:
         return peft_forward(inputs, *args, **kwargs)
-    return read(inputs, table, ids, values.to(table.dtype))
+    # Module and rows are asked for at every call, so that DeepSpeed can fetch what it keeps elsewhere.
+    return read(inputs, adapter.base_layer, ids, adapter.trainable_tokens_delta["default"])
 
 
 def _embed(
-    input_ids: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, values: torch.Tensor
+    input_ids: torch.Tensor, table: torch.nn.Module, ids: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """Rows (B, T, H) of a frozen table (V, H), those of ``ids`` (R,) from ``values`` (R, H)."""
+    """Rows (B, T, H) of a frozen embedding, those of ``ids`` (R,) from ``values`` (R, H)."""
     is_trained = input_ids[..., None] == ids  # (B, T, R)
-    frozen = F.embedding(input_ids, table).masked_fill(is_trained.any(-1, keepdim=True), 0)
-    return frozen + is_trained.to(table.dtype) @ values
+    frozen = table(input_ids).masked_fill(is_trained.any(-1, keepdim=True), 0)
+    return frozen + is_trained.to(frozen.dtype) @ values.to(frozen.dtype)
 
 
 def _project(
-    hidden: torch.Tensor, table: torch.Tensor, ids: torch.Tensor, values: torch.Tensor
+    hidden: torch.Tensor, table: torch.nn.Module, ids: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
     """Logits (..., V) of hidden states (..., H), those of ``ids`` from ``values``."""
-    logits = F.linear(hidden, table)
-    return logits.index_copy(-1, ids, F.linear(hidden, values).to(logits.dtype))
+    logits = table(hidden)
+    return logits.index_copy(-1, ids, F.linear(hidden, values.to(hidden.dtype)).to(logits.dtype))

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from biomerge_lib.records import write_records
 from biomerge_lib.training_order import StepSampler
 
 SCRIPT = Path(__file__).with_name("train_tiny.py")
+DEEPSPEED = SCRIPT.parents[1] / "parameters" / "deepspeed"
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
 
 
@@ -121,6 +123,41 @@ def test_two_processes_train_what_one_does_at_the_same_global_batch(make_run):
     assert [entry[:2] for entry in ours] == [entry[:2] for entry in theirs]
     for (step, name, value), (_, _, expected) in zip(ours, theirs, strict=True):
         assert value == pytest.approx(expected, rel=1e-3, abs=1e-3), (step, name)
+
+
+@pytest.mark.integration
+def test_deepspeed_trains_what_one_process_does_and_goes_on_from_its_checkpoint(make_run):
+    """Both files, in bfloat16, offloading to the CPU as on a GPU; ZeRO-3 deals the weights out over two processes."""
+    if shutil.which("g++") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("g++ compiles DeepSpeed's optimiser")
+    short = {"lora_dropout": 0.0, "num_train_epochs": 1.0, "eval_steps": 4, "save_steps": 4}
+    plain = make_run("plain", **short)
+    train(plain)
+    expected = losses(plain)
+    assert len(expected) == 6
+    common = {"dtype": "bfloat16", **short}
+    zero2 = make_run("zero2", deepspeed=str(DEEPSPEED / "zero2_offload.json"), **common)
+    train(zero2)
+    assert losses(zero2) == pytest.approx(expected, rel=3e-3)
+    zero3 = make_run(
+        "zero3",
+        deepspeed=str(DEEPSPEED / "zero3_offload.json"),
+        num_processes=2,
+        per_device_train_batch_size=2,
+        **common,
+    )
+    train(zero3, OMP_NUM_THREADS="1")
+    whole = losses(zero3)
+    assert whole == pytest.approx(expected, rel=3e-3)
+    assert all(values.numel() for values in last_weights(zero3).values())  # gathered again
+    (zero3 / "training.json").unlink()
+    shutil.rmtree(find_resumable_checkpoint(zero3 / "checkpoints"))
+    assert re.search(r"going on from \S+checkpoint-4\n", train(zero3, OMP_NUM_THREADS="1"))
+    assert losses(zero3) == pytest.approx(whole, rel=1e-3)
+
+
+def losses(folder: Path) -> list[float]:
+    return [value for _, name, value in curve(folder) if name == "loss"]
 
 
 def test_every_way_a_checkpoint_can_be_damaged_is_seen(tmp_path):
