@@ -29,12 +29,17 @@ CACHE_MULTIPLE = 128  # of tokens, so that batches of about the same length shar
 
 
 def can_graph(model: CausalLM) -> bool:
-    """Whether decoding can be captured: on a GPU, with attention over all that was read, without Unsloth's kernels."""
+    """Whether decoding can be captured.
+
+    It can on a GPU, with attention over all that was read, without Unsloth's kernels, and with all weights in place
+    (ZeRO-3 fetches them layer by layer).
+    """
     layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     return (
         model.device.type == "cuda"
         and layer_types == {"full_attention"}
         and not hasattr(model, "max_seq_length")
+        and not any(hasattr(weights, "ds_id") for weights in model.parameters())
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import logging
 import time
@@ -206,10 +207,12 @@ class NerTrainer(Trainer):
             max_input_tokens=parameters.max_input_tokens,
         )
         rank, processes = self.args.process_index, self.args.world_size
+        # As many for each process: under ZeRO-3 all of them compute in step, or wait for each other forever.
+        dealt = list(itertools.islice(itertools.cycle(prompts), -(-len(prompts) // processes) * processes))
         answers = greedy_decode(
             self.accelerator.unwrap_model(self.model),
             tokenizer,
-            prompts[rank::processes],
+            dealt[rank::processes],
             max_new_tokens=self.args.generation_max_new_tokens,
             batch_size=self.args.per_device_eval_batch_size,
             progress=f"greedy {split}" if rank == 0 else None,

@@ -144,6 +144,8 @@ def test_deepspeed_trains_what_one_process_does_and_goes_on_from_its_checkpoint(
         deepspeed=str(DEEPSPEED / "zero3_offload.json"),
         num_processes=2,
         per_device_train_batch_size=2,
+        eval_limit=3,  # of which one process has two, the other one
+        per_device_eval_batch_size=1,
         **common,
     )
     train(zero3, OMP_NUM_THREADS="1")
