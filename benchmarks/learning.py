@@ -170,8 +170,9 @@ def describe(rows: list[dict[str, Any]]) -> str:
         "# What the model learns, one change at a time",
         "",
         f"SmolLM2-135M, and Qwen2.5-Coder-1.5B in the set qwen, on {devices}, commit {commits};",
-        "`python -m benchmarks.learning` says what all have in common. F1 of exact spans on dev (greedy answers), 95 % bootstrap interval. Tokens are of prompt",
-        "and answer together. Trainings ran side by side on one card, so that seconds compare only roughly.",
+        "`python -m benchmarks.learning` says what all have in common. F1 of exact spans on dev (greedy answers), 95 %",
+        "bootstrap interval. Tokens are of prompt and answer together. Trainings ran side by side on one card, so that",
+        "seconds compare only roughly.",
     ]
     for group in dict.fromkeys(row["set"] for row in rows):
         lines += ["", f"## {group}", ""]
