@@ -12,13 +12,13 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"
-# `make test &` in a script begins with interrupts ignored, which the processes that tests interrupt would inherit.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from biomerge_lib.records import Record
 from biomerge_lib.runs import quiet_libraries
 
 quiet_libraries()
+# `make test &` in a script begins with interrupts ignored, which the processes that tests interrupt would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ASPIRIN = Record(
     text="Aspirin can trigger asthma attacks .", spans=((0, 7), (20, 34)), doc_id="example", dataset="example"
 )
