@@ -98,12 +98,31 @@ def _torchrun(folder: Path, processes: int) -> None:
         raise BioMergeError(f"torchrun ended with {process.returncode}:\n{''.join((own or lines)[-30:])}")
 
 
+def take_gpu() -> None:
+    """Make a torchrun process's own GPU the current one, before anything is loaded to the first.
+
+    Raises:
+        BioMergeError: there are fewer GPUs than processes.
+    """
+    import torch
+
+    gpus, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if gpus and processes > gpus:
+        raise BioMergeError(
+            f"num_processes={processes}, but PyTorch sees {gpus} GPU{'s' * (gpus > 1)} here: lower it, or let the job "
+            "ask for more."
+        )
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def main() -> int:
     quiet_libraries()
     # Of names that DeepSpeed and accelerate still use.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     folder = Path(sys.argv[1])
     try:
+        take_gpu()
         _train_here(folder, load_run_parameters(folder))
     except BioMergeError as error:
         print(f"error: {error}", file=sys.stderr)

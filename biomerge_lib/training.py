@@ -69,6 +69,11 @@ class NerTrainingArguments(TrainingArguments):
     predict_with_generate: bool = False
     generation_max_new_tokens: int = 64
 
+    @property
+    def n_gpu(self) -> int:
+        # A process trains on one GPU, however many it sees; the Trainer would spread it over them with DataParallel.
+        return min(1, super().n_gpu)
+
 
 class NerTrainer(Trainer):
     """A Trainer whose ``evaluate`` scores spans.

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from biomerge_lib.errors import ModelError, ParameterError
-from biomerge_lib.training import build_collator, choose_launch
+from biomerge_lib.errors import BioMergeError, ModelError, ParameterError
+from biomerge_lib.launch import take_gpu
+from biomerge_lib.training import build_collator, choose_launch, training_arguments
 
 SMALL, LARGE = 135_000_000, 8_000_000_000
 
@@ -58,3 +59,22 @@ def test_a_graphed_row_has_one_of_few_sizes(tiny_parameters):
     assert batch["input_ids"].shape == (1, 256)
     assert batch["targets"].shape == (512,)
     assert batch["cu_seq_lens"].tolist() == [0, 70, 140, 210, 210, 256]
+
+
+def test_one_process_trains_on_one_gpu_however_many_it_sees(tiny_parameters, tmp_path):
+    arguments = training_arguments(tiny_parameters(per_device_train_batch_size=4), tmp_path)
+    arguments._n_gpu = 2  # as transformers counts them
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+
+
+def test_each_process_takes_its_own_gpu_before_anything_is_loaded(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    take_gpu()
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(BioMergeError, match=r"num_processes=4, but PyTorch sees 2 GPUs here"):
+        take_gpu()
