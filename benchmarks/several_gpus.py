@@ -4,8 +4,9 @@
     python -m benchmarks.several_gpus --shape 8b          # the same with a Llama-3-8B shape of random weights
     python -m benchmarks.several_gpus --report            # only the table of the runs that are there
 
-Each training takes the same 32 sentences a step in the same order, without dropout, so that its losses can be laid
-beside those of one process. They run side by side: seconds say little. Writes reports/several_gpus.json and .md.
+Each training takes the same 32 sentences a step in the same order, without dropout and at a low learning rate, so that
+its losses can be laid beside those of one process (at a high one, rounding soon leads them apart). They run side by
+side: seconds say little. Writes reports/several_gpus.json and .md.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics, write_json
 REPORT = PROJECT_DIR / "reports" / "several_gpus.json"
 STEP = 32  # sentences
 COMMON = (
-    "runtime=h200 backend=peft lora_dropout=0 step_launch=eager num_train_epochs=1 eval_limit=16 logging_steps=1 "
-    "num_workers=0 wandb_mode=disabled existing_run=replace"
+    "runtime=h200 backend=peft lora_dropout=0 learning_rate=1e-4 step_launch=eager num_train_epochs=1 eval_limit=8 "
+    "max_target_tokens=64 max_new_tokens=64 logging_steps=1 num_workers=0 wandb_mode=disabled existing_run=replace"
 )
 WAYS: dict[str, tuple[int, str | None]] = {
     "one process": (1, None),
@@ -32,7 +33,7 @@ WAYS: dict[str, tuple[int, str | None]] = {
     "DeepSpeed ZeRO-2": (2, "parameters/deepspeed/zero2_offload.json"),
     "DeepSpeed ZeRO-3": (2, "parameters/deepspeed/zero3_offload.json"),
 }
-MODELS = {"smollm2": "model=smollm2_135m subsample=0.2", "8b": "model=lora_ner_unsloth subsample=0.05"}
+MODELS = {"smollm2": "model=smollm2_135m subsample=0.05", "8b": "model=lora_ner_unsloth subsample=0.05"}
 
 
 def run_id(shape: str, way: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from biomerge_lib.decoding import greedy_decode, read_answer
-from biomerge_lib.graphed_decoding import GraphedDecoder
+from biomerge_lib.graphed_decoding import GraphedDecoder, can_graph
 from biomerge_lib.ner_span import SpanCollator, encode_example
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.records import Record
@@ -95,6 +95,15 @@ def test_chunks_are_answered_apart_and_mapped_back(trained, tokenizer):
     assert prediction.pred == sorted(set(gold) & set(prediction.pred)) and len(prediction.finish) == len(
         prompts
     )
+
+
+def test_a_model_with_a_hook_before_it_is_not_captured(trained, monkeypatch):
+    """DeepSpeed's waits for the GPU, which ends a capture with an error."""
+    monkeypatch.setattr(type(trained), "device", torch.device("cuda"), raising=False)
+    assert can_graph(trained)
+    hook = trained.register_forward_pre_hook(lambda *_: None)
+    assert not can_graph(trained)
+    hook.remove()
 
 
 def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, tokenizer, monkeypatch):
