@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +30,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from biomerge_lib.backbones import BACKBONE_NOTE, backbone_sha256, refuse_other_backbone
@@ -200,6 +202,17 @@ class NerTrainer(Trainer):
         self.last_greedy = (self.state.global_step, metrics)
         return metrics
 
+    @contextmanager
+    def _whole_model(self) -> Iterator[CausalLM]:
+        """The model without its wrappers, under ZeRO-3 with all weights: gathered once, not anew for every token."""
+        if not is_deepspeed_zero3_enabled():
+            yield self.accelerator.unwrap_model(self.model)
+            return
+        from trl.models.utils import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            yield model
+
     def score_greedily(self, split: str) -> dict[str, Any]:
         """Decode a split's records with the model as it stands, and score exact spans."""
         started = time.time()
@@ -212,16 +225,17 @@ class NerTrainer(Trainer):
             max_input_tokens=parameters.max_input_tokens,
         )
         rank, processes = self.args.process_index, self.args.world_size
-        # As many for each process: under ZeRO-3 all of them compute in step, or wait for each other forever.
+        # As many for each process, so that none waits long for the others.
         dealt = list(itertools.islice(itertools.cycle(prompts), -(-len(prompts) // processes) * processes))
-        answers = greedy_decode(
-            self.accelerator.unwrap_model(self.model),
-            tokenizer,
-            dealt[rank::processes],
-            max_new_tokens=self.args.generation_max_new_tokens,
-            batch_size=self.args.per_device_eval_batch_size,
-            progress=f"greedy {split}" if rank == 0 else None,
-        )
+        with self._whole_model() as model:
+            answers = greedy_decode(
+                model,
+                tokenizer,
+                dealt[rank::processes],
+                max_new_tokens=self.args.generation_max_new_tokens,
+                batch_size=self.args.per_device_eval_batch_size,
+                progress=f"greedy {split}" if rank == 0 else None,
+            )
         if processes > 1:
             shares = gather_object([answers])
             answers = [shares[index % processes][index // processes] for index in range(len(prompts))]
