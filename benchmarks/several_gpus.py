@@ -32,12 +32,13 @@ WAYS: dict[str, tuple[int, str | None]] = {
     "torchrun": (2, None),
     "DeepSpeed ZeRO-2": (2, "parameters/deepspeed/zero2_offload.json"),
     "DeepSpeed ZeRO-3": (2, "parameters/deepspeed/zero3_offload.json"),
+    "DeepSpeed ZeRO-3 alone": (1, "parameters/deepspeed/zero3_offload.json"),
 }
 MODELS = {"smollm2": "model=smollm2_135m subsample=0.05", "8b": "model=lora_ner_unsloth subsample=0.05"}
 
 
 def run_id(shape: str, way: str) -> str:
-    return f"several-gpus-{shape}-{way.split()[-1].lower()}"
+    return f"several-gpus-{shape}-{way.lower().replace(' ', '-')}"
 
 
 def start(shape: str, way: str, extra: list[str]) -> subprocess.Popen:
@@ -68,14 +69,13 @@ def read_rows(shapes: list[str]) -> list[dict[str, Any]]:
             stage = read_metrics(folder).get("stages", {}).get("03_train", {})
             trained = folder / "training.json"
             metrics = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
-            # Without the last step: what is left for it is dealt out evenly, some sentences twice.
-            apart = [abs(ours / theirs - 1) for ours, theirs in zip(losses[:-1], alone, strict=False)]
+            apart = [abs(ours / theirs - 1) for ours, theirs in zip(losses, alone, strict=False)]
             rows.append(
                 {
                     "model": shape,
                     "way": way,
                     "processes": processes,
-                    "status": stage.get("status", "not tried"),
+                    "status": stage.get("status", "not tried").replace("running", "cut off"),
                     "steps": len(losses),
                     "first_loss": losses[0] if losses else None,
                     "last_loss": losses[-1] if losses else None,
@@ -83,6 +83,14 @@ def read_rows(shapes: list[str]) -> list[dict[str, Any]]:
                     "dev_f1": metrics.get("greedy_dev_ner_f1"),
                     "peak_memory_gb": metrics.get("peak_memory_gb"),
                     "train_seconds": metrics.get("train_seconds"),
+                    "greedy_seconds": next(
+                        (
+                            entry["greedy_dev_seconds"]
+                            for entry in read_log(folder)
+                            if "greedy_dev_seconds" in entry
+                        ),
+                        None,
+                    ),
                     "provenance": stage.get("provenance"),
                 }
             )
@@ -90,33 +98,38 @@ def read_rows(shapes: list[str]) -> list[dict[str, Any]]:
 
 
 def read_losses(shape: str, way: str) -> list[float]:
-    """Of each optimiser step of a run that has finished training."""
-    return [entry["loss"] for entry in read_log(PROJECT_DIR / "runs" / run_id(shape, way)) if "loss" in entry]
+    """Of the optimiser steps of a run that has finished training.
+
+    Without the last step: what is left for it is dealt out evenly, some sentences twice.
+    """
+    log = read_log(PROJECT_DIR / "runs" / run_id(shape, way))
+    return [entry["loss"] for entry in log if "loss" in entry][:-1]
 
 
 def describe(rows: list[dict[str, Any]]) -> str:
-    where = next((row["provenance"] for row in rows if row["provenance"]), provenance())
+    found = [row["provenance"] for row in rows if row["provenance"]] or [provenance()]
+    devices = ", ".join(dict.fromkeys(where["device"] for where in found))
+    commits = ", ".join(dict.fromkeys(f"`{where['commit'][:12]}`" for where in found))
     lines = [
         "# Several GPUs: torchrun and DeepSpeed beside one process",
         "",
-        f"`python -m benchmarks.several_gpus`, {where['device']}, commit `{where['commit'][:12]}`, "
-        f"torch {where['versions'].get('torch')}, DeepSpeed {where['versions'].get('deepspeed')}. "
+        f"`python -m benchmarks.several_gpus`, {devices}, commit {commits}, "
+        f"torch {found[0]['versions'].get('torch')}, DeepSpeed {found[0]['versions'].get('deepspeed')}. "
         f"{STEP} sentences of BC5CDR a step, bfloat16, no dropout; the trainings ran side by side. "
         "*Difference*: the largest, relative, of a whole step's loss from the same step of a model's first way. "
-        "*Peak*: GPU memory of the first process.",
+        "*Peak*: GPU memory of the first process. *Greedy*: eight sentences, 64 tokens each.",
         "",
-        "| model | way | processes | 03_train | steps | first loss | last loss | difference | peak GB | training s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | way | processes | device | 03_train | steps | first loss | last loss | difference | peak GB "
+        "| training s | of that greedy s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         apart = row["largest_relative_difference"]
-        cells = [row["model"], row["way"], row["processes"], row["status"], row["steps"]]
+        device = row["provenance"]["device"] if row["provenance"] else ""
+        cells = [row["model"], row["way"], row["processes"], device, row["status"], row["steps"]]
         cells += [f"{row[name]:.4f}" if row[name] is not None else "" for name in ("first_loss", "last_loss")]
-        cells += [
-            "" if apart is None else f"{apart:.2%}",
-            row["peak_memory_gb"] or "",
-            row["train_seconds"] or "",
-        ]
+        cells += ["" if apart is None else f"{apart:.2%}"]
+        cells += [row[name] or "" for name in ("peak_memory_gb", "train_seconds", "greedy_seconds")]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -466,16 +466,28 @@ def main() -> None:
         process.wait_for_turn()
     print(f"{time.perf_counter() - started:.0f} s: all have imported", flush=True)
     peak = matrix_peak() if torch.cuda.is_available() else None
-    abreast = options["abreast"] if len(options["batches"]) == len(options["anchors"]) == 1 else 1
-    together = [process for process in processes if compiles(process.way)]
-    groups = [together[start : start + abreast] for start in range(0, len(together), abreast)]
-    groups += [[process] for process in processes if not compiles(process.way)]
+    groups = [[process] for process in processes]
+    if len(options["batches"]) == len(options["anchors"]) == 1:
+        together = [process for process in processes if compiles(process.way)]
+        starts = range(0, len(together), options["abreast"])
+        groups = [together[start : start + options["abreast"]] for start in starts]
+        groups += [[process] for process in processes if not compiles(process.way)]
     run: dict[str, Any] = {
         "command": "python -m benchmarks.training_speed " + shlex.join(sys.argv[1:]),
         "shape": options["shape"],
         "matrix_peak_tflops": peak and round(peak, 1),
         "provenance": provenance(),
     }
+
+    def keep() -> None:
+        """Write all rows so far, so that what comes later can cost nothing that is measured."""
+        rows = [with_share(row, peak) for process in processes for row in process.rows]
+        add_runs(
+            Path(options["out"]),
+            [run | {"seconds": round(time.perf_counter() - started), "rows": rows}],
+            METHOD,
+        )
+
     for group in groups:
         for process in group:
             process.go_on()
@@ -483,12 +495,9 @@ def main() -> None:
             process.wait_for_turn()
         for process in group:
             process.go_on()
-            process.wait_for_end()
-            seconds = round(time.perf_counter() - started)
-            print(f"{seconds} s: {process.way} is done", flush=True)
-            rows = [with_share(row, peak) for process in processes for row in process.rows]
-            # After each way, so that what comes later can cost nothing that is measured.
-            add_runs(Path(options["out"]), [run | {"seconds": seconds, "rows": rows}], METHOD)
+            process.wait_for_end(keep)
+            print(f"{time.perf_counter() - started:.0f} s: {process.way} is done", flush=True)
+            keep()
 
 
 def with_share(row: dict[str, Any], peak: float | None) -> dict[str, Any]:
@@ -536,19 +545,21 @@ class Way:
             stdin.write("\n")
             stdin.flush()
 
-    def wait_for_turn(self) -> bool:
-        """Read rows until the process waits again; False when it has ended."""
+    def wait_for_turn(self, keep: Callable[[], None] | None = None) -> bool:
+        """Read rows until the process waits again, and call ``keep`` after each; False when it has ended."""
         for line in cast(IO[str], self.process.stdout):
             if line.startswith("ROW "):
                 print(line.removeprefix("ROW "), end="", flush=True)
                 self.rows.append(json.loads(line.removeprefix("ROW ")))
+                if keep:
+                    keep()
             elif line == "TURN\n":
                 return True
         return False
 
-    def wait_for_end(self) -> None:
+    def wait_for_end(self, keep: Callable[[], None] | None = None) -> None:
         """Read the last rows; a process that broke down is a row with its last line."""
-        while self.wait_for_turn():
+        while self.wait_for_turn(keep):
             self.go_on()
         self.process.wait()
         if self.process.returncode or any("error" in row for row in self.rows):
