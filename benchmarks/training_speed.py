@@ -58,6 +58,8 @@ OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "packed+compiled+checkpointing": {"step_launch": "compiled", "gradient_checkpointing": True},
     "packed+graphed": {"step_launch": "graphed"},
     "packed+compiled+graphed": {"step_launch": "compiled_graphed"},
+    "packed, no head": {"fast_metrics": False},
+    "packed+compiled, no head": {"step_launch": "compiled", "fast_metrics": False},
     "unsloth packed": {"backend": "unsloth"},
     "unsloth padded": {"backend": "unsloth", "packing": False},
 }
@@ -75,6 +77,8 @@ WAYS = [
 ]
 METHOD = __doc__.split("\n\n", 2)[2]
 FEWEST_STEPS = 4  # measured, however slow they are
+QUIET_STEPS = 8  # without a capture, before a graphed way is measured
+MOST_WARM_STEPS = 80  # even if it still captures
 
 
 def compiles(way: str) -> bool:
@@ -82,19 +86,24 @@ def compiles(way: str) -> bool:
 
 
 def warm_steps(way: str) -> int:
-    """First steps that are not measured: compilation, graphs (one a shape of batch), the allocator's growth."""
-    return 24 if "graphed" in way else 6 if compiles(way) else 3
+    """First steps that are not measured: compilation, graphs (one a shape of batch), the allocator's growth.
+
+    More of them are left out while graphs are still being captured.
+    """
+    return 16 if "graphed" in way else 6 if compiles(way) else 3
 
 
 class Stopwatch:
     """Times a Trainer's optimiser steps between two moments at which the GPU has done all its work.
 
     ``count`` gives the real tokens and sentences that the Trainer has seen, ``compiled`` what was compiled or captured.
+    The first ``warm`` steps are left out, and more, up to ``most_warm``, until ``QUIET_STEPS`` have compiled nothing.
     """
 
     def __init__(
         self,
         warm: int,
+        most_warm: int,
         steps: int | None,
         seconds: float,
         *,
@@ -106,6 +115,8 @@ class Stopwatch:
 
         watch = self
         self.steps = 0
+        self.warm: int | None = None  # steps before the first measured one
+        self.last_compiled = (0, 0)  # how much was compiled, and at which step that changed last
         self.warm_end = self.start = 0.0
         self.at_start = (0, 0, 0)  # tokens, sentences, compilations
         self.end: float  # at the last measured step
@@ -113,13 +124,17 @@ class Stopwatch:
         class AtStepEnd(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
                 watch.steps += 1
-                if watch.steps == warm:
-                    watch.warm_end = wait_for_gpu()
-                    when_warm()
-                    watch.at_start = (*count(), compiled())
-                    watch.start = time.perf_counter()
-                elif watch.steps > warm:
-                    measured = watch.steps - warm
+                if watch.warm is None:
+                    if compiled() != watch.last_compiled[0]:
+                        watch.last_compiled = compiled(), watch.steps
+                    quiet = watch.steps - watch.last_compiled[1] >= QUIET_STEPS
+                    if watch.steps >= warm and (quiet or watch.steps >= most_warm):
+                        watch.warm, watch.warm_end = watch.steps, wait_for_gpu()
+                        when_warm()
+                        watch.at_start = (*count(), compiled())
+                        watch.start = time.perf_counter()
+                else:
+                    measured = watch.steps - watch.warm
                     late = time.perf_counter() - watch.start > seconds and measured >= FEWEST_STEPS
                     if steps is not None:
                         control.should_training_stop |= measured >= steps or late
@@ -128,7 +143,7 @@ class Stopwatch:
                 return control
 
         def read() -> dict[str, Any]:
-            taken, done = watch.end - watch.start, watch.steps - warm
+            taken, done = watch.end - watch.start, watch.steps - cast(int, watch.warm)
             tokens, sentences, recompiles = (
                 after - before for after, before in zip((*count(), compiled()), watch.at_start, strict=True)
             )
@@ -228,8 +243,10 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
     build = build_ours if way in OURS else build_peer_trainer
     trainer, count = build(way, model, tokenizer, records, options | {"accumulate": accumulate})
     warm = min(warm_steps(way), epoch // batch - 1) if epoch else warm_steps(way)
+    most_warm = MOST_WARM_STEPS if "graphed" in way and not epoch else warm
     watch = Stopwatch(
         warm,
+        most_warm,
         None if epoch else options["steps"],
         options["way_seconds"],
         count=count,
@@ -238,7 +255,7 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
     )
     trainer.add_callback(watch.callback)
     if not epoch:
-        trainer.args.max_steps = warm + options["steps"]
+        trainer.args.max_steps = most_warm + options["steps"]
     ready = wait_for_gpu()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -254,7 +271,7 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
             "useful_tflops": round(4 * weights * result["tokens_a_second"] / 1e12, 1),
             "sentences": len(records),
             "build_seconds": round(ready - start, 1),
-            "warm_steps": warm,
+            "warm_steps": watch.warm,
             "first_steps_seconds": round(watch.warm_end - ready, 1),
         }
         if epoch:
@@ -280,7 +297,9 @@ def count_compilations(trainer) -> int:
     from torch._dynamo.utils import counters
 
     graphed = getattr(trainer, "_graphed", None)
-    return counters["stats"]["unique_graphs"] + (len(graphed._captures) if graphed else 0)
+    return counters["stats"]["unique_graphs"] + (
+        sum(capture is not None for capture in graphed._captures.values()) if graphed else 0
+    )
 
 
 def our_parameters(way: str, options: dict[str, Any], **changes: Any):
@@ -292,7 +311,7 @@ def our_parameters(way: str, options: dict[str, Any], **changes: Any):
         "packing": True,
         "step_launch": "eager",
         "gradient_checkpointing": False,
-        "fast_metrics": options["head"],
+        "fast_metrics": True,
         "max_input_tokens": options["max_tokens"],
         "num_train_epochs": 1.0,
         "eval_steps": 10_000,
@@ -443,7 +462,6 @@ def main() -> None:
     )
     parser.add_argument("--max_tokens", type=int, default=512)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--no-head", dest="head", action="store_false")
     parser.add_argument("--runtime", default="h200")
     parser.add_argument("--profile", help="file for the kernels' times")
     parser.add_argument("--out", default=str(REPORT), help="JSON file of all runs; this run is added")
