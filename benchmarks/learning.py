@@ -38,6 +38,14 @@ SETS: dict[str, dict[str, str]] = {
     "padded": {
         f"seed {seed}, padded": f"{ECHO} seed={seed} packing=false step_launch=eager" for seed in (42, 43, 44)
     },
+    "order": {
+        f"seed {seed}, {name}": f"{ECHO} seed={seed} {changes}"
+        for name, changes in (
+            ("padded, not grouped", "packing=false step_launch=eager group_by_length=false"),
+            ("packed, grouped", "group_by_length=true"),
+        )
+        for seed in (42, 43, 44)
+    },
     "union": {"cue": f"{UNION} corpus_cue=true"},
     "ceiling": {
         "LoRA, 6 epochs": f"{SOME} {ECHO} {LONG}",

@@ -204,3 +204,4 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
+    plt.close(figure)

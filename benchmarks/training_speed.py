@@ -77,8 +77,8 @@ WAYS = [
 ]
 METHOD = __doc__.split("\n\n", 2)[2]
 FEWEST_STEPS = 4  # measured, however slow they are
-QUIET_STEPS = 8  # without a capture, before a graphed way is measured
-MOST_WARM_STEPS = 80  # even if it still captures
+QUIET_STEPS = 20  # without a capture, before a graphed way is measured
+MOST_WARM_STEPS = 120  # even if it still captures
 
 
 def compiles(way: str) -> bool:

@@ -39,25 +39,29 @@ class PackedCollator:
 
     ``row_multiple``, ``target_multiple`` and ``sentences`` round the sizes up, so that few different shapes occur (CUDA
     graphs want few, matrix kernels like multiples): the row is filled with ``pad_token_id`` behind the last sentence,
-    as a sentence of its own without labels; 1 and None add nothing.
+    as sentences of at most ``filler_length`` tokens without labels; 1 and None add nothing.
 
-    The batch: ``input_ids``, ``position_ids``, ``labels``, ``token_labels`` (1, T) int64; ``cu_seq_lens``
-    (sentences + 2,) int32, each sentence's first token and the ends of the last one and of the padding;
-    ``target_positions`` and ``targets`` (N,), where the next token is a label and which it is (IGNORE where added);
-    ``lengths`` (sentences,), for counting.
+    The batch: ``input_ids``, ``position_ids``, ``labels``, ``token_labels`` (1, T) int64; ``cu_seq_lens`` int32, each
+    sentence's first token, and the ends of the last one and of the fillers; ``target_positions`` and ``targets`` (N,),
+    where the next token is a label and which it is (IGNORE where added); ``lengths`` (sentences,), fillers left out.
     """
 
     pad_token_id: int
     row_multiple: int = 1
     target_multiple: int = 1
     sentences: int | None = None
+    filler_length: int = (
+        64  # no longer than the model's longest sentence, or attention leaves tokens undefined
+    )
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = [len(example["input_ids"]) for example in examples]
         total = sum(lengths)
         filler = -total % self.row_multiple
         ends = [0, *itertools.accumulate(lengths)]
-        ends += [total] * (max(self.sentences or 0, len(lengths)) - len(lengths)) + [total + filler]
+        ends += [total] * (max(self.sentences or 0, len(lengths)) - len(lengths))
+        fillers = -(-(self.row_multiple - 1) // self.filler_length)
+        ends += [total + min(filler, piece * self.filler_length) for piece in range(1, fillers + 1)]
         row = {
             name: torch.tensor(
                 [*itertools.chain.from_iterable(example[name] for example in examples), *[fill] * filler]
@@ -72,7 +76,7 @@ class PackedCollator:
         positions = (targets != IGNORE).nonzero().squeeze(1)
         added = -len(positions) % self.target_multiple
         return {name: values[None] for name, values in row.items()} | {
-            "position_ids": torch.cat([torch.arange(length) for length in (*lengths, filler)])[None],
+            "position_ids": torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(ends)])[None],
             "cu_seq_lens": torch.tensor(ends, dtype=torch.int32),
             "lengths": torch.tensor(lengths),
             "target_positions": torch.nn.functional.pad(positions, (0, added)),
@@ -80,15 +84,9 @@ class PackedCollator:
         }
 
 
-def sentence_lengths(cu_seq_lens: torch.Tensor) -> list[int]:
-    """Tokens of each sentence of a row, the padding left out."""
-    return [length for length in cu_seq_lens[:-1].diff().tolist() if length]
-
-
-def unpack_rows(values: torch.Tensor, cu_seq_lens: torch.Tensor) -> torch.Tensor:
+def unpack_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """A packed row of values (1, T) as one row a sentence, filled with IGNORE to the longest: (sentences, longest)."""
-    lengths = sentence_lengths(cu_seq_lens)
-    rows = values[0, : sum(lengths)].split(lengths)
+    rows = values[0, : int(lengths.sum())].split(lengths.tolist())
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 

@@ -195,6 +195,9 @@ class Parameters(BaseModel):
     warmup_ratio: float = Field(ge=0, lt=1, description="Share of the steps with a rising learning rate")
     gradient_checkpointing: bool = Field(description="Recompute activations: less memory, more time")
     packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
+    group_by_length: bool | None = Field(
+        description="Steps of sentences of similar length (less padding); null = where batches are padded"
+    )
     step_launch: Literal["auto", "eager", "compiled", "graphed", "compiled_graphed"] = Field(
         description="How a step reaches the GPU: kernel by kernel, with compiled layers, as a CUDA graph, or both"
     )

@@ -129,9 +129,10 @@ class NerTrainer(Trainer):
         dataset = cast("Dataset", train_dataset if train_dataset is not None else self.train_dataset)
         args = self.args
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return StepSampler(
-            dataset["length"], step_size=step_size, seed=args.seed, group_lengths=not self.parameters.packing
-        )
+        grouped = self.parameters.group_by_length
+        if grouped is None:
+            grouped = not self.parameters.packing
+        return StepSampler(dataset["length"], step_size=step_size, seed=args.seed, group_lengths=grouped)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -184,7 +185,7 @@ class NerTrainer(Trainer):
             return output["loss"], None, None
         predicted, gold = output["token_logits"].argmax(-1), inputs["token_labels"]
         if "cu_seq_lens" in inputs:
-            predicted, gold = (unpack_rows(row, inputs["cu_seq_lens"]) for row in (predicted, gold))
+            predicted, gold = (unpack_rows(row, inputs["lengths"]) for row in (predicted, gold))
         return output["loss"], predicted, gold
 
     def evaluate(
@@ -340,16 +341,24 @@ def build_collator(
 ) -> SpanCollator | PackedCollator:
     """How examples become a batch: packed into a row, or padded; ``lengths`` are the examples' tokens.
 
-    A graphed row is filled up to a sixteenth of a mean one, in steps of 256 tokens: large batches would else hardly
-    ever have the size of an earlier one, and each size costs two passes without a graph, a capture and its memory.
+    A graphed row is filled up to an eighth of a mean one, in steps of 256 tokens, and a graphed batch of targets to a
+    quarter: rows would else hardly ever have the size of an earlier one, and each size costs two passes without a
+    graph, a capture and its memory.
     """
     if not parameters.packing:
         return SpanCollator(pad_token_id)
-    batch = parameters.per_device_train_batch_size
+    batch, multiples = parameters.per_device_train_batch_size, (1, 1)
     if "graphed" in launch:
-        multiple = 256 * max(1, round(batch * sum(lengths) / len(lengths) / 16 / 256))
-        return PackedCollator(pad_token_id, multiple, max(512, multiple // 2), batch)
-    return PackedCollator(pad_token_id, *((64, 64) if launch == "compiled" else (1, 1)))
+        multiple = 256 * max(1, round(batch * sum(lengths) / len(lengths) / 8 / 256))
+        multiples = (multiple, 2 * multiple)
+    elif launch == "compiled":
+        multiples = (64, 64)
+    return PackedCollator(
+        pad_token_id,
+        *multiples,
+        sentences=batch if "graphed" in launch else None,
+        filler_length=min(256, max(lengths)),
+    )
 
 
 def build_trainer(

@@ -26,13 +26,13 @@ def test_each_benchmark_shows_its_usage(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "captures, first_measured",
-    [([], 17), ([3, 5, 12], 21), ([3, 5, 16, 23], 32), (list(range(1, 200)), 81)],
+    [([], 21), ([3, 5, 12], 33), ([3, 5, 16, 23], 44), (list(range(1, 200)), 121)],
 )
 def test_a_graphed_way_is_measured_when_its_captures_are_done(captures, first_measured):
     steps = 0
     watch = Stopwatch(
         16,
-        80,
+        120,
         10,
         60,
         count=lambda: (100 * steps, steps),

@@ -5,7 +5,7 @@ import torch
 from conftest import ASPIRIN
 
 from biomerge_lib.ner_span import SpanCollator, encode_example
-from biomerge_lib.packing import PackedCollator, sentence_lengths, unpack_rows
+from biomerge_lib.packing import PackedCollator, unpack_rows
 from biomerge_lib.prompt import IGNORE
 from biomerge_lib.records import Record
 from biomerge_lib.unsloth_lora_ner import load_lora_model
@@ -48,11 +48,25 @@ def test_a_packed_row_by_hand():
         "target_positions": [0, 1, 3, 0],
         "targets": [6, 7, 9, IGNORE],
     }
-    assert sentence_lengths(batch["cu_seq_lens"]) == [3, 2]
-    assert unpack_rows(batch["token_labels"], batch["cu_seq_lens"]).tolist() == [
+    assert unpack_rows(batch["token_labels"], batch["lengths"]).tolist() == [
         [1, IGNORE, IGNORE],
         [0, IGNORE, IGNORE],
     ]
+
+
+@pytest.mark.parametrize(
+    "tokens, cu_seq_lens, position_ids",
+    [
+        (3, [0, 3, 5, 7, 8, 8], [0, 1, 2, 0, 1, 0, 1, 0]),
+        (8, [0, 8, 8, 8, 8, 8], [0, 1, 2, 3, 4, 5, 6, 7]),
+        (9, [0, 9, 11, 13, 15, 16], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 0, 1, 0, 1, 0]),
+    ],
+)
+def test_what_fills_a_row_is_never_longer_than_the_longest_sentence(tokens, cu_seq_lens, position_ids):
+    example = {"input_ids": [5] * tokens, "labels": [IGNORE] * tokens, "token_labels": [0] * tokens}
+    batch = PackedCollator(0, row_multiple=8, filler_length=2)([example])
+    assert batch["cu_seq_lens"].tolist() == cu_seq_lens
+    assert batch["position_ids"].tolist() == [position_ids]
 
 
 @pytest.mark.parametrize("anchors", ["none", "start"])
