@@ -43,6 +43,7 @@ SETS: dict[str, dict[str, str]] = {
         for name, changes in (
             ("padded, not grouped", "packing=false step_launch=eager group_by_length=false"),
             ("packed, grouped", "group_by_length=true"),
+            ("packed, eager", "step_launch=eager"),
         )
         for seed in (42, 43, 44)
     },
