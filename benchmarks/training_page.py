@@ -165,20 +165,29 @@ def estimate_epochs(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Real tokens a second over the sentences a step, a panel a run; bars where there is one size of step."""
+    """Real tokens a second over the sentences a step, a panel a run of several rows; bars for one size of step."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4.2), squeeze=False)
-    for panel, run in zip(panels[0], runs, strict=True):
-        rows = [row for row in run["rows"] if "tokens_a_second" in row and "epoch" not in row]
+    found = [
+        (run, [row for row in run["rows"] if "tokens_a_second" in row and "epoch" not in row]) for run in runs
+    ]
+    shown = [(run, rows) for run, rows in found if len(rows) > 1]
+    columns = max(1, min(2, len(shown)))
+    lines = max(1, -(-len(shown) // columns))
+    figure, grid = plt.subplots(lines, columns, figsize=(6 * columns, 4.2 * lines), squeeze=False)
+    panels = grid.flatten().tolist()
+    for panel in panels[len(shown) :]:
+        panel.set_axis_off()
+    for panel, (run, rows) in zip(panels, shown, strict=False):
         batches = sorted({row["batch"] for row in rows})
+        label = "{way}" if len({row["anchors"] for row in rows}) == 1 else "{way}, {anchors}"
         panel.set_title(f"{Path(run['shape']).name}, {run['provenance']['device']}")
         panel.grid(alpha=0.3)
         if len(batches) == 1:
             rows.sort(key=lambda row: row["tokens_a_second"])
             colours = ["tab:orange" if row["way"] in PEERS else "tab:blue" for row in rows]
             bars = panel.barh(
-                [f"{row['way']}, {row['anchors']}" for row in rows],
+                [label.format(**row) for row in rows],
                 [row["tokens_a_second"] for row in rows],
                 color=colours,
             )
@@ -196,12 +205,12 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 *zip(*points, strict=True),
                 marker="o",
                 linestyle="--" if way in PEERS else "-",
-                label=f"{way}, {anchors}",
+                label=label.format(way=way, anchors=anchors),
             )
         panel.set(xscale="log", xlabel="sentences a step", ylabel="real tokens a second (dashed: peers)")
         panel.set_xticks(batches, batches)
-        if rows:
-            panel.legend(fontsize=7)
+        panel.minorticks_off()
+        panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

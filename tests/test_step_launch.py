@@ -19,6 +19,8 @@ def on_gpu(monkeypatch):
     "changes, weights, steps, launch",
     [
         ({}, SMALL, 20, "graphed"),
+        ({}, SMALL, 1000, "compiled_graphed"),
+        ({"trainable": "all"}, SMALL, 1000, "graphed"),
         ({"gradient_checkpointing": True}, SMALL, 1000, "compiled"),
         ({"packing": False}, SMALL, 1000, "compiled"),
         ({}, LARGE, 1000, "compiled"),
