@@ -105,6 +105,9 @@ class NerTrainer(Trainer):
         # The model divides its loss by num_items_in_batch, the target tokens of the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._words_in_step: torch.Tensor | None = None
+        # For what the Trainer would walk over all modules for at every step.
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.zero_grad = functools.partial(_drop_gradients, self._trained)  # type: ignore[method-assign]  # ours
         self._graphed: GraphedPass | None = None
         self.finite = FiniteLoss(Path(cast(str, self.args.output_dir)), self.args.learning_rate)
         self.tokens_seen: torch.Tensor | int = 0
@@ -132,7 +135,7 @@ class NerTrainer(Trainer):
         grouped = self.parameters.group_by_length
         if grouped is None:
             grouped = not self.parameters.packing
-        return StepSampler(dataset["length"], step_size=step_size, seed=args.seed, group_lengths=grouped)
+        return StepSampler(dataset["length"][:], step_size=step_size, seed=args.seed, group_lengths=grouped)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -150,8 +153,7 @@ class NerTrainer(Trainer):
         inputs = {**inputs, "num_words_in_batch": self._words_in_step}
         if "graphed" in self.launch:
             if self._graphed is None:
-                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                self._graphed = GraphedPass(functools.partial(self._run_pass, model), trained)
+                self._graphed = GraphedPass(functools.partial(self._run_pass, model), self._trained)
             if not model.training:
                 model.train()
             loss = self._graphed(self._prepare_inputs(inputs) | {"num_items_in_batch": num_items_in_batch})
@@ -167,6 +169,9 @@ class NerTrainer(Trainer):
             loss = cast(torch.Tensor, self.compute_loss(model, inputs, num_items_in_batch=items))
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | None:
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # walks over all modules at every step, for a number that nobody reads
@@ -242,6 +247,11 @@ class NerTrainer(Trainer):
             answers = [shares[index % processes][index // processes] for index in range(len(prompts))]
         scores = score_predictions(collect_predictions(self.records[split], prompts, answers))
         return scores | {"seconds": round(time.time() - started, 2)}
+
+
+def _drop_gradients(parameters: Sequence[torch.nn.Parameter], set_to_none: bool = True) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class EpochEndEvaluation(TrainerCallback):
@@ -411,7 +421,9 @@ def build_trainer(
         args=training_arguments(parameters, checkpoints),
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
-        data_collator=build_collator(parameters, tokenizer.pad_token_id, launch, datasets["train"]["length"]),
+        data_collator=build_collator(
+            parameters, tokenizer.pad_token_id, launch, datasets["train"]["length"][:]
+        ),
         processing_class=tokenizer,
         compute_metrics=head_metrics if parameters.fast_metrics else None,
         callbacks=[

@@ -184,6 +184,20 @@ def test_bfloat16_is_computed_with_float32_weights(tiny_prepared, tiny_parameter
 
 
 @pytest.mark.parametrize("trainable", ["lora", "all"])
+def test_clipping_and_dropping_gradients_reach_every_trained_weight(make_trainer, trainable):
+    trainer, _ = make_trainer("gradients", trainable=trainable)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    weights = sum(parameter.numel() for parameter in trained)
+    assert float(trainer._clip_grad_norm(trainer.model)) == pytest.approx(weights**0.5)
+    squares = sum(float(parameter.grad.square().sum()) for parameter in trained)
+    assert squares == pytest.approx(trainer.args.max_grad_norm**2, rel=1e-4)
+    trainer.model.zero_grad()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("trainable", ["lora", "all"])
 def test_step_launch_compiles_every_decoder_layer(make_trainer, trainable):
     trainer, _ = make_trainer("compiled", trainable=trainable, step_launch="compiled")
     decoder = [module for module in trainer.model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
