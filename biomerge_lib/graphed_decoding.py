@@ -31,15 +31,14 @@ CACHE_MULTIPLE = 128  # of tokens, so that batches of about the same length shar
 def can_graph(model: CausalLM) -> bool:
     """Whether decoding can be captured.
 
-    It can on a GPU, with attention over all that was read, without Unsloth's kernels, and not under DeepSpeed, which
-    hangs a hook before the model that waits for the GPU (and with ZeRO-3 fetches the weights layer by layer).
+    It can on a GPU, with attention over all that was read, and not under DeepSpeed, which hangs a hook before the model
+    that waits for the GPU (and with ZeRO-3 fetches the weights layer by layer).
     """
     layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     return (
         model.device.type == "cuda"
         and layer_types == {"full_attention"}
-        and not hasattr(model, "max_seq_length")
-        and not model._forward_pre_hooks
+        and not any("deepspeed" in hook.__module__ for hook in model._forward_pre_hooks.values())
         and not any(hasattr(weights, "ds_id") for weights in model.parameters())
     )
 

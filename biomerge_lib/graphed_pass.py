@@ -66,6 +66,9 @@ class GraphedPass:
         capture.graph.replay()
         return capture.loss.clone()
 
+    def count_captures(self) -> int:
+        return sum(capture is not None for capture in self._captures.values())
+
     def _attach_gradients(self) -> None:
         if self.parameters[0].grad is None:
             torch._foreach_zero_(self._gradients)

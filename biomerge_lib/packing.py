@@ -1,6 +1,6 @@
 """Knows packed rows: a batch's sentences side by side in one row, and the attention that keeps them apart.
 
-examples --[PackedCollator]--> one row (1, T) and its boundaries --[packed_row]--> attention within each sentence
+examples --[RowCollator]--> rows (1, T) and their boundaries --[packed_row]--> attention within each sentence
 
 Short sentences cost a GPU its launches, not its arithmetic; one long row has the launches of one sentence and no
 padding. Knows nothing of losses.
@@ -24,7 +24,10 @@ from biomerge_lib.errors import ModelError
 from biomerge_lib.prompt import IGNORE
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from biomerge_lib.backbones import CausalLM
 
 ATTENTION = "biomerge_packed"
 # PyTorch before 2.12 groups the heads of key and value unasked.
@@ -82,6 +85,52 @@ class PackedCollator:
             "target_positions": torch.nn.functional.pad(positions, (0, added)),
             "targets": torch.nn.functional.pad(targets[positions], (0, added), value=IGNORE),
         }
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Puts an optimiser step's examples into as few rows as ``row_tokens`` allows, in their order: ``{"rows": [...]}``.
+
+    An example that is longer than that has a row of its own.
+    """
+
+    pack: PackedCollator
+    row_tokens: int
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, torch.Tensor]]]:
+        rows: list[list[Mapping[str, Any]]] = [[]]
+        tokens = 0
+        for example in examples:
+            tokens += len(example["input_ids"])
+            if rows[-1] and tokens > self.row_tokens:
+                rows.append([])
+                tokens = len(example["input_ids"])
+            rows[-1].append(example)
+        return {"rows": [self.pack(row) for row in rows]}
+
+
+def fit_row_tokens(model: CausalLM | PeftModel, *, dtype: str, gradient_checkpointing: bool) -> int:
+    """How many tokens a row may have in the GPU's free memory: a careful estimate, before the first step.
+
+    A layer keeps at most 24 hidden and 8 inner values a token for its backward pass (13.5 MB a token for an 8B without
+    compilation), or with checkpointing its input alone; a quarter of the tokens are targets. Without a GPU, where long
+    rows gain nothing, 2048.
+    """
+    if not torch.cuda.is_available():
+        return 2048
+    config: Any = model.config
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    held = torch.cuda.memory_allocated()
+    free = min(
+        torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - held,
+        torch.cuda.get_per_process_memory_fraction() * whole - held,
+    )
+    free -= 12 * model.num_parameters(only_trainable=True)  # gradients and AdamW's two moments
+    layer = 24 * config.hidden_size + 8 * config.intermediate_size
+    layers = config.num_hidden_layers
+    kept = layers * config.hidden_size + 1.5 * layer if gradient_checkpointing else layers * layer
+    logits = 14 * config.vocab_size / 4  # bytes: bfloat16, and float32 three times
+    return int(0.9 * free / (kept * (2 if dtype == "bfloat16" else 4) + logits))
 
 
 def unpack_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

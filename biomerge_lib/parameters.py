@@ -68,6 +68,7 @@ NOT_IDENTITY = SCORING | frozenset(
         "num_workers",
         "pin_memory",
         "step_launch",
+        "row_tokens",
         "logging_steps",
         "corpora",
         "entity_types",
@@ -195,6 +196,9 @@ class Parameters(BaseModel):
     warmup_ratio: float = Field(ge=0, lt=1, description="Share of the steps with a rising learning rate")
     gradient_checkpointing: bool = Field(description="Recompute activations: less memory, more time")
     packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
+    row_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        description="Most tokens of a packed row, into which an optimiser step's sentences go; auto = what fits the GPU"
+    )
     group_by_length: bool | None = Field(
         description="Steps of sentences of similar length (less padding); null = where batches are padded"
     )

@@ -30,9 +30,8 @@ def install_span_loss(model: CausalLM, *, head_loss_weight: float, max_seq_len: 
     ``max_seq_len``: tokens of the longest sentence that a packed row may hold.
     """
     own_forward = model.forward
-    if not hasattr(model, "max_seq_length"):
-        use_packed_attention(model)
-        read_trained_rows_in_place(model)
+    use_packed_attention(model)
+    read_trained_rows_in_place(model)
 
     @functools.wraps(own_forward)
     def forward(self: CausalLM, *args: Any, labels: torch.Tensor | None = None, **batch: Any) -> Any:
@@ -71,13 +70,9 @@ def span_loss(
     ``num_items_in_batch`` and ``num_words_in_batch`` count the target tokens and labelled words of the whole
     optimiser step, so that accumulation gives the mean over the step.
     """
-    unsloth = hasattr(model, "max_seq_length")  # has attention of its own
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
     if cu_seq_lens is None:
         inputs["attention_mask"] = attention_mask
-    elif unsloth:
-        lengths = cu_seq_lens.diff()
-        inputs["packed_seq_lengths"] = lengths[lengths > 0]
     else:
         inputs |= packed_row(cu_seq_lens, max_seq_len)
     hidden = model.model(**inputs, use_cache=False)[0]  # (B, T, H)

@@ -102,6 +102,43 @@ class TrackingCallback(TrainerCallback):
         self._run = None
 
 
+class SteadySpeed(TrainerCallback):
+    """Tokens a second from one step's end to the next, where nothing was compiled, evaluated or saved in between.
+
+    ``count`` gives what the Trainer has done so far: its tokens (a number, or a tensor that need not be ready) and its
+    compilations and captures. The first steps, in which the allocator grows, are left out too.
+    """
+
+    WARM_STEPS = 5
+
+    def __init__(self) -> None:
+        self.count: Callable[[], tuple[torch.Tensor | int, int]] = lambda: (0, 0)
+        self._last: tuple[float, torch.Tensor | int, int] | None = None
+        self._steps: list[tuple[float, torch.Tensor | int]] = []  # seconds and tokens
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        before, self._last = self._last, (time.monotonic(), *self.count())
+        if before and before[2] == self._last[2]:
+            self._steps.append((self._last[0] - before[0], self._last[1] - before[1]))
+
+    def pause(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = None
+
+    on_epoch_begin = on_evaluate = on_save = pause
+
+    def read(self) -> dict[str, float | int]:
+        """``steady_tokens_per_second`` of a process, and in how many ``steady_steps``; {} without any."""
+        steps = self._steps[self.WARM_STEPS :]
+        if not steps:
+            return {}
+        seconds, tokens = sum(step[0] for step in steps), sum(int(step[1]) for step in steps)
+        return {"steady_tokens_per_second": round(tokens / seconds, 1), "steady_steps": len(steps)}
+
+
 class ProgressBar(TrainerCallback):
     """A bar with the time left and the last loss, and a line an evaluation, in place of a line a logged step."""
 

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from torch._dynamo.utils import counters
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -41,13 +43,19 @@ from biomerge_lib.graphed_pass import GraphedPass, compile_layers
 from biomerge_lib.jobs import RunInterrupted
 from biomerge_lib.ner_metrics import score_predictions, score_word_labels
 from biomerge_lib.ner_span import SpanCollator, build_dataset
-from biomerge_lib.packing import PackedCollator, unpack_rows
+from biomerge_lib.packing import PackedCollator, RowCollator, fit_row_tokens, unpack_rows
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.prompt import IGNORE
 from biomerge_lib.records import Record
 from biomerge_lib.runs import write_json
-from biomerge_lib.trainer_callbacks import FiniteLoss, ProgressBar, StopOnRequest, TrackingCallback
+from biomerge_lib.trainer_callbacks import (
+    FiniteLoss,
+    ProgressBar,
+    SteadySpeed,
+    StopOnRequest,
+    TrackingCallback,
+)
 from biomerge_lib.training_order import StepSampler
 from biomerge_lib.unsloth_lora_ner import load_full_model, load_lora_model
 
@@ -87,7 +95,9 @@ class NerTrainer(Trainer):
     args: NerTrainingArguments
     model: CausalLM | PeftModel
     processing_class: PreTrainedTokenizerFast
-    stop: StopOnRequest  # given by build_trainer
+    stop: StopOnRequest  # given by build_trainer, as are these
+    speed: SteadySpeed
+    row_tokens: int | None
 
     def __init__(
         self,
@@ -95,9 +105,11 @@ class NerTrainer(Trainer):
         records: dict[str, list[Record]],
         parameters: Parameters,
         launch: str = "eager",
+        train_collator: SpanCollator | PackedCollator | RowCollator,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.train_collator = train_collator
         self.records = records
         self.parameters = parameters
         self.launch = launch
@@ -117,16 +129,31 @@ class NerTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        words = sum((batch["token_labels"] != IGNORE).sum() for batch in batches)
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        rows = [row for batch in batches for row in rows_of(batch)]
+        # Target tokens and labelled words, by which the model divides its losses. They stay on the device, as does
+        # tokens_seen: reading them would wait.
+        counts = torch.stack(
+            [
+                torch.stack([(row[name] != IGNORE).sum() for row in rows]).sum()
+                for name in ("labels", "token_labels")
+            ]
+        ).to(device)
         if self.args.world_size > 1:
-            words = self.accelerator.gather(torch.as_tensor(words, device=device)).sum()
-        self._words_in_step = torch.as_tensor(words, device=device).clamp(min=1)
-        for batch in batches:
-            lengths = batch.pop("lengths")
-            self.tokens_seen = self.tokens_seen + lengths.sum()  # stays on the device: reading it would wait
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        items, self._words_in_step = counts.clamp(min=1).unbind()
+        for row in rows:
+            lengths = row.pop("lengths")
+            self.tokens_seen = self.tokens_seen + lengths.sum()
             self.examples_seen += len(lengths)
         return batches, items
+
+    def get_train_dataloader(self) -> DataLoader:
+        in_evaluation, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = in_evaluation
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StepSampler:
         dataset = cast("Dataset", train_dataset if train_dataset is not None else self.train_dataset)
@@ -150,25 +177,42 @@ class NerTrainer(Trainer):
         inputs: Batch,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        inputs = {**inputs, "num_words_in_batch": self._words_in_step}
-        if "graphed" in self.launch:
-            if self._graphed is None:
-                self._graphed = GraphedPass(functools.partial(self._run_pass, model), self._trained)
-            if not model.training:
-                model.train()
-            loss = self._graphed(self._prepare_inputs(inputs) | {"num_items_in_batch": num_items_in_batch})
-        else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self.finite.watch(loss, inputs, self.state.global_step)
+        if not model.training:
+            model.train()
+        rows, loss = rows_of(inputs), torch.zeros((), device=self.args.device)
+        for number, row in enumerate(rows, start=1):
+            batch = self._prepare_inputs({**row, "num_words_in_batch": self._words_in_step})
+            batch["num_items_in_batch"] = num_items_in_batch
+            # Several processes add their gradients up once, with the last row's.
+            alone = self.accelerator.no_sync(model) if number < len(rows) else nullcontext()
+            with alone:
+                of_row = (
+                    self._graphed_pass(model)(batch)
+                    if "graphed" in self.launch
+                    else self._run_pass(model, batch)
+                )
+            self.finite.watch(of_row, batch, self.state.global_step)
+            loss += of_row
         return loss
+
+    def _graphed_pass(self, model: torch.nn.Module) -> GraphedPass:
+        if self._graphed is None:
+            self._graphed = GraphedPass(functools.partial(self._run_pass, model), self._trained)
+        return self._graphed
 
     def _run_pass(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         inputs = dict(batch)
         items = inputs.pop("num_items_in_batch")
         with self.compute_loss_context_manager():
             loss = cast(torch.Tensor, self.compute_loss(model, inputs, num_items_in_batch=items))
-        self.accelerator.backward(loss)
+        # The loss is divided by the whole step's counts already.
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
         return loss.detach()
+
+    def count_compilations(self) -> int:
+        """How many graphs PyTorch has compiled so far, and this Trainer captured."""
+        captures = self._graphed.count_captures() if self._graphed else 0
+        return counters["stats"]["unique_graphs"] + captures
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | None:
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
@@ -247,6 +291,11 @@ class NerTrainer(Trainer):
             answers = [shares[index % processes][index // processes] for index in range(len(prompts))]
         scores = score_predictions(collect_predictions(self.records[split], prompts, answers))
         return scores | {"seconds": round(time.time() - started, 2)}
+
+
+def rows_of(batch: Batch) -> list[Batch]:
+    """The rows of a training batch, each a pass of its own: those of a ``RowCollator``, or the batch itself."""
+    return batch.get("rows", [batch])
 
 
 def _drop_gradients(parameters: Sequence[torch.nn.Parameter], set_to_none: bool = True) -> None:
@@ -360,10 +409,12 @@ def build_collator(
     if not parameters.packing:
         return SpanCollator(pad_token_id)
     batch, multiples = parameters.per_device_train_batch_size, (1, 1)
+    if folds(parameters):
+        batch *= parameters.gradient_accumulation_steps
     if "graphed" in launch:
         multiple = 256 * max(1, round(batch * sum(lengths) / len(lengths) / 8 / 256))
         multiples = (multiple, 2 * multiple)
-    elif launch == "compiled":
+    elif launch == "compiled" or parameters.backend == "unsloth":
         multiples = (64, 64)
     return PackedCollator(
         pad_token_id,
@@ -371,6 +422,34 @@ def build_collator(
         sentences=batch if "graphed" in launch else None,
         filler_length=min(256, max(lengths)),
     )
+
+
+def folds(parameters: Parameters) -> bool:
+    """Whether the parts of an optimiser step stand side by side in rows, as one part.
+
+    DeepSpeed counts the parts itself.
+    """
+    return parameters.packing and not parameters.deepspeed
+
+
+def choose_row_tokens(parameters: Parameters, model: PeftModel | CausalLM, longest: int) -> int:
+    """The most tokens that a row may have: ``row_tokens``, or for ``auto`` what the GPU's free memory holds.
+
+    Raises:
+        ModelError: ``auto``, and the longest sentence does not fit.
+    """
+    if parameters.row_tokens != "auto":
+        return parameters.row_tokens
+    fitting = fit_row_tokens(
+        model, dtype=parameters.dtype, gradient_checkpointing=parameters.gradient_checkpointing
+    )
+    if fitting < longest:
+        raise ModelError(
+            f"the GPU's free memory holds a row of about {fitting} tokens, and the longest sentence has {longest}. "
+            + ("" if parameters.gradient_checkpointing else "Set gradient_checkpointing=true, or ")
+            + "lower max_input_tokens, or use a larger card. (row_tokens=N tries it all the same.)"
+        )
+    return fitting
 
 
 def build_trainer(
@@ -411,7 +490,14 @@ def build_trainer(
     launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
     if "compiled" in launch:
         compile_layers(model.get_decoder())
-    epoch_end, stop = EpochEndEvaluation(), StopOnRequest()
+    lengths = datasets["train"]["length"][:]
+    collator = build_collator(parameters, tokenizer.pad_token_id, launch, lengths)
+    train_collator: SpanCollator | PackedCollator | RowCollator = collator
+    row_tokens = None
+    if isinstance(collator, PackedCollator):
+        row_tokens = choose_row_tokens(parameters, model, max(lengths))
+        train_collator = RowCollator(collator, row_tokens)
+    epoch_end, stop, speed = EpochEndEvaluation(), StopOnRequest(), SteadySpeed()
     tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)
     trainer = NerTrainer(
         records=records,
@@ -421,9 +507,8 @@ def build_trainer(
         args=training_arguments(parameters, checkpoints),
         train_dataset=datasets["train"],
         eval_dataset=datasets["dev"],
-        data_collator=build_collator(
-            parameters, tokenizer.pad_token_id, launch, datasets["train"]["length"][:]
-        ),
+        data_collator=collator,
+        train_collator=train_collator,
         processing_class=tokenizer,
         compute_metrics=head_metrics if parameters.fast_metrics else None,
         callbacks=[
@@ -431,9 +516,12 @@ def build_trainer(
             epoch_end,
             stop,
             tracking,
+            speed,
             ProgressBar(),
         ],
     )
+    trainer.speed, trainer.row_tokens = speed, row_tokens
+    speed.count = lambda: (trainer.tokens_seen, trainer.count_compilations())
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     epoch_end.trainer = trainer
@@ -445,11 +533,14 @@ def build_trainer(
 def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTrainingArguments:
     """The Trainer's arguments for a set of parameters."""
     on_cpu = not torch.cuda.is_available()
+    batch, parts = parameters.per_device_train_batch_size, parameters.gradient_accumulation_steps
+    if folds(parameters):
+        batch, parts = batch * parts, 1
     return NerTrainingArguments(
         output_dir=str(checkpoints),
-        per_device_train_batch_size=parameters.per_device_train_batch_size,
+        per_device_train_batch_size=batch,
         per_device_eval_batch_size=parameters.per_device_eval_batch_size,
-        gradient_accumulation_steps=parameters.gradient_accumulation_steps,
+        gradient_accumulation_steps=parts,
         num_train_epochs=parameters.num_train_epochs,
         learning_rate=parameters.learning_rate,
         lr_scheduler_type=parameters.lr_scheduler_type,
@@ -511,12 +602,16 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         trainer.finite.finish()
     except torch.OutOfMemoryError as error:
-        args = trainer.args
+        batch, rows = trainer.parameters.per_device_train_batch_size, trainer.row_tokens
+        smaller = (
+            f"lower row_tokens (here {rows})"
+            if rows
+            else f"lower per_device_train_batch_size ({batch}; raise gradient_accumulation_steps by as much)"
+        )
         raise ModelError(
-            f"out of GPU memory at step {trainer.state.global_step}: lower per_device_train_batch_size "
-            f"({args.per_device_train_batch_size}; raise gradient_accumulation_steps by as much), set "
-            f"gradient_checkpointing=true, or, if it was an evaluation, lower per_device_eval_batch_size "
-            f"({args.per_device_eval_batch_size}). The run goes on from its newest checkpoint. ({error})"
+            f"out of GPU memory at step {trainer.state.global_step}: {smaller}, set gradient_checkpointing=true, or, "
+            f"if it was an evaluation, lower per_device_eval_batch_size ({trainer.args.per_device_eval_batch_size}). "
+            f"The run goes on from its newest checkpoint. ({error})"
         ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _disk_is_full(error):
@@ -545,10 +640,12 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "train_seconds": round(seconds, 2),
         "train_tokens_per_second": round(int(trainer.tokens_seen) * trainer.args.world_size / seconds, 1),
+        **trainer.speed.read(),
         "train_sentences_per_second": round(trainer.examples_seen * trainer.args.world_size / seconds, 2),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "best_checkpoint": best,
         "step_launch": trainer.launch,
+        **({"row_tokens": trainer.row_tokens} if trainer.row_tokens else {}),
         "stopped_early": stopped_early,
     }
     if torch.cuda.is_available():

