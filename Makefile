@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env debug test cluster lint format lab requirements clean
+.PHONY: help env debug test gpu-test cluster lint format lab requirements clean
 
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -19,7 +19,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch tests/cluster/*.sh .ci/run)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: ## the environment (.venv) from nothing; returns at once when it is there (BIOMERGE_DEVICE=cpu|cuda)
 	@bash slurm/setup_env.sh
@@ -30,6 +30,9 @@ debug: env ## environment, then the whole pipeline 01 to 06 on the CPU with the 
 test: env lint ## environment, lint, then every test and every notebook (PYTEST_ARGS=-x, NBMAKE_TIMEOUT=900)
 	@$(BIN)/pytest -q tests $(PYTEST_ARGS)
 	@$(BIN)/pytest -q --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) --timeout=0 notebooks $(PYTEST_ARGS)
+
+gpu-test: env ## the tests that want a CUDA card; their result goes to reports/gpu_tests.md
+	@$(BIN)/pytest -q -m gpu tests/gpu $(PYTEST_ARGS)
 
 cluster: env ## the tests on a SLURM of one node alone (root, slurm-wlm, munge, rsync)
 	@$(BIN)/pytest -q tests/cluster $(PYTEST_ARGS)

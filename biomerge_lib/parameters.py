@@ -267,10 +267,8 @@ class Parameters(BaseModel):
             problems.append("trainable=all needs backend=peft (Unsloth is here for its LoRA layers)")
         if self.trainable == "all" and self.deepspeed:
             problems.append("trainable=all does not go with deepspeed: set deepspeed=null")
-        if self.step_launch not in ("auto", "eager") and self.backend == "unsloth":
-            problems.append(
-                f"step_launch={self.step_launch} needs backend=peft (Unsloth has kernels of its own)"
-            )
+        if "compiled" in self.step_launch and self.backend == "unsloth":
+            problems.append(f"step_launch={self.step_launch} needs backend=peft (Unsloth compiles by itself)")
         graphed = "graphed" in self.step_launch
         if graphed and not (self.packing and self.num_processes == 1):
             problems.append(f"step_launch={self.step_launch} needs packing=true and num_processes=1")
