@@ -5,7 +5,7 @@ The headline is exact-span micro F1: a predicted span counts when start and end 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,6 +182,46 @@ def score_word_labels(gold: Sequence[Sequence[int]], predicted: Sequence[Sequenc
         "ner_precision": float(precision_score(gold_names, pred_names, **options)),
         "ner_recall": float(recall_score(gold_names, pred_names, **options)),
     }
+
+
+def score_forced_answers(
+    pairs: Iterable[tuple[Sequence[int], Sequence[int]]], *, eos_id: int, separator_ids: Collection[int]
+) -> SpanScore:
+    """Span score of teacher-forced answers: what the model would write at each token, given the gold before it.
+
+    A pair is a sentence's gold answer `` 0-7 ; 20-34`` + EOS as token ids, and the model's most likely token at each of
+    them; ``separator_ids`` are the tokens that hold a semicolon. No text is generated, so one forward pass is enough.
+
+    - A gold span is found when each of its tokens is the most likely one and the answer would end or separate after
+      it; any other token there would make its end offset longer (``7`` becomes ``70``).
+    - A gold span that is not found is missed. It also costs a spurious span, unless the model would end the answer
+      where it is first wrong, the separator before the span included.
+    - Another span where the gold answer ends is spurious.
+
+    Each wrong token counts against one span only: a longer end is the error of the span before the separator.
+
+    >>> wrong_end = ([10, 4, 17, 5, 12, 4, 19, 2], [10, 4, 17, 5, 12, 4, 18, 2])
+    >>> score_forced_answers([wrong_end], eos_id=2, separator_ids={5})
+    SpanScore(true_positives=1, false_positives=1, false_negatives=1)
+    """
+    found = spurious = missed = 0
+    ends = {eos_id, *separator_ids}
+    for gold, predicted in pairs:
+        last = len(gold) - 1  # EOS
+        separators = [place for place, token in enumerate(gold) if token in separator_ids]
+        begins = [0, *(place + 1 for place in separators)] if last else []
+        for begin, end in zip(begins, [*separators, last], strict=False):
+            if begin and predicted[begin - 1] == eos_id:
+                wrong = begin - 1
+            else:
+                wrong = next((place for place in range(begin, end) if predicted[place] != gold[place]), end)
+            if wrong == end and predicted[end] in ends:
+                found += 1
+            else:
+                missed += 1
+                spurious += predicted[wrong] != eos_id
+        spurious += predicted[last] in separator_ids or (not last and predicted[last] != eos_id)
+    return SpanScore(found, spurious, missed)
 
 
 @dataclass(frozen=True, slots=True)

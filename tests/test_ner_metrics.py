@@ -6,6 +6,7 @@ from biomerge_lib.ner_metrics import (
     bootstrap_f1,
     find_errors,
     score_by_length,
+    score_forced_answers,
     score_overlaps,
     score_predictions,
     score_seen,
@@ -90,6 +91,58 @@ def test_word_labels_are_scored_by_entity():
     assert scores["ner_precision"] == pytest.approx(0.5)
     assert scores["ner_recall"] == pytest.approx(0.5)
     assert scores["ner_f1"] == pytest.approx(0.5)
+
+
+DIGITS = {str(digit): digit for digit in range(10)}
+TOKENS = {**DIGITS, "-": 10, ";": 11, ",;": 12, "EOS": 13, "20": 14, "34": 15, "35": 16, "200": 17}
+
+
+def forced(*pairs):
+    """(found, spurious, missed) of answers spelt token by token: ``0 - 7 ; 2 0 - 3 4 EOS``."""
+    ids = [tuple([TOKENS[token] for token in side.split()] for side in pair) for pair in pairs]
+    score = score_forced_answers(ids, eos_id=13, separator_ids={11, 12})
+    return score.true_positives, score.false_positives, score.false_negatives
+
+
+SPLIT, WHOLE = "0 - 7 ; 2 0 - 3 4 EOS", "0 - 7 ; 20 - 34 EOS"
+
+
+@pytest.mark.parametrize(
+    "gold, predicted, counts",
+    [
+        (SPLIT, SPLIT, (2, 0, 0)),
+        (WHOLE, WHOLE, (2, 0, 0)),
+        (SPLIT, "0 - 7 ,; 2 0 - 3 4 EOS", (2, 0, 0)),  # another spelling of the separator
+        (SPLIT, "0 - 7 EOS 2 0 - 3 4 EOS", (1, 0, 1)),  # the last one missed
+        (SPLIT, "0 - 7 EOS 5 0 - 3 4 EOS", (1, 0, 1)),  # what follows an early end does not count
+        (SPLIT, "0 - 7 ; 2 0 - 3 4 ;", (2, 1, 0)),  # one more where the answer ends
+        (SPLIT, "3 - 7 ; 2 0 - 3 4 EOS", (1, 1, 1)),  # a wrong first digit
+        (SPLIT, "EOS - 7 ; 2 0 - 3 4 EOS", (1, 0, 1)),  # nothing where there is a first span
+        (SPLIT, "0 - 7 ; 2 0 - 3 5 EOS", (1, 1, 1)),  # a wrong end
+        (WHOLE, "0 - 7 ; 20 - 35 EOS", (1, 1, 1)),
+        (WHOLE, "0 - 7 ; 200 - 34 EOS", (1, 1, 1)),
+        (SPLIT, "0 - 7 0 2 0 - 3 4 EOS", (1, 1, 1)),  # 0-70: the first span's error alone
+        (SPLIT, "0 - 7 ; 2 0 - 3 4 0", (1, 1, 1)),  # 20-340
+        (SPLIT, "0 - 7 ; 2 0 - 5 4 0", (1, 1, 1)),  # wrong already
+        (SPLIT, "1 - 7 ; 3 0 - 3 4 ;", (0, 3, 2)),
+        ("EOS", "EOS", (0, 0, 0)),
+        ("EOS", "5", (0, 1, 0)),
+        ("EOS", ";", (0, 1, 0)),
+    ],
+)
+def test_a_forced_answer_by_hand(gold, predicted, counts):
+    assert forced((gold, predicted)) == counts
+
+
+def test_forced_answers_of_a_batch_are_summed():
+    batch = [(SPLIT, SPLIT), (SPLIT, "0 - 7 EOS 2 0 - 3 4 EOS"), ("EOS", "4"), (WHOLE, "0 - 7 ; 20 - 35 EOS")]
+    batch += [(SPLIT, "0 - 7 ; 2 0 - 3 4 ;")]
+    assert forced(*batch) == (6, 3, 2)
+    ids = [tuple([TOKENS[token] for token in side.split()] for side in pair) for pair in batch]
+    score = score_forced_answers(ids, eos_id=13, separator_ids={11})
+    assert (score.precision, score.recall) == pytest.approx((0.6667, 0.75), abs=5e-5)
+    assert score.f1 == pytest.approx(0.7059, abs=5e-5)
+    assert score_forced_answers([], eos_id=13, separator_ids={11}).f1 == 0.0
 
 
 def test_errors_are_named_by_what_overlaps():
