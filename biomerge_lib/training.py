@@ -121,6 +121,7 @@ class NerTrainer(Trainer):
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.zero_grad = functools.partial(_drop_gradients, self._trained)  # type: ignore[method-assign]  # ours
         self._graphed: GraphedPass | None = None
+        self.model.train()  # a PEFT model says that it is in training, whatever its backbone's modules are in
         self.finite = FiniteLoss(Path(cast(str, self.args.output_dir)), self.args.learning_rate)
         self.tokens_seen: torch.Tensor | int = 0
         self.examples_seen = 0
@@ -177,7 +178,7 @@ class NerTrainer(Trainer):
         inputs: Batch,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        if not model.training:
+        if not self.model.training:  # after an evaluation
             model.train()
         rows, loss = rows_of(inputs), torch.zeros((), device=self.args.device)
         for number, row in enumerate(rows, start=1):

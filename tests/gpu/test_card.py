@@ -87,6 +87,13 @@ def test_the_loss_falls_and_every_layer_trains(result):
     assert result["unmoved"] == []
 
 
+def test_layers_train_and_are_checkpointed_where_they_should(results):
+    for combination in COMBINATIONS:
+        found = results[name_of(combination)]
+        assert "error" not in found, found["error"]
+        assert found["trained_as"] == [[True, combination["gradient_checkpointing"]]], name_of(combination)
+
+
 def test_a_resumed_run_goes_on_with_the_same_losses(result):
     assert result["resumed_losses"][-STEPS // 2 :] == pytest.approx(
         result["losses"][-STEPS // 2 :], rel=RELATIVE

@@ -22,21 +22,18 @@ COMBINATIONS: list[dict[str, Any]] = [
     | {"step_launch": launch}
     for backend, head, packing, checkpointing, launch in (
         ("unsloth", True, True, True, "eager"),
-        ("unsloth", False, True, False, "eager"),
         ("unsloth", False, False, True, "eager"),
         ("unsloth", True, False, False, "eager"),
-        ("unsloth", True, True, False, "graphed"),
         ("unsloth", False, True, False, "graphed"),
         ("peft", True, True, True, "eager"),
         ("peft", False, True, False, "eager"),
-        ("peft", False, False, True, "compiled"),
+        ("peft", False, False, True, "eager"),
         ("peft", True, False, False, "compiled"),
-        ("peft", True, True, True, "compiled"),
+        ("peft", False, True, True, "compiled"),
         ("peft", True, True, False, "graphed"),
         ("peft", False, True, False, "graphed"),
         ("peft", True, True, False, "compiled_graphed"),
         ("peft", False, True, False, "compiled_graphed"),
-        ("peft", False, False, False, "eager"),
     )
 ]
 
@@ -56,6 +53,7 @@ def name_of(combination: dict[str, Any]) -> str:
 def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict[str, Any]:
     """Train, go on from the middle, decode and merge; what test_card.py looks at."""
     import torch
+    from transformers import TrainerCallback
 
     from biomerge_lib.decoding import greedy_decode
     from biomerge_lib.ner_span import model_rendering
@@ -101,7 +99,16 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
     def losses(trainer: Any) -> list[float]:
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
+    class LayersAsTheyTrain(TrainerCallback):
+        """Whether each layer was in training at a step's end, and recomputed its activations."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for layer in kwargs["model"].get_base_model().model.layers:
+                trained_as.add((layer.training, layer.gradient_checkpointing))
+
+    trained_as: set[tuple[bool, bool]] = set()
     whole = trainer_of(folder / "checkpoints")
+    whole.add_callback(LayersAsTheyTrain())
     metrics = train(whole, folder)
     middle = f"checkpoint-{STEPS // 2}"
     shutil.copytree(folder / "checkpoints" / middle, folder / "resumed" / middle)
@@ -140,6 +147,7 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
             name for name, p in parameters_of.items() if "lora_B" in name and not p.detach().any()
         ),
         "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float | str)},
+        "trained_as": sorted(trained_as),
         "relative_change": check.relative_change,
         "answers": [answer.text for answer in answers],
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
