@@ -161,7 +161,11 @@ class Parameters(BaseModel):
     span_threshold: float | None = Field(
         None, ge=0, le=1, description="04 and 05 drop predicted spans of a lower probability; null = keep all"
     )
-    fast_metrics: bool = Field(description="Train a B/I/O token head and use its F1 as the watch metric")
+    fast_metrics: bool = Field(description="Train a B/I/O token head; every evaluation gives its F1")
+    watch_metric: Literal["answer", "token_head", "greedy"] = Field(
+        description="Whose F1 is eval_ner_f1, which chooses the checkpoint: the teacher-forced answer's, the token "
+        "head's, or greedy decoding's"
+    )
     head_loss_weight: float = Field(ge=0, description="Weight of the token head's loss")
     run_test_eval: bool = Field(description="Score the test split with the best checkpoint after training")
     split: Literal["train", "dev", "test"] = Field(description="The split that 04 and 05 score")
@@ -252,6 +256,10 @@ class Parameters(BaseModel):
             )
         if self.fast_metrics and self.head_loss_weight == 0:
             problems.append("fast_metrics=true with head_loss_weight=0 would score an untrained token head")
+        if self.watch_metric == "token_head" and not self.fast_metrics:
+            problems.append(
+                "watch_metric=token_head needs fast_metrics=true (there is no token head without)"
+            )
         if self.save_steps % self.eval_steps:
             problems.append(
                 f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}: the best checkpoint "
@@ -292,6 +300,11 @@ class Parameters(BaseModel):
     @property
     def run_folder(self) -> Path:
         return Path(self.runs_dir) / self.run_name
+
+
+def watch_metric_of(values: Mapping[str, Any]) -> str:
+    """The watch metric of a stored run; one older than the parameter watched its token head, or decoded greedily."""
+    return values.get("watch_metric") or ("token_head" if values.get("fast_metrics") else "greedy")
 
 
 PARAMETER_NAMES = frozenset(Parameters.model_fields)

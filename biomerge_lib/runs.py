@@ -34,6 +34,7 @@ from biomerge_lib.parameters import (
     notebook_parameter_names,
     override_names,
     read_notebook_parameters,
+    watch_metric_of,
 )
 from biomerge_lib.records import SPLITS, file_sha256
 
@@ -172,8 +173,9 @@ def load_run_parameters(folder: Path) -> Parameters:
         )
         raise DataError(f"{folder}: no such run (run notebooks/03_train.ipynb first, or set run_id).{hint}")
     # A parameter that is younger than the run has its default: what it chooses was not there to choose.
-    defaults = compose_parameters([]).model_dump()
-    return check_parameters(defaults | yaml.safe_load(path.read_text(encoding="utf-8")))
+    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    defaults = compose_parameters([]).model_dump() | {"watch_metric": watch_metric_of(stored)}
+    return check_parameters(defaults | stored)
 
 
 def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) -> Path:

@@ -68,7 +68,8 @@ def span_loss(
 
     A packed batch has ``cu_seq_lens``, ``target_positions`` and ``targets`` of ``PackedCollator``.
     ``num_items_in_batch`` and ``num_words_in_batch`` count the target tokens and labelled words of the whole
-    optimiser step, so that accumulation gives the mean over the step.
+    optimiser step, so that accumulation gives the mean over the step. In evaluation mode ``answer_ids`` (N,) are the
+    most likely tokens where the targets stand, each given the targets before it.
     """
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
     if cu_seq_lens is None:
@@ -89,6 +90,8 @@ def span_loss(
     summed = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     loss = _mean_loss(summed, num_items_in_batch, targets)
     output = {"loss": loss, "lm_loss": loss.detach()}
+    if not model.training:
+        output["answer_ids"] = logits.argmax(-1)
     if token_labels is not None and hasattr(model, "token_head"):
         head_dtype = next(model.token_head.parameters()).dtype  # DeepSpeed makes it narrower
         token_logits = model.token_head(hidden.to(head_dtype)).float()  # (B, T, 3)

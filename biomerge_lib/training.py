@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -41,7 +40,7 @@ from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import DataError, ModelError
 from biomerge_lib.graphed_pass import GraphedPass, compile_layers
 from biomerge_lib.jobs import RunInterrupted
-from biomerge_lib.ner_metrics import score_predictions, score_word_labels
+from biomerge_lib.ner_metrics import score_forced_answers, score_predictions, score_word_labels
 from biomerge_lib.ner_span import SpanCollator, build_dataset
 from biomerge_lib.packing import PackedCollator, RowCollator, fit_row_tokens, unpack_rows
 from biomerge_lib.parameters import Parameters
@@ -68,13 +67,14 @@ if TYPE_CHECKING:
 
     Batch = dict[str, Any]  # of tensors, and what the Trainer adds
 
-WATCH_METRIC = "eval_ner_f1"
+WATCH_METRIC = "eval_ner_f1"  # of the reading that watch_metric names
+READINGS = ("eval_answer_ner_f1", "eval_head_ner_f1")  # both of one forward pass
 log = logging.getLogger("biomerge")
 
 
 @dataclass
 class NerTrainingArguments(TrainingArguments):
-    """TrainingArguments with the brief's switch between the fast and the greedy evaluation."""
+    """TrainingArguments with the brief's switch from evaluations of one forward pass to greedy ones."""
 
     predict_with_generate: bool = False
     generation_max_new_tokens: int = 64
@@ -86,10 +86,9 @@ class NerTrainingArguments(TrainingArguments):
 
 
 class NerTrainer(Trainer):
-    """A Trainer whose ``evaluate`` scores spans.
+    """A Trainer whose evaluations score spans in one forward pass: teacher-forced answers and the token head.
 
-    With ``predict_with_generate`` it decodes greedily and scores exact spans; without, it scores the token head
-    with seqeval in one forward pass (or decodes, if the model has no head).
+    With ``predict_with_generate`` each evaluation also decodes greedily.
     """
 
     args: NerTrainingArguments
@@ -110,6 +109,8 @@ class NerTrainer(Trainer):
     ):
         super().__init__(**kwargs)
         self.train_collator = train_collator
+        self.compute_metrics = self.score_evaluation
+        self.separator_ids = {id for token, id in self.processing_class.get_vocab().items() if ";" in token}
         self.records = records
         self.parameters = parameters
         self.launch = launch
@@ -227,31 +228,48 @@ class NerTrainer(Trainer):
         inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """The loss; what is predicted; what is right: answers' token ids and, with a head, words' labels.
+
+        A row is a sentence, filled with IGNORE: answers (sentences, longest answer), labels (sentences, T).
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = model(**inputs)
-        if prediction_loss_only or "token_logits" not in output:
+        if prediction_loss_only:
             return output["loss"], None, None
-        predicted, gold = output["token_logits"].argmax(-1), inputs["token_labels"]
+        labels = inputs["labels"]
+        words = []
+        if "token_logits" in output:
+            words = [output["token_logits"].argmax(-1), inputs["token_labels"]]
         if "cu_seq_lens" in inputs:
-            predicted, gold = (unpack_rows(row, inputs["lengths"]) for row in (predicted, gold))
+            labels, *words = (unpack_rows(row, inputs["lengths"]) for row in (labels, *words))
+        is_answer = labels != IGNORE
+        lengths = is_answer.sum(1)
+        answers = [unpack_rows(ids[None], lengths) for ids in (output["answer_ids"], labels[is_answer])]
+        predicted, gold = zip(*([answers, words] if words else [answers]), strict=True)
         return output["loss"], predicted, gold
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        if not self.args.predict_with_generate and self.parameters.fast_metrics:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.score_greedily("dev").items()}
-        self.log({name: value for name, value in metrics.items() if isinstance(value, float)})
-        if WATCH_METRIC in metrics:
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.last_greedy = (self.state.global_step, metrics)
-        return metrics
+    def score_evaluation(self, prediction: EvalPrediction) -> dict[str, float]:
+        """``answer_ner_f1``, with a token head ``head_ner_f1`` (seqeval's), and ``ner_f1`` of the watch metric."""
+        pairs = [
+            [
+                (row[row != IGNORE].tolist(), said[row != IGNORE].tolist())
+                for row, said in zip(*both, strict=True)
+            ]
+            for both in zip(prediction.label_ids, prediction.predictions, strict=True)
+        ]
+        eos = cast(int, self.processing_class.eos_token_id)
+        answers = score_forced_answers(pairs[0], eos_id=eos, separator_ids=self.separator_ids)
+        found = {
+            "answer": {"ner_f1": answers.f1, "ner_precision": answers.precision, "ner_recall": answers.recall}
+        }
+        if self.parameters.fast_metrics:
+            found["head"] = score_word_labels(*zip(*pairs[1], strict=True))
+        scores = {f"{name}_{metric}": value for name in found for metric, value in found[name].items()}
+        if self.args.predict_with_generate:
+            return scores | self.score_greedily("dev")
+        return scores | found["head" if self.parameters.watch_metric == "token_head" else "answer"]
 
     @contextmanager
     def _whole_model(self) -> Iterator[CausalLM]:
@@ -325,7 +343,7 @@ class EpochEndEvaluation(TrainerCallback):
         )
         control.should_evaluate = not evaluated
         control.should_save = not evaluated
-        if self.trainer.parameters.fast_metrics:
+        if not self.trainer.args.predict_with_generate:
             evaluate_greedily(self.trainer, "greedy_dev")
             keep_log(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}", state)
         return control
@@ -342,13 +360,11 @@ def keep_log(checkpoint: Path, state: TrainerState) -> None:
 
 
 def evaluate_greedily(trainer: NerTrainer, prefix: str) -> dict[str, Any]:
-    """``trainer.evaluate`` with generation switched on just for this pass."""
-    before = trainer.args.predict_with_generate
-    trainer.args.predict_with_generate = True
-    try:
-        return trainer.evaluate(metric_key_prefix=prefix)
-    finally:
-        trainer.args.predict_with_generate = before
+    """Score dev's greedy answers and log the scores under names that begin with ``prefix``."""
+    metrics = {f"{prefix}_{name}": value for name, value in trainer.score_greedily("dev").items()}
+    trainer.log({name: value for name, value in metrics.items() if isinstance(value, float)})
+    trainer.last_greedy = (trainer.state.global_step, metrics)
+    return metrics
 
 
 def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | CausalLM:
@@ -511,7 +527,6 @@ def build_trainer(
         data_collator=collator,
         train_collator=train_collator,
         processing_class=tokenizer,
-        compute_metrics=head_metrics if parameters.fast_metrics else None,
         callbacks=[
             EarlyStoppingCallback(parameters.early_stopping_patience, parameters.early_stopping_threshold),
             epoch_end,
@@ -568,17 +583,9 @@ def training_arguments(parameters: Parameters, checkpoints: Path | str) -> NerTr
         restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
         seed=parameters.seed,
         use_cpu=on_cpu,
-        predict_with_generate=not parameters.fast_metrics,
+        predict_with_generate=parameters.watch_metric == "greedy",
         generation_max_new_tokens=parameters.max_new_tokens,
     )
-
-
-def head_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """seqeval scores of the token head; ``prediction`` holds (N, T) label ids, IGNORE where there is no word."""
-    kept = [row != IGNORE for row in prediction.label_ids]
-    gold = [row[keep].tolist() for row, keep in zip(prediction.label_ids, kept, strict=True)]
-    pred = [row[keep].tolist() for row, keep in zip(np.asarray(prediction.predictions), kept, strict=True)]
-    return score_word_labels(gold, pred)
 
 
 def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
@@ -634,8 +641,11 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     step, greedy = trainer.last_greedy
     if f"checkpoint-{step}" != best or "greedy_dev_ner_f1" not in greedy:
         greedy = evaluate_greedily(trainer, "greedy_dev")
+    at_best = [entry for entry in state.log_history if f"checkpoint-{entry['step']}" == best]
     metrics: dict[str, Any] = {
-        "eval_ner_f1": trainer.state.best_metric,
+        "watch_metric": trainer.parameters.watch_metric,
+        WATCH_METRIC: state.best_metric,
+        **{name: entry[name] for entry in at_best for name in READINGS if name in entry},
         "train_loss": next(entry["loss"] for entry in reversed(trainer.state.log_history) if "loss" in entry),
         **greedy,
         "steps": trainer.state.global_step,
@@ -664,8 +674,8 @@ def explain_early_stop(parameters: Parameters, state: TrainerState) -> str:
     return (
         f"stopped early at step {state.global_step} of {state.max_steps}: {parameters.early_stopping_patience} "
         f"evaluations without a gain of {parameters.early_stopping_threshold} over {WATCH_METRIC} "
-        f"{state.best_metric:.3f} ({Path(state.best_model_checkpoint or '').name}). A higher "
-        "early_stopping_patience waits longer."
+        f"(watch_metric={parameters.watch_metric}) {state.best_metric:.3f} "
+        f"({Path(state.best_model_checkpoint or '').name}). A higher early_stopping_patience waits longer."
     )
 
 
@@ -677,12 +687,13 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def explain_gap(metrics: dict[str, Any]) -> str:
-    """Say whether the fast and the greedy F1 agree within 0.01, and if not, what the greedy answers show."""
-    fast, greedy = metrics["eval_ner_f1"], metrics["greedy_dev_ner_f1"]
+    """Say whether the watched and the greedy F1 agree within 0.01, and if not, what the greedy answers show."""
+    fast, greedy = metrics[WATCH_METRIC], metrics["greedy_dev_ner_f1"]
+    watched = metrics.get("watch_metric", "token_head")  # a run older than the parameter
     if fast == greedy == 0:
         return "neither reading finds a mention yet: train longer (num_train_epochs, subsample) or raise learning_rate."
     if abs(fast - greedy) <= 0.01:
-        return f"fast {fast:.3f} and greedy {greedy:.3f} agree within 0.01."
+        return f"{watched} {fast:.3f} and greedy {greedy:.3f} agree within 0.01."
     faults = {
         "answers that are not spans (format)": metrics["greedy_dev_unreadable_rate"],
         "answers cut at max_new_tokens (no EOS)": metrics["greedy_dev_truncated_rate"],
@@ -693,8 +704,13 @@ def explain_gap(metrics: dict[str, Any]) -> str:
     snapped = metrics["greedy_dev_ner_f1_snapped"]
     if snapped - greedy > 0.01:
         seen.append(f"offsets inside the right words but not at their edges (snapped F1 {snapped:.3f})")
-    cause = "; ".join(seen) or (
-        "the answers are well-formed, so the two readings differ in kind: the head tags each word from its left "
-        "context, the answer is written after the whole sentence"
+    kinds = {
+        "answer": "the watch metric gives each token the gold before it, greedy decoding what it wrote itself",
+        "token_head": "the head tags each word from its left context, the answer is written after the whole sentence",
+        "greedy": "both decode greedily and should agree",
+    }
+    cause = (
+        "; ".join(seen)
+        or f"the answers are well-formed, so the two readings differ in kind: {kinds[watched]}"
     )
-    return f"fast {fast:.3f} and greedy {greedy:.3f} differ by {abs(fast - greedy):.3f}: {cause}."
+    return f"{watched} {fast:.3f} and greedy {greedy:.3f} differ by {abs(fast - greedy):.3f}: {cause}."

@@ -166,6 +166,10 @@ def test_names_made_by_later_cells_are_no_parameters():
         (["max_new_tokens=16"], "max_new_tokens=16 is below max_target_tokens=64"),
         (["save_steps=700"], "no multiple of eval_steps=500"),
         (["head_loss_weight=0"], "would score an untrained token head"),
+        (
+            ["watch_metric=token_head", "fast_metrics=false"],
+            "watch_metric=token_head needs fast_metrics=true",
+        ),
         (["deepspeed=none.json", "backend=peft"], "deepspeed=none.json: no such file"),
         (["num_processes=2", "backend=unsloth"], "num_processes > 1 needs backend=peft"),
         (["run_id=../../etc"], "run_id"),

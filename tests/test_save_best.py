@@ -189,7 +189,12 @@ def test_a_training_without_improvement_says_why_it_ended(tiny_parameters):
 
 
 def test_a_gap_between_fast_and_greedy_is_explained():
-    metrics = {"eval_ner_f1": 0.8, "greedy_dev_ner_f1": 0.795, "greedy_dev_ner_f1_snapped": 0.8}
+    metrics = {
+        "watch_metric": "answer",
+        "eval_ner_f1": 0.8,
+        "greedy_dev_ner_f1": 0.795,
+        "greedy_dev_ner_f1_snapped": 0.8,
+    }
     rates = ("unreadable_rate", "truncated_rate", "out_of_text_rate", "unsorted_rate")
     metrics |= {f"greedy_dev_{name}": 0.0 for name in rates}
     assert "agree within 0.01" in explain_gap(metrics)

@@ -1,0 +1,93 @@
+"""The watch metric: read in one forward pass, the same packed and padded, and named with the run."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import EvalPrediction
+
+from biomerge_lib.parameters import watch_metric_of
+from biomerge_lib.prompt import IGNORE, encode
+from biomerge_lib.runs import load_run_parameters
+from biomerge_lib.training import build_model, build_trainer
+
+
+@pytest.fixture
+def make_trainer(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_path):
+    def make(**overrides):
+        parameters = tiny_parameters(**{"backend": "peft", "per_device_eval_batch_size": 4} | overrides)
+        records = {"train": sample_records["train"][:4], "dev": sample_records["train"][:6]}
+        model = build_model(parameters, tiny_prepared)
+        return build_trainer(model, tokenizer, records, parameters, checkpoints=tmp_path / "checkpoints")
+
+    return make
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("head", [True, False])
+def test_each_sentences_answer_is_read_where_its_gold_stands(make_trainer, tokenizer, packing, head):
+    trainer = make_trainer(packing=packing, fast_metrics=head)
+    trainer.model.eval()
+    rows = []
+    for batch in trainer.get_eval_dataloader():
+        _, predicted, gold = trainer.prediction_step(trainer.model, batch, False)
+        assert len(predicted) == len(gold) == 1 + head
+        for said, right in zip(predicted[0], gold[0], strict=True):
+            rows.append((right[right != IGNORE].tolist(), said[right != IGNORE].tolist()))
+    assert len(rows) == 6
+    for (right, said), record in zip(rows, trainer.records["dev"], strict=True):
+        ids = encode(record, tokenizer, offset_anchors="start", corpus_cue=False)
+        assert right == ids.completion_ids
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([ids.prompt_ids + ids.completion_ids])).logits[0]
+        assert said == logits.argmax(-1)[len(ids.prompt_ids) - 1 : -1].tolist()
+
+
+def test_a_training_step_carries_no_answers(make_trainer):
+    trainer = make_trainer()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert "answer_ids" not in trainer.model.train()(**batch)
+    assert "answer_ids" in trainer.model.eval()(**batch)
+
+
+@pytest.mark.parametrize(
+    "watch_metric, head, watched",
+    [("answer", True, 1.0), ("answer", False, 1.0), ("token_head", True, 0.0), ("greedy", True, 0.25)],
+)
+def test_all_readings_are_logged_and_one_is_watched(make_trainer, monkeypatch, watch_metric, head, watched):
+    trainer = make_trainer(watch_metric=watch_metric, fast_metrics=head)
+    monkeypatch.setattr(trainer, "score_greedily", lambda split: {"ner_f1": 0.25})
+    step = trainer.prediction_step
+
+    def answer_rightly(*arguments, **options):
+        loss, predicted, gold = step(*arguments, **options)
+        return loss, (gold[0], *(torch.zeros_like(labels) for labels in predicted[1:])), gold
+
+    monkeypatch.setattr(trainer, "prediction_step", answer_rightly)
+    metrics = trainer.evaluate()
+    assert metrics["eval_answer_ner_f1"] == metrics["eval_answer_ner_recall"] == 1.0
+    assert metrics.get("eval_head_ner_f1") == (0.0 if head else None)
+    assert metrics["eval_ner_f1"] == watched
+    assert trainer.state.log_history[-1]["eval_answer_ner_precision"] == 1.0
+
+
+def test_rows_of_batches_of_different_lengths_are_scored_together(make_trainer, tokenizer):
+    trainer = make_trainer(fast_metrics=False)
+    eos, (semicolon, *_) = tokenizer.eos_token_id, sorted(trainer.separator_ids)
+    gold = np.array([[7, 8, semicolon, 9, eos], [eos, *[IGNORE] * 4]])
+    said = np.array([[7, 8, semicolon, 5, eos], [eos, *[IGNORE] * 4]])
+    scores = trainer.score_evaluation(EvalPrediction(predictions=(said,), label_ids=(gold,)))
+    assert (scores["answer_ner_f1"], scores["ner_f1"]) == (0.5, 0.5)
+
+
+def test_a_run_older_than_the_parameter_keeps_what_it_watched(tiny_parameters, tmp_path):
+    for fast_metrics, watched in ((True, "token_head"), (False, "greedy")):
+        stored = tiny_parameters(fast_metrics=fast_metrics).model_dump()
+        del stored["watch_metric"]
+        assert watch_metric_of(stored) == watched
+        (tmp_path / "parameters.yaml").write_text(yaml.safe_dump(stored))
+        assert load_run_parameters(tmp_path).watch_metric == watched
+    assert watch_metric_of({"watch_metric": "answer", "fast_metrics": True}) == "answer"
+    assert (
+        tiny_parameters(run_id=None).run_name != tiny_parameters(run_id=None, watch_metric="greedy").run_name
+    )
