@@ -1,14 +1,22 @@
 """The watch metric: read in one forward pass, the same packed and padded, and named with the run."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import EvalPrediction
 
+from benchmarks import watch_metric
+from benchmarks.readiness import read_log
+from biomerge_lib.backbones import build_tokenizer
+from biomerge_lib.launch import train_run
 from biomerge_lib.parameters import watch_metric_of
 from biomerge_lib.prompt import IGNORE, encode
-from biomerge_lib.runs import load_run_parameters
+from biomerge_lib.records import write_records
+from biomerge_lib.runs import Run, load_run_parameters, prepare_run_folder
 from biomerge_lib.training import build_model, build_trainer
 
 
@@ -91,3 +99,64 @@ def test_a_run_older_than_the_parameter_keeps_what_it_watched(tiny_parameters, t
     assert (
         tiny_parameters(run_id=None).run_name != tiny_parameters(run_id=None, watch_metric="greedy").run_name
     )
+
+
+@pytest.mark.integration
+def test_checkpoints_are_compared_by_every_metric(
+    tiny_backbone, tiny_parameters, sample_records, tmp_path, monkeypatch
+):
+    build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    short = [record for record in sample_records["train"] if len(record.text) < 90 and record.spans]
+    for split, chosen in (("train", short[:8]), ("dev", short[8:14])):
+        write_records(tmp_path / f"data/{split}.jsonl", chosen)
+    places = {"tokenizer_dir": "tok", "backbones_dir": "backbones", "data_dir": "data"}
+    parameters = tiny_parameters(
+        backbone=str(tiny_backbone),
+        **{name: str(tmp_path / place) for name, place in places.items()},
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=9,
+    )
+    prepare_run_folder(Run(parameters.run_folder, "03_train", parameters))
+    train_run(parameters.run_folder, parameters)
+    out = tmp_path / "watch_metric.json"
+    command = ["watch_metric", str(parameters.run_folder), "--sample", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    watch_metric.main()
+    report = json.loads(out.read_text())
+    assert [(row["step"], row["records"], row["sample"]) for row in report["rows"]] == [(1, 6, 3), (2, 6, 3)]
+    assert [found["rows"] for found in report["correlations"]] == ["tiny", "all of start", "all"]
+    assert {choice["metric"] for choice in report["choices"]} == set(watch_metric.WATCHED)
+    assert report["commit"] and report["device"] and report["versions"]["torch"]
+    [logged, *_] = [
+        e["greedy_dev_ner_f1"] for e in read_log(parameters.run_folder) if "greedy_dev_ner_f1" in e
+    ]
+    assert report["rows"][-1]["greedy_f1"] == pytest.approx(logged)
+    monkeypatch.setattr(watch_metric, "score_checkpoint", None)  # a second call decodes nothing
+    watch_metric.main()
+    assert json.loads(out.read_text())["rows"] == report["rows"]
+
+
+def test_rank_correlation_and_choices_by_hand():
+    rows = [
+        {
+            "run": run,
+            "offset_anchors": "start",
+            "step": step,
+            "answer_f1": a,
+            "head_f1": h,
+            "sample_f1": s,
+            "greedy_f1": g,
+        }
+        for run, step, a, h, s, g in (
+            ("a", 1, 0.1, 0.4, 0.2, 0.15),
+            ("a", 2, 0.2, 0.3, 0.1, 0.25),
+            ("a", 3, 0.3, 0.2, 0.3, 0.35),
+            ("a", 4, 0.4, 0.1, 0.4, 0.45),
+        )
+    ]
+    found = watch_metric.correlate(rows)
+    assert [row["rows"] for row in found] == ["a", "all of start", "all"]
+    assert [found[0][name] for name in watch_metric.WATCHED] == pytest.approx([1.0, -1.0, 0.8, 1.0])
+    kept = {choice["metric"]: (choice["step"], choice["greedy_f1"]) for choice in watch_metric.choose(rows)}
+    assert kept["head_f1"] == (1, 0.15) and kept["answer_f1"] == kept["greedy_f1"] == (4, 0.45)
