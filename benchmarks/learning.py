@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from biomerge_lib.parameters import watch_metric_of
 from biomerge_lib.runs import PROJECT_DIR, read_metrics, write_json
 
 REPORT = PROJECT_DIR / "reports" / "learning.json"
@@ -142,7 +143,10 @@ def read_rows(folders: list[Path]) -> list[dict[str, Any]]:
                 "low": metrics["greedy_dev_ner_f1_low"],
                 "high": metrics["greedy_dev_ner_f1_high"],
                 "snapped_f1": metrics["greedy_dev_ner_f1_snapped"],
-                "head_f1": metrics["eval_ner_f1"] if found["parameters"]["fast_metrics"] else None,
+                "answer_f1": metrics.get("eval_answer_ner_f1"),
+                "head_f1": metrics["eval_ner_f1"]
+                if watch_metric_of(found["parameters"]) == "token_head"
+                else metrics.get("eval_head_ner_f1"),
                 "per_corpus": {
                     key.split("/")[1]: value
                     for key, value in metrics.items()
@@ -186,16 +190,18 @@ def describe(rows: list[dict[str, Any]]) -> str:
     for group in dict.fromkeys(row["set"] for row in rows):
         lines += ["", f"## {group}", ""]
         lines += [
-            "| training | changes | dev F1 | snapped to words | token head | sentences | tokens | steps | launch "
-            "| s | of that scoring |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "| training | changes | dev F1 | snapped to words | answer, forced | token head | sentences | tokens "
+            "| steps | launch | s | of that scoring |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in (row for row in rows if row["set"] == group):
-            head = "—" if row["head_f1"] is None else f"{row['head_f1']:.3f}"
+            answer, head = (
+                "—" if row.get(name) is None else f"{row[name]:.3f}" for name in ("answer_f1", "head_f1")
+            )
             lines.append(
                 f"| {row['name']} | `{row['changes']}` | **{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}] "
-                f"| {row['snapped_f1']:.3f} | {head} | {row['sentences']:,} | {row['tokens_an_example']:.0f} "
-                f"| {row['steps']:,} | {row['step_launch']} | {row['seconds']:.0f} "
+                f"| {row['snapped_f1']:.3f} | {answer} | {head} | {row['sentences']:,} "
+                f"| {row['tokens_an_example']:.0f} | {row['steps']:,} | {row['step_launch']} | {row['seconds']:.0f} "
                 f"| {row['evaluation_share']:.0%} |"
             )
             if row["per_corpus"]:

@@ -509,7 +509,7 @@ def write_page(report: dict[str, Any], page: Path) -> None:
             "## Evaluation's share of training at the debug schedule",
             "",
             f"03_train's {share['train_seconds']} s of training were {share['steps']} step(s), "
-            f"{share['token_head_seconds']} s of the token head's evaluation and {share['greedy_seconds']} s of the "
+            f"{share['token_head_seconds']} s of the evaluation's forward pass and {share['greedy_seconds']} s of the "
             f"greedy pass: {share['share']:.0%} went to evaluation.",
             "",
         ]
@@ -560,7 +560,7 @@ def _training_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         "## Training, taken apart: the laptop's parameters on the sample corpus",
         "",
-        "Seconds a step are the median; evaluation is the token head's pass and the greedy one over 8 records.",
+        "Seconds a step are the median; evaluation is the forward pass and the greedy one over 8 records.",
         "",
         *_table(["part", *(row["batches"] for row in rows)], parts),
         "",

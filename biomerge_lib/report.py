@@ -26,6 +26,7 @@ from biomerge_lib.report_notebooks import link_notebooks
 from biomerge_lib.report_runs import (
     COST_COLUMNS,
     F1_COLUMNS,
+    READINGS,
     ReportedRun,
     collect_runs,
     is_number,
@@ -36,7 +37,8 @@ from biomerge_lib.report_runs import (
 CURVES = {
     "Training loss": "loss",
     "Dev loss": "eval_loss",
-    "Watch F1 on dev (token head)": "eval_ner_f1",
+    "Answer F1 on dev (teacher-forced)": "eval_answer_ner_f1",
+    "Token head F1 on dev": "eval_head_ner_f1",
     "Greedy F1 on dev": "greedy_dev_ner_f1",
 }
 PREDICTION_FILES = [f"predictions-{split}-{way}.jsonl" for split in SPLITS[1:] for way in ("greedy", "vllm")]
@@ -93,6 +95,8 @@ def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[
         style = rank - 1 if rank <= COMPARED else None
         history = read_file(run.folder / "log_history.json", list, run.notes)
         for title, key in CURVES.items():
+            if key == "eval_head_ner_f1" and run.watch_metric == "token_head":
+                key = "eval_ner_f1"
             entries = [entry for entry in history if isinstance(entry, dict) and is_number(entry.get(key))]
             points = [(entry["step"], entry[key]) for entry in entries if is_number(entry.get("step"))]
             stride = len(points) // 200 + 1
@@ -103,11 +107,11 @@ def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[
 
 
 def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> str:
-    """Token head, greedy, vLLM and test F1 of the best runs side by side, with the greedy F1's interval."""
+    """Greedy, vLLM and test F1 of the best runs side by side, with the greedy F1's interval."""
     rows: list[tuple[str, dict[str, float], figures.Point | None]] = []
     marks: list[str] = []
     for run in ranked[:most]:
-        scores = {name: run.value(sources) for name, sources in F1_COLUMNS.items()}
+        scores = {name: run.value(sources) for name, sources in F1_COLUMNS.items() if name not in READINGS}
         named = {name: score for name, score in scores.items() if score is not None}
         marks = [name for name in F1_COLUMNS if name in marks or name in named]
         short = run.name if len(run.name) <= 16 else f"…{run.name[-14:]}"  # names differ at their end
@@ -221,6 +225,10 @@ def _page_notes(ranked: Sequence[ReportedRun]) -> list[str]:
         )
     if len({run.parameters.get("eval_limit") for run in ranked}) > 1:
         notes.append("The runs scored different shares of dev (eval_limit): do not compare their F1s.")
+    if len({run.watch_metric for run in ranked}) > 1:
+        notes.append(
+            "The runs chose their checkpoints by different F1s (watch_metric); all are ranked by greedy F1."
+        )
     notes += [f"Run {run.rank}: {note}." for run in ranked for note in run.notes]
     return list(dict.fromkeys(notes))  # a notebook that draws before it writes reads, and notes, twice
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import yaml
 
 from biomerge_lib.errors import DataError
-from biomerge_lib.parameters import NOT_IDENTITY
+from biomerge_lib.parameters import NOT_IDENTITY, watch_metric_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +26,13 @@ HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
 SCRAPS = ("application/scrapbook", "application/papermill")  # what scrapbook and its forerunner glue
 SCORE = (TRAIN, "greedy_dev_ner_f1"), (GREEDY, "greedy_dev_ner_f1")
+READINGS = {  # of one forward pass
+    "answer F1": ((TRAIN, "eval_answer_ner_f1"),),
+    "token head F1": ((TRAIN, "eval_head_ner_f1"),),
+}
 F1_COLUMNS = {
     "greedy dev F1": SCORE,
-    "token head F1": ((TRAIN, "eval_ner_f1"),),
+    **READINGS,
     "04 greedy dev F1": ((GREEDY, "greedy_dev_ner_f1"),),
     "05 vLLM dev F1": ((VLLM, "vllm_dev_ner_f1"),),
     "test F1": ((TRAIN, "test_ner_f1"), (GREEDY, "greedy_test_ner_f1"), (VLLM, "vllm_test_ner_f1")),
@@ -67,6 +71,10 @@ class ReportedRun:
     @property
     def provenance(self) -> dict[str, Any]:
         return _object(self.stages.get(TRAIN, {}).get("provenance"))
+
+    @property
+    def watch_metric(self) -> str:
+        return watch_metric_of(self.parameters)
 
     @property
     def score(self) -> float | None:
@@ -183,6 +191,8 @@ def _read_run(folder: Path) -> ReportedRun | None:
     if status == "finished":
         for stage in (TRAIN, GREEDY, VLLM):
             run.metrics[stage] = _stage_metrics(run, stage)
+        if run.watch_metric == "token_head":  # all that runs older than the parameter have
+            run.metrics[TRAIN].setdefault("eval_head_ner_f1", run.metrics[TRAIN].get("eval_ner_f1"))
         run.status = "finished" if run.score is not None else "partial"
         run.reason = "" if run.score is not None else "03_train finished, but no greedy dev F1 was recorded"
         for stage in (GREEDY, VLLM):

@@ -93,6 +93,11 @@ def read_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
         if word.partition("=")[0].lstrip("-+") in ({"run_id"} | grid.keys()):
             raise ParameterError(f"{word}: the sweep sets that for each point.")
     metric = config.get("metric") or {}
+    if len(grid.get("watch_metric", [])) > 1 and metric.get("name", "eval_ner_f1") == "eval_ner_f1":
+        raise ParameterError(
+            f"{path}: eval_ner_f1 means another F1 for each watch_metric, so its points cannot be ranked by it: "
+            "set metric: {name: greedy_dev_ner_f1}."
+        )
     sweep = Sweep(
         name=config.get("name") or path.stem,
         metric=metric.get("name", "eval_ner_f1"),

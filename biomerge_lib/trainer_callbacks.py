@@ -175,7 +175,8 @@ class ProgressBar(TrainerCallback):
             return
         if "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        scores = [f"{name} {logs[name]:.3f}" for name in ("eval_ner_f1", "greedy_dev_ner_f1") if name in logs]
+        names = ("eval_ner_f1", "eval_answer_ner_f1", "eval_head_ner_f1", "greedy_dev_ner_f1")
+        scores = [f"{name} {logs[name]:.3f}" for name in names if name in logs]
         if scores:
             print(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
 

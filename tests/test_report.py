@@ -295,6 +295,20 @@ def test_runs_on_different_dev_files_are_not_compared_silently(tmp_path):
     assert "scored on different dev files" in page_of(tmp_path, tmp_path / "report.html")
 
 
+def test_what_different_watch_metrics_say_stands_in_different_columns(tmp_path):
+    make_run(tmp_path, "old", 0.70)  # before the parameter: its eval_ner_f1 is the token head's
+    folder = make_run(tmp_path, "new", 0.60, watch_metric="answer")
+    readings = {"eval_answer_ner_f1": 0.604, "eval_head_ner_f1": 0.55}
+    recorded = json.loads((folder / "metrics.json").read_text())
+    recorded["stages"]["03_train"]["metrics"] |= readings
+    (folder / "metrics.json").write_text(json.dumps(recorded))
+    table = runs_table(collect_runs(tmp_path)).set_index("run")
+    assert table.loc["new", "answer F1"] == 0.604 and table["answer F1"].count() == 1
+    assert list(table["token head F1"]) == [pytest.approx(0.704), 0.55]
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert "<td>answer</td>" in page and "<td>token_head</td>" in page and "(watch_metric)" in page
+
+
 def test_a_sweep_is_a_heat_map_of_two_numbers_and_parallel_coordinates_of_more(tmp_path):
     for number in range(4):
         grid = {"learning_rate": (0.001, 0.002)[number % 2], "lora_rank": (4, 8)[number // 2]}

@@ -49,6 +49,15 @@ def tiny_sweep(tmp_path):
     return make
 
 
+def test_points_of_different_watch_metrics_are_not_ranked_by_what_they_watch(tiny_sweep):
+    grid = {"watch_metric": {"values": ["answer", "token_head"]}}
+    with pytest.raises(ParameterError, match=r"means another F1 for each watch_metric.*greedy_dev_ner_f1"):
+        tiny_sweep(parameters=grid)
+    assert (
+        len(tiny_sweep(parameters=grid, metric={"name": "greedy_dev_ner_f1", "goal": "maximize"}).points) == 2
+    )
+
+
 def finish(sweep, number, score, status="finished", **fields):
     parameters = sweep.parameters(number)
     parameters.run_folder.mkdir(parents=True)
