@@ -102,8 +102,9 @@ def test_a_run_older_than_the_parameter_keeps_what_it_watched(tiny_parameters, t
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("watched", ["answer", "greedy"])
 def test_checkpoints_are_compared_by_every_metric(
-    tiny_backbone, tiny_parameters, sample_records, tmp_path, monkeypatch
+    watched, tiny_backbone, tiny_parameters, sample_records, tmp_path, monkeypatch
 ):
     build_tokenizer(str(tiny_backbone), tmp_path / "tok")
     short = [record for record in sample_records["train"] if len(record.text) < 90 and record.spans]
@@ -116,9 +117,12 @@ def test_checkpoints_are_compared_by_every_metric(
         eval_steps=1,
         save_steps=1,
         save_total_limit=9,
+        watch_metric=watched,
     )
     prepare_run_folder(Run(parameters.run_folder, "03_train", parameters))
-    train_run(parameters.run_folder, parameters)
+    metrics = train_run(parameters.run_folder, parameters)
+    assert metrics["watch_metric"] == watched
+    assert {"eval_ner_f1", "eval_answer_ner_f1", "eval_head_ner_f1", "greedy_dev_ner_f1"} <= metrics.keys()
     out = tmp_path / "watch_metric.json"
     command = ["watch_metric", str(parameters.run_folder), "--sample", "3", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
@@ -126,6 +130,7 @@ def test_checkpoints_are_compared_by_every_metric(
     report = json.loads(out.read_text())
     assert [(row["step"], row["records"], row["sample"]) for row in report["rows"]] == [(1, 6, 3), (2, 6, 3)]
     assert [found["rows"] for found in report["correlations"]] == ["tiny", "all of start", "all"]
+    assert all((row["forward_seconds"] is None) == (watched == "greedy") for row in report["rows"])
     assert {choice["metric"] for choice in report["choices"]} == set(watch_metric.WATCHED)
     assert report["commit"] and report["device"] and report["versions"]["torch"]
     [logged, *_] = [
