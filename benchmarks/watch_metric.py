@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from biomerge_lib.backbones import prepare_backbone
 from biomerge_lib.decoding import greedy_decode
@@ -34,7 +34,7 @@ from biomerge_lib.errors import DataError
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import read_split, scoring_options
 from biomerge_lib.parameters import Parameters
-from biomerge_lib.predictions import Prompt, build_prompts, collect_predictions
+from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
 from biomerge_lib.records import file_sha256
 from biomerge_lib.runs import (
     PROJECT_DIR,
@@ -110,7 +110,7 @@ def score_checkpoint(
     """Greedy F1 on the ``chosen`` records and on all of them, with the seconds of each."""
     from biomerge_lib.span_loss import read_trained_rows_in_place
 
-    model = load_adapter(backbone, checkpoint, dtype=parameters.dtype)
+    model = cast(Any, load_adapter(backbone, checkpoint, dtype=parameters.dtype))
     read_trained_rows_in_place(model.get_base_model())  # as in training; PEFT's own way cannot be graphed
     options: dict[str, Any] = {
         "max_new_tokens": parameters.max_new_tokens,
@@ -118,7 +118,8 @@ def score_checkpoint(
         "progress": None,
     }
     greedy_decode(model, tokenizer, prompts[:2], **options)  # what is done once does not count
-    answers, seconds = {}, []
+    answers: dict[int, RawAnswer] = {}
+    seconds = []
     for sampled in (True, False):
         indices = [i for i, prompt in enumerate(prompts) if (prompt.record_index in chosen) == sampled]
         started = time.monotonic()
@@ -190,7 +191,8 @@ def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def describe(report: dict[str, Any]) -> str:
     """The page."""
-    rows, best = report["rows"], {}
+    rows = report["rows"]
+    best: dict[str, dict[str, dict[str, Any]]] = {}
     for choice in report["choices"]:
         best.setdefault(choice["run"], {})[choice["metric"]] = choice
     lines = [
