@@ -5,9 +5,8 @@
 
 The data are made first, by 02_data (data/bc5cdr_iob/ner, and data/union/ner of bc5cdr, bc2gm, jnlpba and anatem with
 ``corpus_cue=true``). Each training is `python -m biomerge_lib run 03_train` with SmolLM2-135M, rank 8, learning rate
-2e-3, 16 sentences a step, two epochs, token head and start anchors but for what its line below changes. After --budget
-seconds none is started; one that was cut off goes on when the command is given again. Writes reports/learning.json,
-.md and, for a grid, .svg.
+2e-3, 16 sentences a step, two epochs, token head and what its line below says. After --budget seconds none is started;
+one that was cut off goes on when the command is given again. Writes reports/learning.json, .md and, for a grid, .svg.
 """
 
 from __future__ import annotations
@@ -29,18 +28,20 @@ COMMON = (
     "model=smollm2_135m runtime=h200 data_dir=data/bc5cdr_iob/ner num_train_epochs=2 per_device_train_batch_size=16 "
     "per_device_eval_batch_size=256 num_workers=0 logging_steps=10"
 )
-SOME = "eval_limit=800"  # of dev, evenly spread
-ECHO = "offset_anchors=echo_start"
-UNION = f"{ECHO} data_dir=data/union/ner per_device_train_batch_size=32 max_input_tokens=768"
+AT_512 = "max_input_tokens=512"  # before 768 became the default
+SOME = f"eval_limit=800 {AT_512}"  # of dev, evenly spread
+START = f"{SOME} offset_anchors=start"
+UNION = "data_dir=data/union/ner per_device_train_batch_size=32"
 LONG = "num_train_epochs=6 early_stopping_patience=100"
 QWEN = f"{SOME} model=qwen2_5_coder_1_5b per_device_eval_batch_size=128"
 SETS: dict[str, dict[str, str]] = {
-    "headline": {f"seed {seed}": f"{ECHO} seed={seed}" for seed in (42, 43, 44)},
+    "headline": {f"seed {seed}": f"seed={seed}" for seed in (42, 43, 44)},
     "padded": {
-        f"seed {seed}, padded": f"{ECHO} seed={seed} packing=false step_launch=eager" for seed in (42, 43, 44)
+        f"seed {seed}, padded": f"{AT_512} seed={seed} packing=false step_launch=eager"
+        for seed in (42, 43, 44)
     },
     "order": {
-        f"seed {seed}, {name}": f"{ECHO} seed={seed} {changes}"
+        f"seed {seed}, {name}": f"{AT_512} seed={seed} {changes}"
         for name, changes in (
             ("padded, not grouped", "packing=false step_launch=eager group_by_length=false"),
             ("packed, grouped", "group_by_length=true"),
@@ -50,30 +51,30 @@ SETS: dict[str, dict[str, str]] = {
     },
     "union": {"cue": f"{UNION} corpus_cue=true"},
     "ceiling": {
-        "LoRA, 6 epochs": f"{SOME} {ECHO} {LONG}",
-        "all weights, 2 epochs": f"{SOME} {ECHO} trainable=all learning_rate=3e-4",
-        "all weights, 6 epochs": f"{SOME} {ECHO} trainable=all learning_rate=3e-4 {LONG}",
+        "LoRA, 6 epochs": f"{SOME} {LONG}",
+        "all weights, 2 epochs": f"{SOME} trainable=all learning_rate=3e-4",
+        "all weights, 6 epochs": f"{SOME} trainable=all learning_rate=3e-4 {LONG}",
     },
     "ablation": {
-        "start": SOME,
+        "start": START,
         "none": f"{SOME} offset_anchors=none",
         "start_colon": f"{SOME} offset_anchors=start_colon",
         "start_before_space": f"{SOME} offset_anchors=start_before_space",
         "start_end": f"{SOME} offset_anchors=start_end",
         "echo_start": f"{SOME} offset_anchors=echo_start",
         "echo_start_before_space": f"{SOME} offset_anchors=echo_start_before_space",
-        "start, no head": f"{SOME} fast_metrics=false",
-        "start, cue": f"{SOME} corpus_cue=true cue_dropout=0.0",
-        "start, batch 32": f"{SOME} per_device_train_batch_size=32",
+        "start, no head": f"{START} fast_metrics=false",
+        "start, cue": f"{START} corpus_cue=true cue_dropout=0.0",
+        "start, batch 32": f"{START} per_device_train_batch_size=32",
     },
     "grid": {
-        f"rank {rank}, learning rate {rate}": f"{SOME} lora_rank={rank} learning_rate={rate}"
+        f"rank {rank}, learning rate {rate}": f"{START} lora_rank={rank} learning_rate={rate}"
         for rank, rate in product((4, 8, 16), ("1e-3", "2e-3", "3e-3"))
     },
     "more": {
-        "start, batch 8": f"{SOME} per_device_train_batch_size=8",
-        "start, head weight 0.2": f"{SOME} head_loss_weight=0.2",
-        "start, no dropout": f"{SOME} lora_dropout=0.0",
+        "start, batch 8": f"{START} per_device_train_batch_size=8",
+        "start, head weight 0.2": f"{START} head_loss_weight=0.2",
+        "start, no dropout": f"{START} lora_dropout=0.0",
         "union, no cue": UNION,
     },
     "qwen": {anchors: f"{QWEN} offset_anchors={anchors}" for anchors in ("none", "start")},

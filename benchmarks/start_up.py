@@ -290,7 +290,7 @@ def load_in_parts(scratch: str, what: str) -> None:
 
         records = read_split(f"{scratch}/data", "dev", limit=8)
         prompts = build_prompts(
-            records, tokenizer, offset_anchors="start", corpus_cue=False, max_input_tokens=512
+            records, tokenizer, offset_anchors="echo_start", corpus_cue=False, max_input_tokens=768
         )
         began = time.perf_counter(), time.process_time()
         greedy_decode(model, tokenizer, prompts, max_new_tokens=16, batch_size=16)

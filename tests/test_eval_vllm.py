@@ -470,7 +470,7 @@ def test_a_run_folder_gives_its_merged_model_and_rendering(tmp_path):
     with pytest.raises(ModelError, match=r"run/merged: no model"):
         read_model_folder(run)
     merged = make_model_folder(run / "merged")
-    expected = {"offset_anchors": "none", "corpus_cue": False, "max_input_tokens": 512, "max_new_tokens": 200}
+    expected = {"offset_anchors": "none", "corpus_cue": False, "max_input_tokens": 768, "max_new_tokens": 200}
     assert read_model_folder(run) == (merged, expected)
     assert read_model_folder(merged) == (merged, {})
     (merged / "biomerge.json").write_text(json.dumps({**expected, "max_new_tokens": 64, "backbone": "tiny"}))

@@ -203,7 +203,7 @@ def test_overrides_may_be_spelled_as_in_the_brief():
 
 def test_the_run_name_changes_with_what_is_trained_and_with_nothing_else():
     base = compose_parameters([]).run_name
-    assert base.startswith("smollm2-135m-sample-start-")
+    assert base.startswith("smollm2-135m-sample-echo_start-")
     assert compose_parameters(["learning_rate=1e-3"]).run_name != base
     assert compose_parameters(["num_workers=4", "wandb_mode=offline", "split=test"]).run_name == base
     assert compose_parameters(["run_id=mine"]).run_name == "mine"

