@@ -121,7 +121,7 @@ def run_notebooks(shape: str) -> None:
     common = (
         "model=lora_ner_unsloth runtime=a100 backend=peft wandb_mode=disabled num_workers=0 existing_run=replace "
         f"backbone={backbone} tokenizer_dir={TOKENIZER_DIR.relative_to(PROJECT_DIR)} corpora=[sample] "
-        "data_dir=data/readiness/ner max_input_tokens=512 subsample=0.2 num_train_epochs=1 "
+        "data_dir=data/readiness/ner subsample=0.2 num_train_epochs=1 "
         "eval_limit=16 per_device_eval_batch_size=16 logging_steps=1"
     ).split()
     if not (PROJECT_DIR / "data" / "readiness" / "ner" / "data_card.json").is_file():

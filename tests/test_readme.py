@@ -9,7 +9,7 @@ import pytest
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.errors import DataError
-from biomerge_lib.parameters import PARAMETER_NAMES, compose_parameters
+from biomerge_lib.parameters import NOT_IDENTITY, PARAMETER_NAMES, compose_parameters
 from biomerge_lib.published import BEGIN, END, publish_run, results_table, write_results
 from biomerge_lib.runs import find_notebook
 
@@ -120,6 +120,20 @@ def _anchors(page: Path) -> set[str]:
 def test_the_results_table_is_made_from_the_files():
     between = README.split(BEGIN, 1)[1].split(END, 1)[0].strip()
     assert between == results_table().strip()
+
+
+def test_the_first_figures_are_what_the_command_beside_them_gives():
+    result = README.split("**Results.**", 1)[1]
+    command = next(line for line in commands_of(ROOT / "README.md") if "model=smollm2_135m" in line)
+    assert result.index(command) < result.index(BEGIN)
+    given = compose_parameters([word for word in command.split() if "=" in word]).model_dump()
+    figures = []
+    for seed in (42, 43, 44):
+        run = json.loads((ROOT / f"reports/learning-headline-seed-{seed}/metrics.json").read_text())
+        trained = {name: value for name, value in run["parameters"].items() if name not in NOT_IDENTITY}
+        assert trained == {name: given.get(name, value) for name, value in trained.items()} | {"seed": seed}
+        figures.append(f"{run['stages']['03_train']['metrics']['greedy_dev_ner_f1']:.3f}")
+    assert re.findall(r"0\.\d{3}", result)[:3] == figures
 
 
 def test_every_published_run_says_where_its_numbers_come_from():
