@@ -238,10 +238,10 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from biomerge_lib.published import REPORTS_DIR, publish_run, write_results
+    from biomerge_lib.published import REPORTS_DIR, folder_of_reports, publish_run, write_results
     from biomerge_lib.runs import PROJECT_DIR
 
-    reports = REPORTS_DIR / options.into if options.into else REPORTS_DIR
+    reports = folder_of_reports(options.into) if options.into else REPORTS_DIR
     for folder in options.runs:
         print(publish_run(Path(folder), reports))
     write_results((reports if options.into else PROJECT_DIR) / "README.md", reports)

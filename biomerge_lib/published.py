@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,32 +16,72 @@ from biomerge_lib.runs import PROJECT_DIR, read_metrics
 REPORTS_DIR = PROJECT_DIR / "reports"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Numbers, parameters and executed notebooks; no weights and no corpus text beyond what the notebooks show.
+NOTEBOOKS = "0*.ipynb"
 PUBLISHED = ("metrics.json", "parameters.yaml", "log_history.json", "report.html")
 
 
 def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:
-    """Copy a finished run's metrics, parameters and executed notebooks to ``reports/<run_id>/``.
+    """Copy a finished run's metrics, parameters and executed notebooks to ``reports/<run_id>/``, whole or not at all.
 
     Raises:
-        DataError: the folder is no run, or its training has not finished (a partial run is not a result).
+        DataError: the folder is no run, its training has not finished (a partial run is not a result), or what has its
+            name in ``reports_dir`` is no earlier copy of it.
     """
+    folder = folder.resolve()  # "." and ".." have no name of their own
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder.")
     stages = read_metrics(folder).get("stages", {})
     if stages.get("03_train", {}).get("status") != "finished":
         raise DataError(f"{folder}: 03_train has not finished here; only finished runs are published.")
     out = reports_dir / folder.name
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    paths = [*(folder / name for name in PUBLISHED), *sorted(folder.glob("0*.ipynb"))]
+    _refuse_other_content(out)
+    paths = [*(folder / name for name in PUBLISHED), *sorted(folder.glob(NOTEBOOKS))]
     places = _machine_places(paths)
-    for path in paths:
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            for place in places:
-                text = text.replace(place, "")
-            (out / path.name).write_text(text, encoding="utf-8")
+    reports_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=reports_dir) as beside:
+        new = Path(beside) / "new"
+        new.mkdir()
+        for path in paths:
+            if path.is_file():
+                text = path.read_text(encoding="utf-8")
+                for place in places:
+                    text = text.replace(place, "")
+                (new / path.name).write_text(text, encoding="utf-8")
+        old = Path(f"{beside}-old")
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     return out
+
+
+def folder_of_reports(name: str) -> Path:
+    """``reports/NAME/``.
+
+    Raises:
+        DataError: that is no folder inside ``reports/``, or it is a published run.
+    """
+    folder = (REPORTS_DIR / name).resolve()
+    if REPORTS_DIR.resolve() not in folder.parents or (folder / "metrics.json").exists():
+        raise DataError(f"--into {name}: name a folder inside {REPORTS_DIR}/ that is no published run.")
+    return folder
+
+
+def _refuse_other_content(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise DataError(f"{out}: is no folder, and is left alone. Rename the run's folder or move it away.")
+    paths = sorted(out.iterdir()) if out.exists() else []
+    other = [path.name for path in paths if not _is_published(path)]
+    if other or (paths and read_metrics(out).get("run_id") != out.name):
+        holds = f" ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})" if other else ""
+        raise DataError(
+            f"{out}: holds other things than an earlier copy of this run{holds}, and is left alone. "
+            "Rename the run's folder, or publish with --into NAME."
+        )
+
+
+def _is_published(path: Path) -> bool:
+    return path.is_file() and (path.name in PUBLISHED or path.match(NOTEBOOKS))
 
 
 def _machine_places(paths: Iterable[Path]) -> list[str]:

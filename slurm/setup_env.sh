@@ -214,6 +214,11 @@ make_venv() {
   if [[ -e $VENV && ! -f $VENV/pyvenv.cfg ]] && [[ -n $(ls -A "$VENV") ]]; then
     die "$VENV exists and is no virtual environment: it is left alone." "Name another place with VENV=."
   fi
+  # Both what follows here and uv's sync take away what is not pinned.
+  if [[ -f $VENV/pyvenv.cfg && ! -e $STAMP && ! -e $UNFINISHED ]] && site_packages | grep -qvE "$BARE"; then
+    die "$VENV is an environment with packages that this script did not install: it is left alone." \
+      "Name another place with VENV=, or remove it yourself."
+  fi
   version=$(python_version "$VENV/bin/python")
   if [[ -e $UNFINISHED ]]; then
     say "an earlier run was interrupted: starting $VENV afresh"
@@ -228,6 +233,7 @@ make_venv() {
 }
 
 site_packages() { ls "$VENV/lib/python3."*/site-packages; }
+BARE='^(pip|setuptools|wheel|pkg_resources|_distutils_hack|distutils-precedence|_virtualenv|__pycache__)' # a new one's
 
 # uv touches nothing before it has everything. So where a good environment stood and nothing was touched (a GPU
 # node without internet, say), it stays good; anything else that ends here is redone from scratch next time.

@@ -267,6 +267,16 @@ def test_setup_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
     assert thesis.read_text() == "years of work"
 
 
+def test_setup_leaves_a_foreign_environment_alone(tmp_path: Path) -> None:
+    package = tmp_path / "venv/lib/python3.10/site-packages/thesis_tools"
+    package.mkdir(parents=True)
+    (tmp_path / "venv/pyvenv.cfg").touch()
+    done = run_setup(tmp_path, free_gb=99)
+    assert done.returncode == 1
+    assert "did not install" in done.stderr
+    assert package.is_dir()
+
+
 def test_setup_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert "must be cpu or cuda" in run_setup(tmp_path, BIOMERGE_DEVICE="gpu").stderr
     assert "unknown argument '--compil'" in run_setup(tmp_path, "--compil").stderr

@@ -10,7 +10,7 @@ import pytest
 from biomerge_lib.__main__ import main
 from biomerge_lib.errors import DataError
 from biomerge_lib.parameters import NOT_IDENTITY, PARAMETER_NAMES, compose_parameters
-from biomerge_lib.published import BEGIN, END, publish_run, results_table, write_results
+from biomerge_lib.published import BEGIN, END, folder_of_reports, publish_run, results_table, write_results
 from biomerge_lib.runs import find_notebook
 
 ROOT = Path(__file__).parent.parent
@@ -207,3 +207,61 @@ def test_the_table_holds_what_metrics_json_says(tmp_path):
     readme.write_text(f"a\n{BEGIN}\nold\n{END}\nz")
     write_results(readme, tmp_path)
     assert readme.read_text() == f"a\n{BEGIN}\n{table}{END}\nz"
+
+
+def finished_run(folder):
+    folder.mkdir(parents=True)
+    metrics = {"run_id": folder.name, "stages": {"03_train": {"status": "finished"}}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.mark.parametrize(("where", "given"), [("runs/mine", "."), ("runs/mine/checkpoints", "..")])
+def test_publishing_from_inside_a_run_publishes_that_run_and_removes_nothing(
+    tmp_path, monkeypatch, where, given
+):
+    finished_run(tmp_path / "runs/mine")
+    (tmp_path / where).mkdir(exist_ok=True)
+    other = tmp_path / "reports/other/kept.md"
+    other.parent.mkdir(parents=True)
+    other.write_text("kept")
+    monkeypatch.chdir(tmp_path / where)
+    assert publish_run(Path(given), tmp_path / "reports") == tmp_path / "reports/mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reports", "runs"]
+    assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["mine", "other"]
+    assert other.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda out: finished_run(out / "another"),
+        lambda out: (out.mkdir(parents=True), (out / "README.md").write_text("by hand")),
+        lambda out: (finished_run(out), (out / "metrics.json").write_text('{"run_id": "another"}')),
+        lambda out: (out.parent.mkdir(), out.symlink_to(finished_run(out.parent / "elsewhere"))),
+        lambda out: (out.parent.mkdir(), out.write_text("a file")),
+    ],
+)
+def test_what_is_no_earlier_copy_of_a_run_is_not_replaced(tmp_path, make):
+    make(tmp_path / "reports/mine")
+    before = sorted(tmp_path.rglob("*"))
+    run = finished_run(tmp_path / "runs/mine")
+    with pytest.raises(DataError, match=r"reports/mine: .*left alone"):
+        publish_run(run, tmp_path / "reports")
+    assert sorted(path for path in tmp_path.rglob("*") if "runs" not in path.parts) == before
+
+
+def test_an_earlier_copy_is_replaced_as_a_whole(tmp_path):
+    run = finished_run(tmp_path / "runs/mine")
+    (run / "04_greedy_dev.ipynb").write_text('{"metadata": {}}')
+    publish_run(run, tmp_path / "reports")
+    (run / "04_greedy_dev.ipynb").unlink()
+    out = publish_run(run, tmp_path / "reports")
+    assert [path.name for path in out.iterdir()] == ["metrics.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../docs", "/tmp", "bc5cdr-cpu"])
+def test_a_group_of_reports_is_a_folder_inside_them(name):
+    with pytest.raises(DataError, match="that is no published run"):
+        folder_of_reports(name)
