@@ -173,7 +173,7 @@ class Place:
         )
         executed = json.loads((self.scratch / "runs" / "debug" / f"{name}.ipynb").read_text(encoding="utf-8"))
         code = [cell for cell in executed["cells"] if cell["cell_type"] == "code"]
-        noted = [json.loads(line) for line in cells.read_text().splitlines()][-len(code) :]
+        noted = [json.loads(line) for line in cells.read_bytes().split(b"\n") if line][-len(code) :]
         first = code[0]["metadata"]["papermill"]["start_time"]
         opened = executed["metadata"]["papermill"]["start_time"]
         parts = {

@@ -290,7 +290,7 @@ def _wandb_sync(options: argparse.Namespace) -> int:
     from biomerge_lib.tracking import sync_run
 
     for folder in options.runs:
-        sync_run(Path(folder))
+        sync_run(Path(folder).resolve())
     return 0
 
 

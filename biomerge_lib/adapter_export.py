@@ -50,13 +50,15 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     ``biomerge.json`` names the backbone and how prompts are rendered; ``README.md`` is the model card.
 
     Raises:
-        DataError: training has not finished, or trained all weights.
+        DataError: training has not finished, or trained all weights; or ``out`` holds other things.
         ModelError: the best checkpoint is gone.
     """
     import torch
     from safetensors.torch import load_file, save_file
 
-    run_folder, out = Path(run_folder), Path(out)
+    run_folder, out = Path(run_folder), Path(out).resolve()  # the adapter is called as the folder
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "biomerge.json").is_file())):
+        raise DataError(f"{out}: is there and holds no exported adapter; name another folder.")
     parameters, metrics = load_run_parameters(run_folder), read_metrics(run_folder)
     stage = metrics.get("stages", {}).get("03_train", {})
     if stage.get("status") != "finished":

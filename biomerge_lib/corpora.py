@@ -40,7 +40,8 @@ def write_corpus(
         options: of :func:`~biomerge_lib.union.build_union`; without any the corpora are merged as they are.
 
     Raises:
-        DataError: no source is named, one cannot be read, or the union is refused; then nothing is written.
+        DataError: no source is named, one cannot be read or would be written over, or the union is refused; then
+            nothing is written.
     """
     if not sources:
         raise DataError(
@@ -53,6 +54,7 @@ def write_corpus(
         name = corpus.source.name
         if name in corpora:
             raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
+        _refuse_overwriting(corpus, Path(data_dir))
         corpora[name] = corpus
         card["sources"][name] = {
             "format": corpus.source.format,
@@ -129,6 +131,16 @@ def _read(source: str, reading: Mapping[str, Any], split_shares: Sequence[float]
     if not all(parts):
         raise DataError(f"{whole.source.location}: too few documents for split_shares={list(split_shares)}.")
     return Corpus(whole.source, dict(zip(SPLITS, parts, strict=True)), whole.counts)
+
+
+def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
+    written = {(data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
+    for path in (path for paths in corpus.source.files.values() for path in paths):
+        if path.resolve() in written:
+            raise DataError(
+                f"{path}: is read from corpus {corpus.source.name}, and would be written over. "
+                "Set another data_dir."
+            )
 
 
 def _has_no_splits(source: str) -> bool:

@@ -79,8 +79,8 @@ def conflict_table(card: Mapping[str, Any]) -> pandas.DataFrame:
 
 def read_conflicts(data_dir: Path | str) -> list[list[dict[str, Any]]]:
     """The groups of ``conflicts.jsonl``: each the versions of one sentence."""
-    lines = (Path(data_dir) / "conflicts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    with (Path(data_dir) / "conflicts.jsonl").open("rb") as lines:  # str.splitlines would also cut at U+2028
+        return [json.loads(line) for line in lines]
 
 
 def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pandas.DataFrame:

@@ -77,7 +77,7 @@ class PartialAnswers:
 
     def _read_lines(self) -> tuple[list[dict], int]:
         self._stream.seek(0)
-        raw_lines = self._stream.read().splitlines(keepends=True)
+        raw_lines = self._stream.readlines()
         lines: list[dict] = []
         good_bytes = 0
         for number, raw in enumerate(raw_lines, start=1):

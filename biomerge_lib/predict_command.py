@@ -36,6 +36,8 @@ def predict_texts(options: Namespace) -> int:
         raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
     if kind != "brat" and options.out and os.path.isdir(options.out):
         raise ParameterError(f"--out {options.out} is a folder: name a file in it, or say --format brat.")
+    if options.out and (read := _input_at(Path(options.out), options.file)):
+        raise ParameterError(f"--out {options.out} is an input (--file {read}): name another file.")
     if options.batch_size < 1:
         raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
     for text in options.texts:
@@ -95,6 +97,12 @@ def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) ->
         for text in tagged:
             shown = bracket(text.text, text.spans, colour=out.isatty())
             print(shown, file=out, end="\n" if text.is_last else "", flush=True)
+
+
+def _input_at(out: Path, files: Iterable[str]) -> str | None:
+    """The ``--file`` that ``out`` is, or lies in as a file that is there."""
+    places = [out.resolve(), out.resolve().parent] if out.is_file() else []
+    return next((path for path in files if path != STDIN and Path(path).resolve() in places), None)
 
 
 @contextmanager

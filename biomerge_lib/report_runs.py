@@ -66,7 +66,7 @@ class ReportedRun:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.resolve().name  # the folder may be "."
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -80,6 +80,16 @@ def test_an_unfinished_run_is_not_exported(run, tmp_path):
     assert not (tmp_path / "mine").exists()
 
 
+def test_an_export_writes_over_nothing_but_an_earlier_export(run, tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/README.md").write_text("by hand")
+    monkeypatch.chdir(tmp_path / "project")
+    with pytest.raises(DataError, match="project: is there and holds no exported adapter"):
+        export_adapter(run, ".")
+    assert (tmp_path / "project/README.md").read_text() == "by hand"
+    assert export_adapter(run, tmp_path / "mine") == export_adapter(run, tmp_path / "mine")
+
+
 def test_the_shipped_adapter_is_small_and_says_how_to_ask_it():
     stored = json.loads((SHIPPED / "biomerge.json").read_text())
     assert stored["backbone"] == "smollm2-135m" and stored["offset_anchors"] == "echo_start"

@@ -1,6 +1,7 @@
 """A union keeps its corpora's counts, does not leak into what is scored, and does not contradict itself."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +248,35 @@ def test_a_corpus_without_splits_is_split_by_document(tmp_path):
     # A corpus with splits of its own keeps them.
     card = write_corpus(["sample"], tmp_path / "data", split_shares=[1, 1, 1])
     assert card["splits"]["train"]["sentences"] == 448
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_a_conflict_about_a_text_with_a_unicode_line_separator_is_read_back(tmp_path, separator):
+    text = f"Aspirin{separator}can help"
+    for name, span in (("one", (0, 7)), ("two", (8, 11))):
+        for split in ("train", "dev", "test"):
+            records = [record(text if split == "train" else f"{name} of {split} text", span, dataset=name)]
+            write_records(tmp_path / name / f"{split}.jsonl", records)
+    write_corpus([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "data", conflicts="first")
+    [versions] = read_conflicts(tmp_path / "data")
+    assert [(version["dataset"], version["text"]) for version in versions] == [("one", text), ("two", text)]
+
+
+def test_no_jsonl_is_read_with_splitlines():
+    """What is split so here are messages of programs and errors, notebooks' sources, and listings."""
+    root = Path(__file__).parent.parent
+    places = [*root.glob("biomerge_lib/*.py"), *root.glob("benchmarks/*.py"), *root.glob("notebooks/*.ipynb")]
+    used = [line for path in places for line in path.read_text("utf-8").split("\n") if ".splitlines(" in line]
+    assert used
+    assert not [line for line in used if re.search(r"json\.loads\(line|jsonl|_stream", line)]
+
+
+def test_a_corpus_is_not_written_over(tmp_path):
+    write_corpus(["sample"], tmp_path / "mine")
+    before = file_sha256(tmp_path / "mine/train.jsonl")
+    with pytest.raises(DataError, match=r"train.jsonl: is read from corpus mine, and would be written over"):
+        write_corpus([str(tmp_path / "mine")], tmp_path / "runs/../mine", drop_leaks="train")
+    assert file_sha256(tmp_path / "mine/train.jsonl") == before
 
 
 def test_unseen_mentions_are_counted_by_string():

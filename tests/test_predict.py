@@ -312,6 +312,15 @@ def test_a_place_that_cannot_be_written_or_is_not_there_is_named(
     assert said.startswith("error: ") and message in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("read", ["texts.jsonl", "."])
+def test_a_file_that_is_read_is_not_written_over(tmp_path, capsys, read):
+    (tmp_path / "texts.jsonl").write_text('{"text": "Aspirin"}\n')
+    out = str(tmp_path / "texts.jsonl")
+    assert main(["predict", "--file", str(tmp_path / read), "--out", out]) == 2
+    assert "is an input" in capsys.readouterr().err
+    assert (tmp_path / "texts.jsonl").read_text() == '{"text": "Aspirin"}\n'
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def fail(options):
         Path("/no/such/file").read_text()
