@@ -24,6 +24,7 @@ EXAMPLES = {
     "preflight": ["preflight data_dir=data/bc5cdr/ner corpus_cue=true"],
     "report": ["report runs", "report runs/one runs/two --out comparison.html"],
     "publish": ["publish runs/my-run", "publish runs/lr-* --into ablation", "publish"],
+    "replaced": ["replaced", "replaced runs --remove .replaced-my-run-20261130T181659123456"],
     "sweep": [
         "sweep parameters/sweep/lora_ner_span.yaml",
         "sweep --run parameters/sweep/lora_ner_span.yaml runtime=a100",
@@ -104,6 +105,11 @@ def build_parser() -> argparse.ArgumentParser:
     publish.add_argument(
         "--into", metavar="NAME", help="publish in reports/NAME/, whose README.md has a table of its own"
     )
+    replaced = add("replaced", "list the runs that existing_run=replace moved aside, or remove some for good")
+    replaced.add_argument(
+        "runs_dir", nargs="?", default="runs", help="folder of all run folders (default: %(default)s)"
+    )
+    replaced.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="names that the list has")
     sweep = add("sweep", "rank a sweep file's points, or run them without a server")
     todo = sweep.add_mutually_exclusive_group()
     todo.add_argument(
@@ -163,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "preflight": _preflight,
         "report": _report,
         "publish": _publish,
+        "replaced": _replaced,
         "sweep": _sweep,
         "predict": _predict,
         "export-adapter": _export_adapter,
@@ -245,6 +252,16 @@ def _publish(options: argparse.Namespace) -> int:
     for folder in options.runs:
         print(publish_run(Path(folder), reports))
     write_results((reports if options.into else PROJECT_DIR) / "README.md", reports)
+    return 0
+
+
+def _replaced(options: argparse.Namespace) -> int:
+    from biomerge_lib.replaced import list_replaced, remove_replaced
+
+    remove_replaced(Path(options.runs_dir), options.remove)
+    for name, size in (found := list_replaced(Path(options.runs_dir))).items():
+        print(f"{size / 1e6:>10,.1f} MB  {name}")
+    print(f"{len(found)} replaced runs in {options.runs_dir}, {sum(found.values()) / 1e6:,.1f} MB")
     return 0
 
 

@@ -22,7 +22,7 @@ from biomerge_lib.errors import DataError
 from biomerge_lib.eval_vllm import RENDERING, read_cues
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.records import SPLITS
-from biomerge_lib.runs import load_run_parameters, read_metrics, write_json
+from biomerge_lib.runs import current_stages, load_run_parameters, read_metrics, write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOTES = Path(__file__).parent / "corpus_notes.yaml"
@@ -60,6 +60,7 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "biomerge.json").is_file())):
         raise DataError(f"{out}: is there and holds no exported adapter; name another folder.")
     parameters, metrics = load_run_parameters(run_folder), read_metrics(run_folder)
+    metrics |= {"stages": current_stages(metrics)}
     stage = metrics.get("stages", {}).get("03_train", {})
     if stage.get("status") != "finished":
         raise DataError(f"{run_folder}: 03_train has not finished here; only finished runs are exported.")

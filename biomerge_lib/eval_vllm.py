@@ -35,7 +35,7 @@ from biomerge_lib.predictions import (
 )
 from biomerge_lib.prompt import ANCHOR_STYLES
 from biomerge_lib.records import SPLITS, Record, file_sha256
-from biomerge_lib.runs import load_run_parameters, write_json
+from biomerge_lib.runs import fingerprint_weights, load_run_parameters, write_json
 from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model, served_names
 
 EXAMPLES = """examples:
@@ -103,7 +103,7 @@ def evaluate_split(
 
     Each answer is kept in ``<out>.partial.jsonl`` as it comes; the same call after a crash asks only for the rest.
     ``constrained_decoding`` (``answer_grammar``) makes the server refuse what the grammar forbids;
-    ``span_threshold`` drops less probable spans. ``weights`` (:func:`fingerprint_weights`) tells retrained models of
+    ``span_threshold`` drops less probable spans. ``weights`` (``runs.fingerprint_weights``) tells retrained models of
     one name apart. Time-outs, lost connections, 429 and 5xx are retried ``max_retries`` times with growing, random
     pauses.
 
@@ -173,13 +173,6 @@ def evaluate_split(
         partial.remove()
     new_tokens = sum(len(answers[number].token_ids) + (answers[number].finish == "eos") for number in todo)
     return Evaluation(predictions, len(todo), resumed, seconds, new_tokens, retries)
-
-
-def fingerprint_weights(model_dir: Path | str) -> str:
-    """A short name of a folder's weights, from sizes and times (reading 16 GB would take longer than scoring)."""
-    stats = [(path.name, path.stat()) for path in sorted(Path(model_dir).glob("*.safetensors"))]
-    facts = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def read_model_folder(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.errors import DataError
-from biomerge_lib.runs import PROJECT_DIR, read_metrics
+from biomerge_lib.runs import PROJECT_DIR, current_stages, outdated_stages, read_metrics
 
 REPORTS_DIR = PROJECT_DIR / "reports"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -24,15 +24,18 @@ def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:
     """Copy a finished run's metrics, parameters and executed notebooks to ``reports/<run_id>/``, whole or not at all.
 
     Raises:
-        DataError: the folder is no run, its training has not finished (a partial run is not a result), or what has its
-            name in ``reports_dir`` is no earlier copy of it.
+        DataError: the folder is no run, its training has not finished (a partial run is not a result), a stage is out
+            of date, or what has its name in ``reports_dir`` is no earlier copy of it.
     """
     folder = folder.resolve()  # "." and ".." have no name of their own
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder.")
-    stages = read_metrics(folder).get("stages", {})
-    if stages.get("03_train", {}).get("status") != "finished":
+    recorded = read_metrics(folder)
+    if recorded.get("stages", {}).get("03_train", {}).get("status") != "finished":
         raise DataError(f"{folder}: 03_train has not finished here; only finished runs are published.")
+    if outdated := outdated_stages(recorded, folder):
+        why = "; ".join(f"{stage}: {reason}" for stage, reason in outdated.items())
+        raise DataError(f"{folder} is out of date ({why}). Run these stages again, then publish.")
     out = reports_dir / folder.name
     _refuse_other_content(out)
     paths = [*(folder / name for name in PUBLISHED), *sorted(folder.glob(NOTEBOOKS))]
@@ -126,7 +129,7 @@ def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
 
 
 def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
-    parameters, stages = metrics["parameters"], metrics["stages"]
+    parameters, stages = metrics["parameters"], current_stages(metrics)
     training = stages["03_train"]
     split = parameters["split"]
     sentences = stages.get("02_data", {}).get("metrics", {}).get("train_sentences")

@@ -26,7 +26,9 @@ from biomerge_lib.report_notebooks import link_notebooks
 from biomerge_lib.report_runs import (
     COST_COLUMNS,
     F1_COLUMNS,
+    GREEDY,
     READINGS,
+    VLLM,
     ReportedRun,
     collect_runs,
     is_number,
@@ -42,6 +44,7 @@ CURVES = {
     "Greedy F1 on dev": "greedy_dev_ner_f1",
 }
 PREDICTION_FILES = [f"predictions-{split}-{way}.jsonl" for split in SPLITS[1:] for way in ("greedy", "vllm")]
+WRITERS = {"greedy.jsonl": GREEDY, "vllm.jsonl": VLLM}
 LENGTHS = ((0, 10), (11, 20), (21, 30), (31, 40), (41, 60), (61, 10**9))  # words, as score_by_length has them
 COMPARED = figures.STYLES  # runs that curves and tables set side by side
 
@@ -168,6 +171,7 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
     examples: dict[str, Any] = {}
     for run in ranked[:COMPARED]:
         names = [file] if file else [name for name in PREDICTION_FILES if (run.folder / name).is_file()]
+        names = [name for name in names if WRITERS[name.rpartition("-")[2]] not in run.outdated]
         for name in names[:1]:
             if not (run.folder / name).is_file():
                 continue

@@ -30,6 +30,8 @@ def link_notebooks(runs: Sequence[ReportedRun], out: Path) -> dict[ReportedRun, 
     for run in runs:
         links[run] = []
         for notebook in sorted(run.folder.glob("0*.ipynb")):
+            if notebook.stem in run.outdated:
+                continue
             page = folder / re.sub(r"[^\w.-]+", "_", run.name) / f"{notebook.stem}.html"
             shown = page if left > 0 and _render(notebook, page) else notebook
             left -= 1

@@ -16,6 +16,7 @@ import yaml
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.parameters import NOT_IDENTITY, watch_metric_of
+from biomerge_lib.runs import outdated_stages
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,16 +53,20 @@ COST_COLUMNS = {
 
 @dataclass(eq=False)
 class ReportedRun:
-    """What a run folder says. ``rank`` counts from 1 and is None unless ``status`` is ``finished``."""
+    """What a run folder says. ``rank`` counts from 1 and is None unless ``status`` is ``finished``.
+
+    ``outdated``: the stages whose input is not what lies there now, and why; they have no ``metrics``.
+    """
 
     folder: Path
-    status: Literal["finished", "partial", "failed"]
+    status: Literal["finished", "partial", "failed", "outdated"]
     reason: str
     parameters: dict[str, Any]
     data: dict[str, str]
     stages: dict[str, dict[str, Any]]
     metrics: dict[str, dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    outdated: dict[str, str] = field(default_factory=dict)
     rank: int | None = None
 
     @property
@@ -188,15 +193,25 @@ def _read_run(folder: Path) -> ReportedRun | None:
     parameters = read_file(folder / "parameters.yaml", dict, notes) or _object(recorded.get("parameters"))
     run = ReportedRun(folder, "partial", "", parameters, _object(recorded.get("data")), stages, {}, notes)
     status = stages.get(TRAIN, {}).get("status")
+    run.outdated = outdated_stages({"stages": stages, "data": run.data, "parameters": parameters}, folder)
+    for stage in run.outdated:
+        stages[stage]["status"] = "out of date"
+    if TRAIN in run.outdated:
+        run.status, run.reason = "outdated", f"03_train is out of date: {run.outdated[TRAIN]}"
+        return run
     if status == "finished":
+        run.notes += [
+            f"{stage} is out of date, and its numbers are left out: {why}"
+            for stage, why in run.outdated.items()
+        ]
         for stage in (TRAIN, GREEDY, VLLM):
-            run.metrics[stage] = _stage_metrics(run, stage)
+            run.metrics[stage] = {} if stage in run.outdated else _stage_metrics(run, stage)
         if run.watch_metric == "token_head":  # all that runs older than the parameter have
             run.metrics[TRAIN].setdefault("eval_head_ner_f1", run.metrics[TRAIN].get("eval_ner_f1"))
         run.status = "finished" if run.score is not None else "partial"
         run.reason = "" if run.score is not None else "03_train finished, but no greedy dev F1 was recorded"
         for stage in (GREEDY, VLLM):
-            if stages.get(stage, {}).get("status", "finished") != "finished":
+            if stages.get(stage, {}).get("status", "finished") not in ("finished", "out of date"):
                 run.notes.append(
                     f"{stage} did not finish: {stages[stage].get('error', 'no reason recorded')}"
                 )

@@ -5,6 +5,7 @@ runs/<run_id>/  parameters.yaml  metrics.json  03_train.ipynb  checkpoints/  mer
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,13 @@ from biomerge_lib.parameters import (
     watch_metric_of,
 )
 from biomerge_lib.records import SPLITS, file_sha256
+from biomerge_lib.replaced import place_aside
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
+BEFORE_TRAINING = ("01_tokenizer", "02_data")
 SCORING_STAGES = ("04_greedy_dev", "05_vllm_eval")
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weights file: what training changes, it changes in every layer
 PACKAGES = (
     "torch",
     "transformers",
@@ -78,18 +84,32 @@ class Run:
         return self.folder / f"predictions-{split}-{decoder}.jsonl"
 
     def start(self) -> None:
-        """Record that the stage runs, with where its numbers will come from."""
+        """Record that the stage runs, with where its numbers will come from, and (04, 05) hashes of what it scores."""
         self._started = time.time()
-        self._write(status="running", metrics={}, provenance=provenance())
+        read = {}
+        if self.stage in SCORING_STAGES:
+            split = self.parameters.split
+            data = {name: value for name, value in self._data().items() if name == split}
+            read = {"input": {"model": fingerprint_weights(self.merged), "data": data}}
+        self._write(status="running", metrics={}, provenance=provenance(), **read)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Record the stage's metrics in ``metrics.json`` and glue its scalars into the notebook (scrapbook)."""
         seconds = round(time.time() - self._started, 2)
-        self._write(status="finished", metrics={**metrics, "stage_seconds": seconds}, provenance=provenance())
-        _glue({**metrics, "stage_seconds": seconds})
+        left: dict[str, Any] = {}
+        if self.stage == "02_data":
+            left = {"data": self._data()}
+        elif self.stage == "03_train":
+            left = {"model": fingerprint_weights(self.merged)}
+        metrics = {**metrics, "stage_seconds": seconds}
+        self._write(status="finished", metrics=metrics, provenance=provenance(), **left)
+        _glue(metrics)
 
     def fail(self, reason: str, status: str = "failed") -> None:
         self._write(status=status, error=reason)
+
+    def _data(self) -> dict[str, str]:
+        return data_hashes(PROJECT_DIR / self.parameters.data_dir)
 
     def _write(self, **fields: Any) -> None:
         everything = read_metrics(self.folder)
@@ -103,7 +123,7 @@ class Run:
             "parameters" not in everything and self.stage in ("01_tokenizer", "02_data")
         ):
             everything["parameters"] = self.parameters.model_dump()
-            everything["data"] = data_hashes(self.parameters.data_dir)
+            everything["data"] = self._data()
         write_json(self.folder / "metrics.json", everything)
 
 
@@ -148,15 +168,21 @@ def prepare_run_folder(run: Run) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Move what a trained run left to a hidden folder beside it; ``metrics.json`` and notebooks are rewritten."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    aside = folder.with_name(f".replaced-{folder.name}-{stamp}")
+    """Move a run to a hidden folder beside it, with all that came after it; what 01 and 02 left is copied there."""
+    aside = place_aside(folder)
     aside.mkdir()
-    kept = ("checkpoints", "merged", "parameters.yaml", "log_history.json", "training.json", "wandb.json")
-    for path in [*(folder / name for name in kept), *folder.glob("predictions-*.jsonl")]:
-        if path.exists():
+    stages = read_metrics(folder).get("stages", {})
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".ipynb" and path.stem in BEFORE_TRAINING:
+            shutil.copy2(path, aside)
+        elif path.name != jobs.LOCK:
             shutil.move(path, aside / path.name)
+    if kept := {name: stages[name] for name in BEFORE_TRAINING if name in stages}:
+        write_json(folder / "metrics.json", {"run_id": folder.name, "stages": kept})
     print(f"existing_run=replace: the earlier run was moved to {aside}/")
+    print(
+        f"`python -m biomerge_lib replaced {folder.parent}` lists such runs, with their sizes, and removes them"
+    )
 
 
 def load_run_parameters(folder: Path) -> Parameters:
@@ -264,6 +290,42 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def outdated_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> dict[str, str]:
+    """The stages whose input is not what lies there now, by hash; each with what is another.
+
+    What lies there is the model and the data that 03_train recorded; with the ``folder`` of a run (not of a copy
+    without its training), what the files are now.
+    """
+    stages, data = recorded.get("stages", {}), recorded.get("data", {})
+    outdated: dict[str, str] = {}
+    if data and changed_splits(stages.get("02_data", {}).get("data", {}), data):
+        outdated["02_data"] = "it wrote other data than 03_train read"
+    model, now = stages.get("03_train", {}).get("model"), {}
+    parameters = recorded.get("parameters", {})
+    trained = folder and next(
+        chain(folder.glob("training.json"), folder.glob("checkpoints/checkpoint-*")), None
+    )
+    if folder and trained and parameters.get("data_dir"):
+        model = model and (fingerprint_weights(folder / "merged") or model)
+        now = data_hashes(PROJECT_DIR / parameters["data_dir"])
+        used = [split for split in SPLITS if split != "test" or parameters.get("run_test_eval")]
+        if changed := [split for split in changed_splits(data, now) if split in used]:
+            outdated["03_train"] = f"{' and '.join(changed)}.jsonl in {parameters['data_dir']} changed since"
+    for stage in SCORING_STAGES:
+        read = stages.get(stage, {}).get("input", {})
+        if stage in stages and model and read.get("model") != model:
+            outdated[stage] = "it scored another model than the one that lies there now"
+        elif changed := changed_splits(read.get("data", {}), now):
+            outdated[stage] = f"it scored another {changed[0]}.jsonl than the one that lies there now"
+    return outdated
+
+
+def current_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """The recorded stages without those that are out of date (:func:`outdated_stages`)."""
+    outdated = outdated_stages(recorded, folder)
+    return {name: stage for name, stage in recorded.get("stages", {}).items() if name not in outdated}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: a crash leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +337,30 @@ def write_json(path: Path, value: Any) -> None:
 def data_hashes(data_dir: Path | str) -> dict[str, str]:
     """SHA-256 of each split's file that exists."""
     paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
-    return {split: file_sha256(path) for split, path in paths.items() if path.is_file()}
+    return {split: _hash_of(path, path.stat().st_mtime_ns) for split, path in paths.items() if path.is_file()}
+
+
+@cache
+def _hash_of(path: Path, modified: int) -> str:  # the runs of a sweep have one data set
+    return file_sha256(path)
+
+
+def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The splits whose hash is known of both times and differs."""
+    return [split for split in now if then.get(split) not in (None, now[split])]
+
+
+def fingerprint_weights(model_dir: Path | str) -> str | None:
+    """A hash of a folder's weights, from samples (reading 16 GB whole would take longer than scoring); None without."""
+    digest, paths = hashlib.sha256(), sorted(Path(model_dir).glob("*.safetensors"))
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as weights:
+            for start in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
+                weights.seek(start)
+                digest.update(weights.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16] if paths else None
 
 
 def provenance() -> dict[str, Any]:
@@ -336,6 +421,10 @@ def _refuse_other_training(folder: Path, parameters: Parameters) -> None:
     if changed:
         raise ParameterError(
             f"run {folder.name} exists with {changed}. Choose another run_id, or set existing_run=replace."
+        )
+    if why := outdated_stages(read_metrics(folder), folder).get("03_train"):
+        raise ParameterError(
+            f"run {folder.name} is out of date: {why}. Choose another run_id, or set existing_run=replace."
         )
 
 

@@ -26,7 +26,7 @@ from biomerge_lib.parameters import (
     check_names,
     compose_parameters,
 )
-from biomerge_lib.runs import PROJECT_DIR, data_hashes, load_run_parameters, read_metrics
+from biomerge_lib.runs import PROJECT_DIR, changed_splits, data_hashes, load_run_parameters, read_metrics
 from biomerge_lib.tracking import run_tracked_notebook
 
 STAGE = "03_train"
@@ -230,7 +230,7 @@ def _other_conditions(parameters: Parameters, folder: Path) -> str:
     if stored.eval_limit != parameters.eval_limit:
         return f"scored with eval_limit={stored.eval_limit}"
     then, now = read_metrics(folder).get("data", {}), data_hashes(PROJECT_DIR / parameters.data_dir)
-    changed = [split for split in now if then.get(split) not in (None, now[split])]
+    changed = changed_splits(then, now)
     return f"{' and '.join(changed)}.jsonl changed since" if changed else ""
 
 

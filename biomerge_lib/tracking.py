@@ -27,6 +27,7 @@ from biomerge_lib.jobs import RunInterrupted
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.runs import (
     PROJECT_DIR,
+    current_stages,
     data_hashes,
     find_notebook,
     provenance,
@@ -146,7 +147,7 @@ def sync_run(folder: Path) -> None:
         if done.returncode:
             raise BioMergeError(f"wandb sync ended with {done.returncode} (see above).")
     write_json(folder / IDENTITY, known | {"online": True})
-    for stage in read_metrics(folder).get("stages", {}):
+    for stage in current_stages(read_metrics(folder), folder):
         _upload(folder, stage, known)
 
 
