@@ -20,6 +20,7 @@ from biomerge_lib.backbones import BACKBONE_NOTE
 from biomerge_lib.checkpoints import best_checkpoint
 from biomerge_lib.errors import DataError
 from biomerge_lib.eval_vllm import RENDERING, read_cues
+from biomerge_lib.markup import code_in_markdown, in_markdown
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.records import SPLITS
 from biomerge_lib.runs import current_stages, load_run_parameters, read_metrics, write_json
@@ -103,6 +104,7 @@ def build_card(
     from jinja2 import Environment, FileSystemLoader
 
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True)
+    templates.filters |= {"text": in_markdown, "code": code_in_markdown}
     stages = metrics["stages"]
     known = yaml.safe_load(NOTES.read_text(encoding="utf-8"))
     names = [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
@@ -123,7 +125,7 @@ def build_card(
         data=metrics.get("data", {}),
         training=stages["03_train"]["metrics"],
         provenance=stages["03_train"]["provenance"],
-        commands=_commands(name, parameters),
+        commands=code_in_markdown("\n".join(_commands(name, parameters)), block=True),
     )
 
 
@@ -149,14 +151,14 @@ def _score_table(report: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        corpus = row["corpus"] + (f" ({', '.join(row['types'])})" if row["types"] else "")
+        corpus = in_markdown(row["corpus"] + (f" ({', '.join(row['types'])})" if row["types"] else ""))
         interval = f"**{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
         share = f"{row['sentences']:,} of {row['of']:,}"
         scores = f"{row['precision']:.3f} | {row['recall']:.3f} | {interval}"
         lines.append(f"| {corpus} | {row['what']} | {share} | {scores} |")
     seconds = sum(row["seconds"] for row in report["rows"])
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in report["rows"]))
-    made = f"`{report['command']}`, commit {commits}, {report['device']}, {seconds:,.0f} s."
+    made = f"{code_in_markdown(report['command'])}, commit {commits}, {report['device']}, {seconds:,.0f} s."
     return "\n".join([*lines, "", made, ""])
 
 
@@ -187,11 +189,12 @@ def _commands(name: str, parameters: Parameters) -> list[str]:
     }
     words = [f"{field}={_word(value)}" for field, value in values.items()]
     data_dir = f"data_dir={parameters.data_dir}"
-    return [
-        f"python -m biomerge_lib run 02_data corpora=[{corpora}] {data_dir}",
-        shlex.join(["python", "-m", "biomerge_lib", "run", "03_train", data_dir, *words, f"run_id={name}"]),
-        f"python -m biomerge_lib export-adapter runs/{name} {name}",
+    commands = [
+        ["run", "02_data", f"corpora=[{corpora}]", data_dir],
+        ["run", "03_train", data_dir, *words, f"run_id={name}"],
+        ["export-adapter", f"runs/{name}", name],
     ]
+    return [shlex.join(["python", "-m", "biomerge_lib", *command]) for command in commands]
 
 
 def _word(value: Any) -> str:
@@ -199,6 +202,7 @@ def _word(value: Any) -> str:
 
 
 def _unknown(corpus: str) -> dict[str, str]:
+    corpus = in_markdown(corpus)
     return {
         "title": corpus,
         "entities": f"the entities annotated in {corpus}",

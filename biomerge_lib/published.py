@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from biomerge_lib.errors import DataError
+from biomerge_lib.markup import in_markdown
 from biomerge_lib.runs import PROJECT_DIR, current_stages, outdated_stages, read_metrics
 
 REPORTS_DIR = PROJECT_DIR / "reports"
@@ -146,10 +148,10 @@ def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
     )
     provenance = training["provenance"]
     cells = [
-        f"[{folder.name}]({above}{folder.name}/03_train.ipynb)",
-        data,
-        how,
-        f"{provenance['device']}, {training['metrics']['train_seconds']:,.0f}",
+        f"[{in_markdown(folder.name)}]({above}{quote(folder.name)}/03_train.ipynb)",
+        in_markdown(data),
+        in_markdown(how),
+        f"{in_markdown(provenance['device'])}, {training['metrics']['train_seconds']:,.0f}",
         _score(training["metrics"], "greedy_dev"),
         _score(stages.get("04_greedy_dev", {}).get("metrics", {}), f"greedy_{split}"),
         _score(stages.get("05_vllm_eval", {}).get("metrics", {}), f"vllm_{split}"),

@@ -17,6 +17,7 @@ from biomerge_lib import __version__
 from biomerge_lib import report_figures as figures
 from biomerge_lib.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
 from biomerge_lib.errors import DataError
+from biomerge_lib.markup import INERT
 from biomerge_lib.ner_metrics import score_spans
 from biomerge_lib.parameters import compose_parameters
 from biomerge_lib.predictions import Prediction, read_predictions
@@ -81,6 +82,7 @@ def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
         data=_group(ranked, lambda run: {"data_dir": run.parameters.get("data_dir"), **run.data}),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
+        inert=INERT,
         notes=_page_notes(ranked),  # reading answers and curves adds to the runs' notes
         **answers,
     )

@@ -17,6 +17,7 @@ from typing import Any
 from biomerge_lib.corpora import write_corpus
 from biomerge_lib.data_card import conflict_table, leak_table, read_conflicts, seen_table, union_table
 from biomerge_lib.errors import BioMergeError
+from biomerge_lib.markup import code_in_markdown, in_markdown
 from biomerge_lib.ner_span import read_split
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.records import SPLITS
@@ -63,11 +64,11 @@ def _sections(card: Mapping[str, Any], data_dir: str, command: str, commit: str 
     names = list(card["sources"])
     options = card["union"]["options"]
     splits = {split: read_split(data_dir, split) for split in SPLITS}
-    yield f"# The union of {', '.join(names)}"
+    yield f"# The union of {in_markdown(', '.join(names))}"
     yield (
-        f"Written by\n\n```bash\n{command}\n```\n\nat commit `{commit}`. The same numbers, and the SHA-256 of every "
-        "file read and written, are in `union.json`. Two sentences are the same here when they are equal after NFKC, "
-        "case folding and removal of white space."
+        f"Written by\n\n{code_in_markdown(command, block=True)}\n\nat commit `{commit}`. The same numbers, and the "
+        "SHA-256 of every file read and written, are in `union.json`. Two sentences are the same here when they are "
+        "equal after NFKC, case folding and removal of white space."
     )
     yield "## The corpora as they came\n\nSentences / mentions."
     rows = [
@@ -136,7 +137,7 @@ def _leaks(card: Mapping[str, Any]) -> Iterable[str]:
 def _conflicts(card: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterable[str]:
     table = conflict_table(card)
     pairs = card["union"]["conflicts"]["before"]["train"]["pairs"]
-    listed = "; ".join(f"{name}: {count:,}" for name, count in sorted(pairs.items())) or "none"
+    listed = "; ".join(f"{in_markdown(name)}: {count:,}" for name, count in sorted(pairs.items())) or "none"
     yield (
         "## Conflicts\n\nGroups of the same sentence with different gold: within one corpus, and across corpora. "
         f"Between the training sets of two corpora: {listed}. `conflicts.jsonl` beside the data lists all of them."
@@ -160,16 +161,16 @@ def _conflicts(card: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, A
 def _bracketed(text: str, target: str) -> str:
     for start, end in reversed(parse_spans(target)):
         text = f"{text[:start]}[{text[start:end]}]{text[end:]}"
-    return text.replace("|", "\\|")
+    return text
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in row) + " |" for row in cells)
+    cells = [list(map(in_markdown, header)), ["---"] * len(header), *(map(_cell, row) for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else in_markdown(value)
 
 
 def main(arguments: Sequence[str]) -> int:
