@@ -74,6 +74,8 @@ NOT_IDENTITY = SCORING | frozenset(
         "entity_types",
         "sentence_split",
         "discontinuous",
+        "token_column",
+        "tag_column",
         "split_shares",
         "corpus_weights",
         "max_per_corpus",
@@ -114,6 +116,12 @@ class Parameters(BaseModel):
     )
     discontinuous: Literal["skip", "cover"] = Field(
         description="Mentions of several parts: leave out, or take from the first part's start to the last one's end"
+    )
+    token_column: int | str | None = Field(
+        description="Column of the tokens in token and tag files (number from 0, or name); null = the first, if it can be"
+    )
+    tag_column: int | str | None = Field(
+        description="Column of the tags (number, -1 is the last, or name); null = the last, if no other holds tags"
     )
     split_shares: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
         description="Shares of train, dev and test in the documents of a corpus without splits; [] = refuse such"

@@ -23,6 +23,7 @@ from biomerge_lib.ner_span import iter_split, scoring_options, training_options
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompt import encode_completion
+from biomerge_lib.readers_iob import find_implausible
 from biomerge_lib.records import Record, file_sha256
 from biomerge_lib.runs import device_name
 from biomerge_lib.spans import parse_answer
@@ -145,6 +146,13 @@ def _report_counts(found: Preflight, split: str, scan: Scan, parameters: Paramet
         found.add(REFUSED, split, f"no mention in {split}.jsonl: there is nothing {purpose}")
     if split == "dev" and scan.records < SMALL_DEV:
         found.add(NOTE, split, f"F1 on {scan.records} records is noise: set eval_limit higher for a result")
+    if problem := find_implausible([word for record in scan.sample for word in record.text.split()]):
+        found.add(
+            WARNING,
+            split,
+            f"most words are {problem}, as in {scan.sample[0].text[:40]!r}: was the right column read? 02_data has "
+            "token_column and tag_column",
+        )
     if scan.reserved:
         found.add(
             NOTE, split, f"{scan.reserved:,} texts hold a token such as <B> literally; it becomes one token"

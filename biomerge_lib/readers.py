@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from biomerge_lib.documents import DISCONTINUOUS, Document, ReadCounts, read_spans
 from biomerge_lib.errors import DataError, ParameterError, nearest
 from biomerge_lib.readers_hub import read_hub
-from biomerge_lib.readers_iob import read_iob
+from biomerge_lib.readers_iob import Column, read_iob
 from biomerge_lib.readers_standoff import read_bioc, read_brat, read_pubtator
 from biomerge_lib.records import SPLITS, Record, iter_records
 from biomerge_lib.sentences import SPLITTERS, split_document
@@ -56,6 +57,8 @@ def read_corpus(
     dataset: str | None = None,
     sentence_split: str = "segtok",
     discontinuous: str = "skip",
+    token_column: Column = None,
+    tag_column: Column = None,
 ) -> Corpus:
     """Read a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
 
@@ -66,6 +69,8 @@ def read_corpus(
             project's JSONL keeps its own.
         sentence_split: how documents become sentences: ``segtok``, ``lines`` or ``document`` (no cut).
         discontinuous: ``skip`` or ``cover`` mentions of several parts.
+        token_column, tag_column: where ``iob`` (number from 0, or name in the first line) and ``hub`` (name) have
+            tokens and tags; None finds them, or refuses.
 
     Raises:
         DataError: a split is missing or has two candidates, a file is malformed (named as ``file:line``), a document
@@ -85,6 +90,8 @@ def read_corpus(
                 types=types,
                 sentence_split=sentence_split,
                 discontinuous=discontinuous,
+                token_column=token_column,
+                tag_column=tag_column,
                 counts=counts[split],
             )
         )
@@ -114,6 +121,8 @@ def read_split(
     types: Collection[str] | None = None,
     sentence_split: str = "segtok",
     discontinuous: str = "skip",
+    token_column: Column = None,
+    tag_column: Column = None,
     counts: ReadCounts,
 ) -> Iterator[Record]:
     """Read one split record by record, counting into ``counts`` (memory holds one document and all their names).
@@ -131,13 +140,14 @@ def read_split(
                 f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
             )
     wanted = frozenset(types) if types else None
+    columns = {"token_column": token_column, "tag_column": tag_column}
     if source.format == "iob":
-        yield from _iter_iob(source, split, wanted, counts)
+        yield from _iter_iob(source, split, wanted, counts, columns)
     elif source.format == "jsonl":
         yield from _iter_jsonl(source, split, wanted, counts)
     else:
         doc_ids: set[str] = set()
-        for item in _iter_items(source, split, wanted, counts):
+        for item in _iter_items(source, split, wanted, counts, columns):
             if isinstance(item, Record):
                 doc_ids.add(item.doc_id)
                 yield item
@@ -155,14 +165,20 @@ def read_split(
 
 
 def _iter_iob(
-    source: Source, split: str, types: Collection[str] | None, counts: ReadCounts
+    source: Source,
+    split: str,
+    types: Collection[str] | None,
+    counts: ReadCounts,
+    columns: Mapping[str, Column],
 ) -> Iterator[Record]:
     paths = source.files[split]
     for path in paths:
         # Files of a split's folder may have the same names in all folders: documents without an id need the split's.
         tells_split = len(paths) == 1 and split_of(path.name) == split
         prefix = None if tells_split else f"{source.name}_{split}_{path.stem}"
-        yield from read_iob(path, dataset=source.name, types=types, doc_prefix=prefix, counts=counts)
+        yield from read_iob(
+            path, dataset=source.name, types=types, doc_prefix=prefix, counts=counts, **columns
+        )
 
 
 def _iter_jsonl(
@@ -182,12 +198,17 @@ def _iter_jsonl(
 
 
 def _iter_items(
-    source: Source, split: str, types: Collection[str] | None, counts: ReadCounts
+    source: Source,
+    split: str,
+    types: Collection[str] | None,
+    counts: ReadCounts,
+    columns: Mapping[str, Column],
 ) -> Iterator[Record | Document]:
     if source.format == "hub":
         where = f"hub:{source.location} {split}"
         stream = source.streams[split]
-        yield from read_hub(stream, where=where, dataset=source.name, split=split, types=types, counts=counts)
+        options: dict[str, Any] = {"dataset": source.name, "split": split, **columns}
+        yield from read_hub(stream, where=where, types=types, counts=counts, **options)
     elif source.format == "brat":
         yield from read_brat(source.files[split], counts)
     else:

@@ -11,7 +11,7 @@ from typing import Any
 
 from biomerge_lib.documents import UNTYPED, Document, Mention, ReadCounts
 from biomerge_lib.errors import DataError
-from biomerge_lib.readers_iob import ParsedTag, make_record, parse_tag
+from biomerge_lib.readers_iob import LOOKED_AT, Column, ParsedTag, make_record, parse_tag, refuse_implausible
 from biomerge_lib.records import Record
 from biomerge_lib.spans import Span
 
@@ -37,26 +37,36 @@ def open_hub(name: str) -> Mapping[str, Any]:
 
 
 def read_hub(
-    stream: Any, *, where: str, dataset: str, split: str, types: Collection[str] | None, counts: ReadCounts
+    stream: Any,
+    *,
+    where: str,
+    dataset: str,
+    split: str,
+    types: Collection[str] | None,
+    counts: ReadCounts,
+    token_column: Column = None,
+    tag_column: Column = None,
 ) -> Iterator[Record | Document]:
     """Read one split: sentences come as records, ``bigbio_kb`` rows as documents.
 
     Raises:
-        DataError: the columns are missing or contradict each other, an unknown tag, or numbers without names.
+        DataError: the columns are missing, contradict each other or must be named, an unknown tag, or numbers without
+            names.
     """
+    looked_at: list[str] = []
     make_tags: Callable[[Any, str], list[ParsedTag]] | None = None
     for number, row in enumerate(_rows(stream, where)):
         at = f"{where} row {number}"
         if "passages" in row and "entities" in row:
             yield from _bigbio_documents(row, at)
             continue
-        token_column = _column(row, TOKEN_COLUMNS, at)
-        tag_column = _column(row, TAG_COLUMNS, at)
+        words_in = _column(row, "token_column", token_column, TOKEN_COLUMNS, at)
+        tags_in = _column(row, "tag_column", tag_column, TAG_COLUMNS, at)
         if make_tags is None:
-            make_tags = _tag_maker(stream.features, tag_column)
-        tokens, tags = row[token_column] or [], make_tags(row[tag_column] or [], at)
+            make_tags = _tag_maker(stream.features, tags_in)
+        tokens, tags = row[words_in] or [], make_tags(row[tags_in] or [], at)
         if len(tokens) != len(tags):
-            raise DataError(f"{at}: {len(tokens)} {token_column} but {len(tags)} {tag_column}.")
+            raise DataError(f"{at}: {len(tokens)} {words_in} but {len(tags)} {tags_in}.")
         words = [str(token).strip() for token in tokens]
         if not all(words):
             counts.blank_tokens += words.count("")
@@ -64,10 +74,13 @@ def read_hub(
             words = [word for word in words if word]
         document = next((str(row[name]) for name in DOCUMENT_COLUMNS if row.get(name)), None)
         doc_id = document or f"{dataset}_{split}_s{number:05d}"
+        if token_column is None and len(looked_at) < LOOKED_AT:
+            looked_at += words
         if words:
             yield make_record(words, tags, doc_id, dataset, types=types, counts=counts)
         else:
             counts.empty_documents += 1
+    refuse_implausible(looked_at, where, "column " + " or ".join(TOKEN_COLUMNS))
 
 
 def _rows(stream: Any, where: str) -> Iterator[dict[str, Any]]:
@@ -84,11 +97,17 @@ def _rows(stream: Any, where: str) -> Iterator[dict[str, Any]]:
         raise DataError(f"{where} row {number}: datasets cannot read it ({reason}).") from error
 
 
-def _column(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    for name in names:
-        if name in row:
-            return name
-    raise DataError(f"{where}: no column {' or '.join(names)}; it has {', '.join(sorted(row)) or 'none'}.")
+def _column(row: Mapping[str, Any], parameter: str, given: Column, names: Sequence[str], where: str) -> str:
+    names = names if given is None else [str(given)]
+    found = [name for name in names if name in row]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{where}: {' and '.join(found)} may be meant: set {parameter} to one of them.")
+    has = ", ".join(sorted(row)) or "none"
+    raise DataError(
+        f"{where}: no column {' or '.join(names)}; it has {has}. Set {parameter} to one of these names."
+    )
 
 
 def _tag_maker(features: Mapping[str, Any] | None, column: str) -> Callable[[Any, str], list[ParsedTag]]:

@@ -48,6 +48,8 @@ def write_union_report(parameters: Parameters, command: str, out: Path = OUT) ->
         "types": parameters.entity_types or None,
         "sentence_split": parameters.sentence_split,
         "discontinuous": parameters.discontinuous,
+        "token_column": parameters.token_column,
+        "tag_column": parameters.tag_column,
     }
     options = {name: getattr(parameters, name) for name in UNION_OPTIONS}
     card = write_corpus(parameters.corpora, parameters.data_dir, reading=reading, **options)

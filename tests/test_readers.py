@@ -252,6 +252,91 @@ def test_iob_columns_can_be_chosen(tmp_path):
         read_lines(tmp_path, GOOD_IOB, tag_column=2)
 
 
+INDEXED = "1\tIbuprofen\tB-Drug\n2\teases\tO\n3\tpain\tB-Symptom\n"
+LABEL_FIRST = "B-Drug\t0\tIbuprofen\tNN\tB-NP\nO\t10\teases\tVB\tB-VP\nB-Symptom\t16\tpain\tNN\tB-NP\n"
+NESTED = "Ibuprofen\tB-Drug\tO\nsodium\tI-Drug\tB-Salt\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            INDEXED,
+            r"column 0 should be the tokens, but holds running numbers \('1', '2', '3'\): set token_column",
+        ),
+        (INDEXED.replace("2\t", "1\t").replace("3\t", "1\t"), "holds running numbers"),
+        (INDEXED.replace("1\tI", "1-1\tI").replace("2\t", "1-2\t"), "holds running numbers"),
+        (re.sub(r"^\d", "PMID7", INDEXED, flags=re.M), r"holds repetitions \('PMID7', .*tag_column"),
+        (LABEL_FIRST, r"column 0 should be the tokens, but holds tags \('B-Drug', 'O', 'B-Symptom'\)"),
+        (NESTED, r"columns 1 and 2 hold tags: set tag_column"),
+        (NESTED.replace("B-Salt", "O"), r"columns 1 and 2 hold tags"),
+        ("Ibuprofen\tO\tB-Drug\neases\tO\tO\n", None),  # all O: no annotation, and so no doubt
+        ("Ibuprofen NN B-NP B-Drug\neases VB B-VP O\n", None),  # CoNLL-2003: phrases beside entities
+        ("Ibuprofen B-Drug B-NP\neases O B-VP\n", "columns 1 and 2 hold tags"),
+        ("B\tB-Vitamin\nI\tB-Iodine\n12\tO\nand\tO\nit\tO\n", None),
+    ],
+)
+def test_columns_that_are_not_what_they_are_taken_for_are_refused(tmp_path, content, problem):
+    if problem is None:
+        assert len(read_lines(tmp_path, content)[0]) == 1
+        return
+    with pytest.raises(DataError, match=rf"train.tsv:1: .*{problem}"):
+        read_lines(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        (INDEXED, {"token_column": 1}),
+        (INDEXED, {"token_column": -2, "tag_column": -1}),
+        ("# made by hand\nno\tword\ttag\n" + INDEXED, {"token_column": "word", "tag_column": "tag"}),
+        ("no\tword\ttag\n" + INDEXED, {"token_column": "word"}),
+        ("no\tword\ttag\n\n" + INDEXED, {"token_column": 1, "tag_column": "tag"}),
+        (LABEL_FIRST, {"token_column": 2, "tag_column": 0}),
+    ],
+)
+def test_columns_have_numbers_or_names(tmp_path, content, columns):
+    [record], counts = read_lines(tmp_path, content, **columns)
+    assert (record.text, record.spans) == ("Ibuprofen eases pain", ((0, 9), (16, 20)))
+    assert counts.types == {"Drug": 1, "Symptom": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "problem"),
+    [
+        (INDEXED, {"token_column": "word"}, "token_column=word is none of 1, Ibuprofen, B-Drug"),
+        (
+            "word\tlabel\nIbuprofen\tB\n",
+            {"tag_column": "labels"},
+            "tag_column=labels is none of word, label. Did",
+        ),
+        (INDEXED, {"tag_column": 0}, "token_column and tag_column are both 0"),
+        (NESTED, {"token_column": 1}, "column 1 should be the tokens, but holds tags"),
+        (LABEL_FIRST, {"token_column": 2}, "columns 0 and 4 hold tags"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(tmp_path, content, columns, problem):
+    with pytest.raises(DataError, match=rf"train.tsv:1: {problem}"):
+        read_lines(tmp_path, content, **columns)
+
+
+def test_hub_columns_have_names(tmp_path):
+    rows = [{"text": ["Aspirin", "helps"], "ner_tags": ["B-X", "O"], "labels": ["O", "B-Y"]}]
+    folder = write_files(tmp_path / "mine", {f"{split}.jsonl": json_lines(rows) for split in HUB_SPLITS})
+    named = {"token_column": "text", "tag_column": "labels"}
+    assert read_corpus(f"hub:{folder}", **named)["train"][0].spans == ((8, 13),)
+    with pytest.raises(DataError, match="ner_tags and labels may be meant: set tag_column to one of them"):
+        read_corpus(f"hub:{folder}", token_column="text")
+    with pytest.raises(DataError, match=r"no column tokens or words; it has .* Set token_column"):
+        read_corpus(f"hub:{folder}", tag_column="labels")
+    rows = [{"tokens": ["1", "2"], "ner_tags": ["B-X", "O"]}]
+    write_files(folder, {f"{split}.jsonl": json_lines(rows) for split in HUB_SPLITS})
+    with pytest.raises(
+        DataError, match="column tokens or words should be the tokens, but holds running numbers"
+    ):
+        read_corpus(f"hub:{folder}")
+
+
 # --- Sentences ------------------------------------------------------------------------------------------------
 
 
