@@ -118,10 +118,10 @@ class Parameters(BaseModel):
         description="Mentions of several parts: leave out, or take from the first part's start to the last one's end"
     )
     token_column: int | str | None = Field(
-        description="Column of the tokens in token and tag files (number from 0, or name); null = the first, if it can be"
+        description="Column of the tokens in token and tag files (number from 0, or name); null = the first"
     )
     tag_column: int | str | None = Field(
-        description="Column of the tags (number, -1 is the last, or name); null = the last, if no other holds tags"
+        description="Column of the tags (number, -1 is the last, or name); null = the last"
     )
     split_shares: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
         description="Shares of train, dev and test in the documents of a corpus without splits; [] = refuse such"
