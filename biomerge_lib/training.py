@@ -406,12 +406,13 @@ def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:
         )
     if parameters.step_launch != "auto":
         return parameters.step_launch
-    if not on_gpu or parameters.backend == "unsloth" or parameters.num_processes > 1:
+    if not on_gpu or parameters.num_processes > 1:
         return "eager"
+    compiles = parameters.backend == "peft" and parameters.trainable == "lora"  # Unsloth does so by itself
     if weights < 2e9 and parameters.packing and not parameters.gradient_checkpointing:
         # 45 s of compilation, 25 to 60 ms less a step (reports/training_speed.md)
-        return "compiled_graphed" if steps >= 1000 and parameters.trainable == "lora" else "graphed"
-    return "compiled" if steps >= 400 else "eager"
+        return "compiled_graphed" if steps >= 1000 and compiles else "graphed"
+    return "compiled" if steps >= 400 and parameters.backend == "peft" else "eager"
 
 
 def build_collator(

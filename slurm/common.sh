@@ -120,7 +120,7 @@ make_workplace() { # staged or linked
     [[ -e $WORKPLACE/${path##*/} ]] || ln -s "$path" "$WORKPLACE/"
   done
   BIOMERGE_JOB_DIR=$WORKPLACE/.messages
-  BIOMERGE_COMMIT=$(git -C "$WORKROOT" describe --always --dirty --abbrev=12 '--exclude=*' 2>/dev/null)
+  BIOMERGE_COMMIT=${BIOMERGE_COMMIT:-$(git -C "$WORKROOT" describe --always --dirty --abbrev=12 '--exclude=*' 2>/dev/null)}
   mkdir -p "$BIOMERGE_JOB_DIR" || die "$BIOMERGE_JOB_DIR cannot be made."
   export BIOMERGE_JOB_DIR BIOMERGE_COMMIT PYTHONPATH=$WORKPLACE
   [[ -z $STAGED ]] || export BIOMERGE_ARCHIVE=$ARCHIVE

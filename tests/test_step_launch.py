@@ -26,6 +26,7 @@ def on_gpu(monkeypatch):
         ({}, LARGE, 1000, "compiled"),
         ({}, LARGE, 100, "eager"),
         ({"backend": "unsloth"}, LARGE, 1000, "eager"),
+        ({"backend": "unsloth"}, SMALL, 1000, "graphed"),
         ({"num_processes": 2}, SMALL, 1000, "eager"),
         ({"step_launch": "eager"}, SMALL, 1000, "eager"),
     ],
@@ -46,12 +47,12 @@ def test_without_a_gpu_steps_are_eager_and_graphs_are_refused(monkeypatch, tiny_
     [
         ({"packing": False}, "packing=true"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=false"),
-        ({"backend": "unsloth"}, "backend=peft"),
+        ({"backend": "unsloth", "step_launch": "compiled"}, "backend=peft"),
     ],
 )
 def test_contradictions_are_refused(tiny_parameters, changes, named):
     with pytest.raises(ParameterError, match=named):
-        tiny_parameters(step_launch="graphed", **changes)
+        tiny_parameters(**{"step_launch": "graphed"} | changes)
 
 
 EXAMPLE = {"input_ids": [1] * 70, "labels": [-100] * 50 + [2] * 20, "token_labels": [0] * 70}
