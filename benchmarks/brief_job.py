@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,12 +141,14 @@ def measure(row: str, options: argparse.Namespace, backbone: str) -> dict[str, A
         "row_tokens": metrics.get("row_tokens"),
         "peak_memory_gb": metrics.get("peak_memory_gb"),
         "trainable_parameters": metrics.get("trainable_parameters"),
-        "seconds": training.get("seconds"),
+        "seconds": metrics.get("stage_seconds"),
         "stages": {name: stage.get("status") for name, stage in stages.items()},
         "versions": where["versions"],
         "commit": where["commit"],
         "device": where["device"],
     }
+    for merged in (PROJECT_DIR / "runs" / f"brief-{row}").glob("merged"):
+        shutil.rmtree(merged)  # 16 GB each, of random weights
     if ended.returncode or result["tokens_a_second"] is None:
         result["error"] = log.read_text(encoding="utf-8", errors="replace")[-1500:]
     return result

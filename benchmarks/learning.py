@@ -36,6 +36,8 @@ LONG = "num_train_epochs=6 early_stopping_patience=100"
 QWEN = f"{SOME} model=qwen2_5_coder_1_5b per_device_eval_batch_size=128"
 SETS: dict[str, dict[str, str]] = {
     "headline": {f"seed {seed}": f"seed={seed}" for seed in (42, 43, 44)},
+    "unsloth": {f"seed {seed}, unsloth": f"backend=unsloth seed={seed}" for seed in (42, 43, 44)},
+    "start": {f"seed {seed}, start": f"offset_anchors=start seed={seed}" for seed in (42, 43, 44)},
     "padded": {
         f"seed {seed}, padded": f"{AT_512} seed={seed} packing=false step_launch=eager"
         for seed in (42, 43, 44)

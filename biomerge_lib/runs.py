@@ -383,6 +383,8 @@ def device_name() -> str:
     """The GPU's name as ``nvidia-smi`` tells it (asked without importing torch), or the CPU's core count."""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            query.append(f"--id={visible}")
         found = subprocess.run(query, capture_output=True, text=True, check=False)
         names = found.stdout.strip().splitlines()
         if found.returncode == 0 and names:
