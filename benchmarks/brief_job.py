@@ -165,8 +165,8 @@ def write_report(rows: list[dict[str, Any]], out: Path) -> None:
         "|" + "---|" * len(COLUMNS),
     ]
     for row in rows:
-        cells = [row.get(name) for name in COLUMNS]
-        cells = [f"{cell:,}" if isinstance(cell, int | float) else str(cell or "–") for cell in cells]
+        found = [row.get(name) for name in COLUMNS]
+        cells = [f"{cell:,}" if isinstance(cell, int | float) else str(cell or "–") for cell in found]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Commands:", ""]
     lines += [f"- {row['row']}: `{row['command']}`; commit {row['commit']}, {row['device']}." for row in rows]
