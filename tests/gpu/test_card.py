@@ -83,7 +83,7 @@ def test_every_allowed_pair_is_trained():
 def test_the_loss_falls_and_every_layer_trains(result):
     losses = result["losses"]
     assert len(losses) == STEPS
-    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    assert sum(losses[-4:]) < 0.97 * sum(losses[:4])
     assert result["unmoved"] == []
 
 
