@@ -298,24 +298,24 @@ def outdated_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> 
     """
     stages, data = recorded.get("stages", {}), recorded.get("data", {})
     outdated: dict[str, str] = {}
-    if data and changed_splits(stages.get("02_data", {}).get("data", {}), data):
+    if data and changed_splits(stages.get("02_data", {}).get("data") or {}, data):
         outdated["02_data"] = "it wrote other data than 03_train read"
     model, now = stages.get("03_train", {}).get("model"), {}
     parameters = recorded.get("parameters", {})
     trained = folder and next(
         chain(folder.glob("training.json"), folder.glob("checkpoints/checkpoint-*")), None
     )
-    if folder and trained and parameters.get("data_dir"):
+    if folder and trained and isinstance(parameters.get("data_dir"), str):
         model = model and (fingerprint_weights(folder / "merged") or model)
         now = data_hashes(PROJECT_DIR / parameters["data_dir"])
         used = [split for split in SPLITS if split != "test" or parameters.get("run_test_eval")]
         if changed := [split for split in changed_splits(data, now) if split in used]:
             outdated["03_train"] = f"{' and '.join(changed)}.jsonl in {parameters['data_dir']} changed since"
     for stage in SCORING_STAGES:
-        read = stages.get(stage, {}).get("input", {})
+        read = stages.get(stage, {}).get("input") or {}
         if stage in stages and model and read.get("model") != model:
             outdated[stage] = "it scored another model than the one that lies there now"
-        elif changed := changed_splits(read.get("data", {}), now):
+        elif changed := changed_splits(read.get("data") or {}, now):
             outdated[stage] = f"it scored another {changed[0]}.jsonl than the one that lies there now"
     return outdated
 

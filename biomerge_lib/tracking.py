@@ -147,7 +147,7 @@ def sync_run(folder: Path) -> None:
         if done.returncode:
             raise BioMergeError(f"wandb sync ended with {done.returncode} (see above).")
     write_json(folder / IDENTITY, known | {"online": True})
-    for stage in current_stages(read_metrics(folder), folder):
+    for stage in current_stages(read_metrics(folder)):
         _upload(folder, stage, known)
 
 

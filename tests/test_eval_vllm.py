@@ -33,7 +33,6 @@ from biomerge_lib.errors import DataError, ModelError, ParameterError, ServerErr
 from biomerge_lib.eval_vllm import (
     choose_rendering,
     evaluate_split,
-    fingerprint_weights,
     main,
     read_model_folder,
 )
@@ -45,6 +44,7 @@ from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import RawAnswer, build_prompts, read_predictions
 from biomerge_lib.prompt import render
 from biomerge_lib.records import write_records
+from biomerge_lib.runs import fingerprint_weights
 from biomerge_lib.vllm_client import find_served_model
 from biomerge_lib.vllm_server import VllmServer, installed_vllm, open_server, read_log_tail
 
@@ -482,8 +482,15 @@ def test_retrained_weights_have_another_fingerprint(tmp_path):
     weights.write_bytes(b"1")
     before = fingerprint_weights(tmp_path)
     assert before == fingerprint_weights(tmp_path)
-    weights.write_bytes(b"12")
+    weights.write_bytes(b"2")  # of the same size, perhaps of the same second
     assert before != fingerprint_weights(tmp_path)
+    large = bytearray(200 * (1 << 16))  # read in samples
+    weights.write_bytes(large)
+    before = fingerprint_weights(tmp_path)
+    large[-(3 << 16) + 1] = 1
+    weights.write_bytes(large)
+    assert before != fingerprint_weights(tmp_path)
+    assert fingerprint_weights(tmp_path / "nowhere") is None
 
 
 def test_an_interrupt_keeps_the_answers(model_folder, tokenizer, tmp_path):
