@@ -65,6 +65,18 @@ def test_a_training_of_all_weights_says_what_it_takes(check, tiny_backbone, tiny
     assert says(check(**chosen, learning_rate=3e-4), "weights").startswith("warning: all 0.1 million weights")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"), [("B-Drug O O I-Salt", "tags"), ("1 2 3 4", "running numbers"), ("Eases pain", None)]
+)
+def test_texts_of_tags_or_numbers_are_warned_about(check, tmp_path, text, problem):
+    data_dir = write_splits(tmp_path, train=[Record(text, ((0, 1),), "x", "a")])
+    found = says(check(data_dir=data_dir), "train")
+    if problem:
+        assert f"warning: most words are {problem}, as in '{text}': was the right column read?" in found
+    else:
+        assert "column" not in found
+
+
 def test_every_count_is_what_training_meets(check, tokenizer, data_dir):
     limits = {"max_input_tokens": 150, "max_target_tokens": 40, "max_new_tokens": 48}
     numbers = check(**limits, offset_anchors="start").numbers
