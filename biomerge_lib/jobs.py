@@ -8,6 +8,7 @@ job --stop--> run --interrupted | failure--> job; archive --[fetch_run]--> the r
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ INTERRUPTED = 75  # exit status: stopped on request, to be continued (EX_TEMPFAI
 # Made anew from the rest, too large to fetch, or another job's: 03 merges again, W&B's logs are only added to.
 NOT_FETCHED = ("merged", "wandb", "*.partial", ".ipynb_checkpoints", ".lock")
 LOCK = ".lock"
+METRICS = "metrics.json"
 
 
 class RunInterrupted(BioMergeError):
@@ -56,7 +58,8 @@ def archived_run(folder: Path) -> Path:
     """Where a run's files are now: its folder, or what an earlier job left in the archive."""
     archive = os.environ.get(ARCHIVE)
     kept = Path(archive) / folder.name if archive else folder
-    return kept if not (folder / "metrics.json").is_file() and kept.is_dir() else folder
+    # 01 and 02 of this job may have written metrics.json already; parameters.yaml is the training's.
+    return kept if not (folder / "parameters.yaml").is_file() and kept.is_dir() else folder
 
 
 def kept_path(path: Path) -> Path:
@@ -67,10 +70,10 @@ def kept_path(path: Path) -> Path:
 
 
 def fetch_run(folder: Path) -> None:
-    """Bring an earlier job's run folder back from the archive, whole or not at all.
+    """Bring an earlier job's run folder back from the archive, whole or not at all; add what this job has written.
 
     Raises:
-        BioMergeError: it could not be copied; then there is no folder.
+        BioMergeError: it could not be copied; then the folder is as it was.
     """
     kept = archived_run(folder)
     if kept == folder or not (kept / "parameters.yaml").is_file():
@@ -79,6 +82,12 @@ def fetch_run(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(kept, partial, ignore=shutil.ignore_patterns(*NOT_FETCHED))
+        if (folder / METRICS).is_file() and (partial / METRICS).is_file():
+            own = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+            recorded = json.loads((partial / METRICS).read_text(encoding="utf-8"))
+            recorded["stages"] |= own["stages"]
+            shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_FETCHED))
+            (partial / METRICS).write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:

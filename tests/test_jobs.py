@@ -110,6 +110,22 @@ def test_a_run_is_fetched_whole_without_what_is_too_large_or_anothers(tmp_path, 
     assert jobs.kept_path(tmp_path / "workplace/runs/a/02_data.ipynb") == archive / "a/02_data.ipynb"
 
 
+def test_a_job_that_makes_its_data_first_still_finds_the_training_in_the_archive(tmp_path, monkeypatch):
+    archive, folder = tmp_path / "archive/a", tmp_path / "node/runs/a"
+    monkeypatch.setenv(jobs.ARCHIVE, str(archive.parent))
+    for place, stages in ((archive, {"02_data": 1, "03_train": 1}), (folder, {"02_data": 2})):
+        place.mkdir(parents=True)
+        (place / "metrics.json").write_text(json.dumps({"run_id": "a", "stages": stages}))
+        (place / "02_data.ipynb").write_text(str(stages["02_data"]))
+    (archive / "parameters.yaml").write_text("x")
+    (archive / "checkpoints/checkpoint-4").mkdir(parents=True)
+    assert jobs.archived_run(folder) == archive  # what existing_run=replace moves aside
+    jobs.fetch_run(folder)
+    recorded = json.loads((folder / "metrics.json").read_text())
+    assert recorded == {"run_id": "a", "stages": {"02_data": 2, "03_train": 1}}
+    assert (folder / "02_data.ipynb").read_text() == "2" and (folder / "checkpoints/checkpoint-4").is_dir()
+
+
 def test_a_fetch_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(jobs.ARCHIVE, str(tmp_path / "archive"))
     (tmp_path / "archive/a").mkdir(parents=True)
