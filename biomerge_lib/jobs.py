@@ -82,12 +82,13 @@ def fetch_run(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(kept, partial, ignore=shutil.ignore_patterns(*NOT_FETCHED))
-        if (folder / METRICS).is_file() and (partial / METRICS).is_file():
-            own = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-            recorded = json.loads((partial / METRICS).read_text(encoding="utf-8"))
-            recorded["stages"] |= own["stages"]
+        if folder.is_dir():
             shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_FETCHED))
-            (partial / METRICS).write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+        paths = [path for path in (kept / METRICS, folder / METRICS) if path.is_file()]
+        if len(paths) == 2:
+            then, now = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+            then["stages"] |= now["stages"]
+            (partial / METRICS).write_text(json.dumps(then, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
