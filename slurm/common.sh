@@ -143,7 +143,12 @@ has_room() {
 }
 
 stage() {
-  local from=${PERSIST_DATA#"$WORKROOT"/}
+  local from=${PERSIST_DATA#"$WORKROOT"/} kept=$WORKPLACE
+  if [[ -e $kept/.not-copied ]]; then
+    WORKPLACE='' STAGED='' # so that nothing of it is copied over what the archive has now, nor removed
+    die "before it was requeued, this job left results in $kept/runs that could not be copied to $ARCHIVE." \
+      "Copy what you need of them, remove $kept, and requeue the job."
+  fi
   rm -rf -- "$WORKPLACE" # of this job before it was requeued
   mkdir -p "$WORKPLACE"/{runs,data} &&
     rsync -a --exclude=__pycache__ --exclude=.ipynb_checkpoints "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/" || return
@@ -152,14 +157,15 @@ stage() {
   say "$from/ is copied to $WORKPLACE ($(du -sh "$WORKPLACE/$from" | cut -f1))"
 }
 
-# Checkpoints that training has deleted go in the archive, too; nothing else there is ever deleted.
+# Checkpoints that training has deleted go in the archive, too; nothing else there is ever deleted. In a trap a bare
+# `return` gives the status from before the trap, and what could not be copied would be removed as copied.
 copy_back() {
   local run
   [[ -n $STAGED && -d $WORKPLACE/runs ]] || return 0
-  rsync -a --exclude=.lock --exclude='.*.partial' "${LEAVE_OUT[@]/#/--exclude=}" "$WORKPLACE/runs/" "$ARCHIVE/" || return
+  rsync -a --exclude=.lock --exclude='.*.partial' "${LEAVE_OUT[@]/#/--exclude=}" "$WORKPLACE/runs/" "$ARCHIVE/" || return 1
   for run in "$WORKPLACE"/runs/*/; do
     [[ -n $(compgen -G "$run/checkpoints/checkpoint-*") ]] || continue
-    rsync -a --delete-after "$run/checkpoints/" "$ARCHIVE/$(basename -- "$run")/checkpoints/" || return
+    rsync -a --delete-after "$run/checkpoints/" "$ARCHIVE/$(basename -- "$run")/checkpoints/" || return 1
   done
 }
 
@@ -243,6 +249,7 @@ on_exit() {
   [[ -z $COPIER ]] || { kill "$COPIER" 2>/dev/null && wait "$COPIER" 2>/dev/null; }
   if ! copy_back; then
     COPIED=''
+    { : >"$WORKPLACE/.not-copied"; } 2>/dev/null
     warn "results could not be copied to $ARCHIVE (above). They are on $(hostname -s) in $WORKPLACE/runs."
     ((code)) || code=74
   fi

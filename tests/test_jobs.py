@@ -1,6 +1,8 @@
 """A job and its run: stopping leaves no trace in the curve, the archive gives back what it was given."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +147,39 @@ def test_two_processes_do_not_train_the_same_run(tmp_path):
         pass
     with jobs.only_one(tmp_path / "a"), jobs.only_one(tmp_path / "b"):
         pass
+
+
+COMMON = Path(__file__).parent.parent / "slurm/common.sh"
+
+
+def end_job(tmp_path, *, copying):
+    """What a staged job does at its end; ``copying`` is the status of rsync then."""
+    for name in ("biomerge_lib", "notebooks", "parameters", "data"):
+        (tmp_path / "project" / name).mkdir(parents=True, exist_ok=True)
+    for name in ("archive", "tmp"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    script = f"""
+      SLURM_JOB_ID=7 MODULES= MIN_TMP_GB=0
+      WORKROOT={tmp_path}/project ARCHIVE={tmp_path}/archive TMPDIR={tmp_path}/tmp
+      source {COMMON}
+      rsync() {{ return "$status"; }}
+      trap on_exit EXIT
+      status=0
+      make_workplace staged
+      echo results >"$WORKPLACE/runs/results"
+      status={copying}"""
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_a_job_removes_its_workplace_when_its_results_are_copied_and_only_then(tmp_path):
+    workplace = tmp_path / "tmp/biomerge-7"
+    done = end_job(tmp_path, copying=0)
+    assert (done.returncode, workplace.exists()) == (0, False)
+    done = end_job(tmp_path, copying=23)
+    assert done.returncode == 74
+    assert f"results could not be copied to {tmp_path}/archive (above)" in done.stdout
+    assert (workplace / "runs/results").read_text() == "results\n"
+    done = end_job(tmp_path, copying=0)  # requeued on this node
+    assert done.returncode == 2
+    assert f"this job left results in {workplace}/runs that could not be copied" in done.stdout
+    assert (workplace / "runs/results").read_text() == "results\n"
