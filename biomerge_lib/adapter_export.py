@@ -158,7 +158,8 @@ def _score_table(report: Mapping[str, Any]) -> str:
         lines.append(f"| {corpus} | {row['what']} | {share} | {scores} |")
     seconds = sum(row["seconds"] for row in report["rows"])
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in report["rows"]))
-    made = f"{code_in_markdown(report['command'])}, commit {commits}, {report['device']}, {seconds:,.0f} s."
+    command, device = code_in_markdown(report["command"]), in_markdown(report["device"])
+    made = f"{command}, commit {commits}, {device}, {seconds:,.0f} s."
     return "\n".join([*lines, "", made, ""])
 
 

@@ -148,13 +148,13 @@ def refuse_implausible(tokens: Sequence[str], where: str, column: str) -> None:
 
 
 def find_implausible(tokens: Sequence[str]) -> str | None:
-    """What more than half of some tokens are, where that can be no text."""
+    """What more than half of some tokens are, where that can be no text; two tokens or fewer say nothing."""
     found = {
         "tags": sum(TAG.fullmatch(token) is not None for token in tokens),
         "running numbers": sum(_NUMBER.fullmatch(token) is not None for token in tokens),
         "repetitions": sum(one == other for one, other in pairwise(tokens)),
     }
-    return next((what for what, count in found.items() if 2 * count > len(tokens)), None)
+    return next((what for what, count in found.items() if 2 * count > len(tokens) > 2), None)
 
 
 def parse_tag(tag: str, where: str) -> ParsedTag:

@@ -254,7 +254,7 @@ def test_iob_columns_can_be_chosen(tmp_path):
 
 INDEXED = "1\tIbuprofen\tB-Drug\n2\teases\tO\n3\tpain\tB-Symptom\n"
 LABEL_FIRST = "B-Drug\t0\tIbuprofen\tNN\tB-NP\nO\t10\teases\tVB\tB-VP\nB-Symptom\t16\tpain\tNN\tB-NP\n"
-NESTED = "Ibuprofen\tB-Drug\tO\nsodium\tI-Drug\tB-Salt\n"
+NESTED = "Ibuprofen\tB-Drug\tO\nsodium\tI-Drug\tB-Salt\neases\tO\tO\n"
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_hub_columns_have_names(tmp_path):
         read_corpus(f"hub:{folder}", token_column="text")
     with pytest.raises(DataError, match=r"no column tokens or words; it has .* Set token_column"):
         read_corpus(f"hub:{folder}", tag_column="labels")
-    rows = [{"tokens": ["1", "2"], "ner_tags": ["B-X", "O"]}]
+    rows = [{"tokens": ["1", "2", "3"], "ner_tags": ["B-X", "O", "O"]}]
     write_files(folder, {f"{split}.jsonl": json_lines(rows) for split in HUB_SPLITS})
     with pytest.raises(
         DataError, match="column tokens or words should be the tokens, but holds running numbers"
