@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -51,6 +51,8 @@ def _values(field: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return " ".join([_type_name(arguments[0]), *_bounds(arguments[1].metadata)])
     if get_origin(annotation) is Literal:
         return " \\| ".join(f"`{choice}`" for choice in arguments)
     if get_origin(annotation) in (Union, types.UnionType):
