@@ -24,10 +24,7 @@ from biomerge_lib.errors import ModelError
 from biomerge_lib.prompt import IGNORE
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
-
-    from biomerge_lib.backbones import CausalLM
 
 ATTENTION = "biomerge_packed"
 # PyTorch before 2.12 groups the heads of key and value unasked.
@@ -109,28 +106,42 @@ class RowCollator:
         return {"rows": [self.pack(row) for row in rows]}
 
 
-def fit_row_tokens(model: CausalLM | PeftModel, *, dtype: str, gradient_checkpointing: bool) -> int:
-    """How many tokens a row may have in the GPU's free memory: a careful estimate, before the first step.
+def plan_rows(
+    config: Any,
+    *,
+    free_bytes: float,
+    width: int,
+    compiled: bool,
+    gradient_checkpointing: bool,
+    step_tokens: int,
+) -> tuple[int, int]:
+    """How long rows may be in a GPU's free memory, and how many layers need not recompute their activations there.
 
-    A layer keeps at most 24 hidden and 8 inner values a token for its backward pass (13.5 MB a token for an 8B without
-    compilation), or with checkpointing its input alone; a quarter of the tokens are targets. Without a GPU, where long
-    rows gain nothing, 2048.
+    A careful estimate from the backbone's ``config``, made before the first step: a layer keeps at most 24 hidden and 8
+    inner values a token for its backward pass, 16 and 6 where it is compiled (measured with an 8B: 13.0 and 8.4 MB a
+    token), each ``width`` bytes wide; a checkpointed one its input alone. A quarter of the tokens are targets, whose
+    logits are kept. A row is no longer than a step, ``step_tokens``; what is left goes to layers that keep all.
     """
-    if not torch.cuda.is_available():
-        return 2048
-    config: Any = model.config
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    layer = (
+        16 * hidden + 6 * config.intermediate_size if compiled else 24 * hidden + 8 * config.intermediate_size
+    ) * width
+    logits = 14 * config.vocab_size / 4  # bytes: bfloat16, and float32 three times
+    free_bytes *= 0.9
+    if not gradient_checkpointing:
+        return min(step_tokens, int(free_bytes / (layers * layer + logits))), layers
+    least = layers * hidden * width + 1.5 * layer + logits
+    row_tokens = min(step_tokens, int(free_bytes / least))
+    spare = free_bytes - row_tokens * least
+    return row_tokens, min(layers, int(spare / (max(1, row_tokens) * (layer - hidden * width))))
+
+
+def free_gpu_bytes() -> float:
+    """What this process may still take of its GPU, memory that PyTorch has reserved included."""
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     held = torch.cuda.memory_allocated()
-    free = min(
-        torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - held,
-        torch.cuda.get_per_process_memory_fraction() * whole - held,
-    )
-    free -= 12 * model.num_parameters(only_trainable=True)  # gradients and AdamW's two moments
-    layer = 24 * config.hidden_size + 8 * config.intermediate_size
-    layers = config.num_hidden_layers
-    kept = layers * config.hidden_size + 1.5 * layer if gradient_checkpointing else layers * layer
-    logits = 14 * config.vocab_size / 4  # bytes: bfloat16, and float32 three times
-    return int(0.9 * free / (kept * (2 if dtype == "bfloat16" else 4) + logits))
+    unused = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - held
+    return min(unused, torch.cuda.get_per_process_memory_fraction() * whole - held)
 
 
 def unpack_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -206,7 +206,9 @@ class Parameters(BaseModel):
         description="Shape of the learning rate over time"
     )
     warmup_ratio: float = Field(ge=0, lt=1, description="Share of the steps with a rising learning rate")
-    gradient_checkpointing: bool = Field(description="Recompute activations: less memory, more time")
+    gradient_checkpointing: bool = Field(
+        description="Recompute activations: less memory, more time; with row_tokens=auto in as few layers as will do"
+    )
     packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
     row_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
         description="Most tokens of a packed row, into which an optimiser step's sentences go; auto = what fits the GPU"

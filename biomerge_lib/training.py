@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -42,7 +43,7 @@ from biomerge_lib.graphed_pass import GraphedPass, compile_layers
 from biomerge_lib.jobs import RunInterrupted
 from biomerge_lib.ner_metrics import score_forced_answers, score_predictions, score_word_labels
 from biomerge_lib.ner_span import SpanCollator, build_dataset
-from biomerge_lib.packing import PackedCollator, RowCollator, fit_row_tokens, unpack_rows
+from biomerge_lib.packing import PackedCollator, RowCollator, free_gpu_bytes, plan_rows, unpack_rows
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.prompt import IGNORE
@@ -450,24 +451,43 @@ def folds(parameters: Parameters) -> bool:
     return parameters.packing and not parameters.deepspeed
 
 
-def choose_row_tokens(parameters: Parameters, model: PeftModel | CausalLM, longest: int) -> int:
-    """The most tokens that a row may have: ``row_tokens``, or for ``auto`` what the GPU's free memory holds.
+def choose_rows(
+    parameters: Parameters, model: PeftModel | CausalLM, launch: str, lengths: Sequence[int]
+) -> tuple[int, int]:
+    """The most tokens of a row, and how many layers recompute their activations.
+
+    ``row_tokens`` with ``gradient_checkpointing`` as they are; for ``auto`` as many tokens as fit the GPU's free
+    memory, and no more recomputation than it demands. Without a GPU, where long rows gain nothing, 2048.
 
     Raises:
         ModelError: ``auto``, and the longest sentence does not fit.
     """
+    layers = model.config.num_hidden_layers
+    recomputing = layers if parameters.gradient_checkpointing else 0
     if parameters.row_tokens != "auto":
-        return parameters.row_tokens
-    fitting = fit_row_tokens(
-        model, dtype=parameters.dtype, gradient_checkpointing=parameters.gradient_checkpointing
+        return parameters.row_tokens, recomputing
+    if not torch.cuda.is_available():
+        return 2048, recomputing
+    sentences = parameters.per_device_train_batch_size * parameters.gradient_accumulation_steps
+    longest = max(lengths)
+    # Four standard deviations over a mean step: of ten thousand hardly one needs a second row.
+    step_tokens = sentences * float(np.mean(lengths)) + 4 * float(np.std(lengths)) * sentences**0.5
+    row_tokens, kept = plan_rows(
+        model.config,
+        # Gradients and AdamW's two moments come yet.
+        free_bytes=free_gpu_bytes() - 12 * model.num_parameters(only_trainable=True),
+        width=2 if parameters.dtype == "bfloat16" else 4,
+        compiled="compiled" in launch or parameters.backend == "unsloth",
+        gradient_checkpointing=parameters.gradient_checkpointing,
+        step_tokens=max(longest, int(step_tokens)),
     )
-    if fitting < longest:
+    if row_tokens < longest:
         raise ModelError(
-            f"the GPU's free memory holds a row of about {fitting} tokens, and the longest sentence has {longest}. "
+            f"the GPU's free memory holds a row of about {row_tokens} tokens, and the longest sentence has {longest}. "
             + ("" if parameters.gradient_checkpointing else "Set gradient_checkpointing=true, or ")
             + "lower max_input_tokens, or use a larger card. (row_tokens=N tries it all the same.)"
         )
-    return fitting
+    return row_tokens, layers - kept
 
 
 def build_trainer(
@@ -512,9 +532,12 @@ def build_trainer(
     collator = build_collator(parameters, tokenizer.pad_token_id, launch, lengths)
     train_collator: SpanCollator | PackedCollator | RowCollator = collator
     row_tokens = None
-    if isinstance(collator, PackedCollator):
-        row_tokens = choose_row_tokens(parameters, model, max(lengths))
+    if isinstance(collator, PackedCollator) and folds(parameters):
+        row_tokens, recomputing = choose_rows(parameters, model, launch, lengths)
         train_collator = RowCollator(collator, row_tokens)
+        # The last ones keep theirs: these are freed before the first recomputation.
+        for layer in model.get_decoder().layers[recomputing:]:
+            layer.gradient_checkpointing = False
     epoch_end, stop, speed = EpochEndEvaluation(), StopOnRequest(), SteadySpeed()
     tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)
     trainer = NerTrainer(
@@ -613,7 +636,7 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         batch, rows = trainer.parameters.per_device_train_batch_size, trainer.row_tokens
         smaller = (
-            f"lower row_tokens (here {rows})"
+            f"lower row_tokens (here {rows}; a number also has every layer recompute, with gradient_checkpointing=true)"
             if rows
             else f"lower per_device_train_batch_size ({batch}; raise gradient_accumulation_steps by as much)"
         )
@@ -658,6 +681,9 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         "best_checkpoint": best,
         "step_launch": trainer.launch,
         **({"row_tokens": trainer.row_tokens} if trainer.row_tokens else {}),
+        "checkpointed_layers": sum(
+            getattr(layer, "gradient_checkpointing", False) for layer in trainer.model.get_decoder().layers
+        ),
         "stopped_early": stopped_early,
     }
     if torch.cuda.is_available():

@@ -1,13 +1,15 @@
 """An optimiser step is so many sentences, however they are cut into rows: the same losses, gradients and weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from biomerge_lib.errors import ModelError
-from biomerge_lib.packing import PackedCollator, RowCollator
+from biomerge_lib.packing import PackedCollator, RowCollator, plan_rows
 from biomerge_lib.trainer_callbacks import SteadySpeed
-from biomerge_lib.training import build_model, build_trainer, choose_row_tokens
+from biomerge_lib.training import build_model, build_trainer, choose_rows
 
 
 @pytest.fixture
@@ -68,14 +70,50 @@ def test_a_row_is_filled_while_it_has_room_and_keeps_the_order():
     assert rows[2]["input_ids"].tolist() == [[2, 2, 1]]
 
 
+LLAMA_8B = SimpleNamespace(
+    num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, vocab_size=128_320, model_type="llama"
+)
+
+
+@pytest.mark.parametrize(
+    "free_gb, compiled, checkpointing, plan",
+    [
+        (31, True, True, (4250, 18)),  # an A100 of 48 GB: 14 of 32 layers recompute
+        (110, True, True, (4250, 32)),  # an H200: none does
+        (110, True, False, (4250, 32)),
+        (110, False, False, (4250, 32)),
+        (31, True, False, (2749, 32)),  # too little for a step without recomputation: two rows
+        (3, True, True, (2315, 0)),
+    ],
+)
+def test_rows_and_recomputation_are_planned_by_the_free_memory(free_gb, compiled, checkpointing, plan):
+    found = plan_rows(
+        LLAMA_8B,
+        free_bytes=free_gb * 1e9,
+        width=2,
+        compiled=compiled,
+        gradient_checkpointing=checkpointing,
+        step_tokens=4250,
+    )
+    assert found == plan
+
+
 def test_a_card_too_small_for_one_row_is_refused_before_training(monkeypatch, tiny_parameters):
-    monkeypatch.setattr("biomerge_lib.training.fit_row_tokens", lambda *args, **options: 100)
-    assert choose_row_tokens(tiny_parameters(), None, 100) == 100
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("biomerge_lib.training.free_gpu_bytes", lambda: 3e9)
+    model = SimpleNamespace(config=LLAMA_8B, num_parameters=lambda only_trainable: 0)
+    options = {"dtype": "bfloat16", "row_tokens": "auto"}
     with pytest.raises(
-        ModelError, match=r"about 100 tokens, .* has 101. Set gradient_checkpointing=true, or lower max_in"
+        ModelError, match=r"about 266 tokens, .* has 400. Set gradient_checkpointing=true, or lower"
     ):
-        choose_row_tokens(tiny_parameters(), None, 101)
-    assert choose_row_tokens(tiny_parameters(row_tokens=64), None, 101) == 64
+        choose_rows(tiny_parameters(**options), model, "compiled", [400])
+    assert choose_rows(tiny_parameters(**options, gradient_checkpointing=True), model, "compiled", [400]) == (
+        1600,
+        31,
+    )
+    assert choose_rows(tiny_parameters(row_tokens=64), model, "eager", [400]) == (64, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_rows(tiny_parameters(gradient_checkpointing=True), model, "eager", [400]) == (2048, 32)
 
 
 def test_every_module_trains_in_each_step_also_behind_an_evaluation(

@@ -75,6 +75,7 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
             "learning_rate": 3e-3,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
+            "row_tokens": 4096,
             "num_train_epochs": 1.0,
             "eval_steps": STEPS // 2,
             "save_steps": STEPS // 2,
@@ -94,7 +95,10 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
 
     def trainer_of(checkpoints: Path) -> Any:
         model = build_model(parameters, prepared)
-        return build_trainer(model, tokenizer, records, parameters, checkpoints=checkpoints)
+        trainer = build_trainer(model, tokenizer, records, parameters, checkpoints=checkpoints)
+        # As row_tokens=auto has it where memory is left: the last layer keeps its activations.
+        model.get_base_model().model.layers[-1].gradient_checkpointing = False
+        return trainer
 
     def losses(trainer: Any) -> list[float]:
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
