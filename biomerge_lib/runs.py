@@ -449,7 +449,12 @@ def _differences(stored: Parameters, parameters: Parameters, names: frozenset[st
 
 
 def _git_commit() -> str | None:
-    """Commit of the project, with ``-dirty`` when tracked files differ; None outside a git checkout."""
+    """Commit of the project, with ``-dirty`` when tracked files differ; None outside a git checkout.
+
+    ``BIOMERGE_COMMIT`` names that of a copy, whose own git may be missing or older.
+    """
+    if given := os.environ.get("BIOMERGE_COMMIT"):
+        return given
     describe = [
         "git",
         "-C",
@@ -463,8 +468,8 @@ def _git_commit() -> str | None:
     try:
         found = subprocess.run(describe, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return os.environ.get("BIOMERGE_COMMIT")
-    return found.stdout.strip() or os.environ.get("BIOMERGE_COMMIT")
+        return None
+    return found.stdout.strip() or None
 
 
 def _glue(metrics: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ def load_lora_model(
 
     from biomerge_lib.span_loss import install_span_loss
 
-    _refuse_narrow_card(dtype)
+    refuse_narrow_card(dtype)
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(folder)
     adapter: dict[str, Any] = {
@@ -173,7 +173,7 @@ def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
     return model
 
 
-def _refuse_narrow_card(dtype: str) -> None:
+def refuse_narrow_card(dtype: str) -> None:
     """Raise ModelError if the GPU has no bfloat16 arithmetic (older than Ampere) and ``dtype`` wants it."""
     import torch
 

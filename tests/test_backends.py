@@ -1,11 +1,18 @@
 """Unsloth and PEFT are one behaviour: same parameters, same losses, checkpoints that each reads from the other."""
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
+
+from biomerge_lib.errors import ModelError
+from biomerge_lib.unsloth_lora_ner import UNSLOTH_VERSION, import_backend, refuse_narrow_card
 
 SCRIPT = Path(__file__).with_name("backend_losses.py")
 
@@ -22,6 +29,45 @@ def run(backend: str, prepared: Path, out: Path, adapter: Path | None = None) ->
     done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent.parent, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_only_the_pinned_unsloth_is_used(monkeypatch):
+    pins = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "dependencies"
+    ]
+    assert f"unsloth=={UNSLOTH_VERSION}" in pins
+    monkeypatch.setattr("biomerge_lib.unsloth_lora_ner.version", lambda name: "2026.1.1")
+    with pytest.raises(ModelError, match=rf"Unsloth 2026\.1\.1 is installed and {UNSLOTH_VERSION} is needed"):
+        import_backend("unsloth")
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("biomerge_lib.unsloth_lora_ner.version", missing)
+    with pytest.raises(ModelError, match="Unsloth is not installed"):
+        import_backend("unsloth")
+
+
+def test_unsloth_is_imported_without_a_look_at_vllm(monkeypatch):
+    seen = []
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name: seen.append((name, importlib.util.find_spec("vllm")))
+    )
+    import_backend("unsloth")
+    assert seen == [("unsloth", None)]
+    assert importlib.util.find_spec("vllm") is not None
+
+
+def test_a_card_without_bfloat16_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(
+        ModelError, match=r"dtype=bfloat16, and Tesla T4 cannot compute in it\. Set dtype=float32"
+    ):
+        refuse_narrow_card("bfloat16")
+    refuse_narrow_card("float32")
 
 
 @pytest.mark.integration
