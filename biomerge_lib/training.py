@@ -57,7 +57,7 @@ from biomerge_lib.trainer_callbacks import (
     TrackingCallback,
 )
 from biomerge_lib.training_order import StepSampler
-from biomerge_lib.unsloth_lora_ner import load_full_model, load_lora_model
+from biomerge_lib.unsloth_lora_ner import load_full_model, load_lora_model, refuse_narrow_card
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -369,7 +369,12 @@ def evaluate_greedily(trainer: NerTrainer, prefix: str) -> dict[str, Any]:
 
 
 def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | CausalLM:
-    """The prepared backbone with a fresh token head, to be trained whole or through a fresh adapter."""
+    """The prepared backbone with a fresh token head, to be trained whole or through a fresh adapter.
+
+    Raises:
+        ModelError: the card, the backend or the backbone cannot do it.
+    """
+    refuse_narrow_card(parameters.dtype)
     common: dict[str, Any] = {
         "token_head": parameters.fast_metrics,
         "head_loss_weight": parameters.head_loss_weight,

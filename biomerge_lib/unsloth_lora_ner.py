@@ -107,7 +107,6 @@ def load_lora_model(
 
     from biomerge_lib.span_loss import install_span_loss
 
-    refuse_narrow_card(dtype)
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(folder)
     adapter: dict[str, Any] = {
