@@ -145,9 +145,8 @@ def load_lora_model(
 def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
     """A backbone through Unsloth's ``FastModel``, which compiles transformers' own layers on a GPU.
 
-    ``FastLanguageModel`` has an attention of its own, refuses a token head in ``modules_to_save``, and is slower on
-    packed rows (reports/brief_job.md). What ``FastModel`` hangs on the model for generation is taken off again: greedy
-    decoding is the same with both backends.
+    ``FastLanguageModel`` has an attention of its own and refuses a token head in ``modules_to_save``. What ``FastModel``
+    hangs on the model for generation is taken off again: greedy decoding is the same with both backends.
 
     Raises:
         ModelError: Unsloth cannot load it.
