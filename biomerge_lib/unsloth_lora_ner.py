@@ -145,7 +145,7 @@ def load_lora_model(
 def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
     """A backbone through Unsloth's ``FastModel``, which compiles transformers' own layers on a GPU.
 
-    ``FastLanguageModel`` has an attention of its own and refuses a token head in ``modules_to_save``. What ``FastModel``
+    ``FastLanguageModel`` has an attention of its own and refuses a token head. What ``FastModel``
     hangs on the model for generation is taken off again: greedy decoding is the same with both backends.
 
     Raises:
