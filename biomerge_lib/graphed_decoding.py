@@ -38,7 +38,9 @@ def can_graph(model: CausalLM) -> bool:
     return (
         model.device.type == "cuda"
         and layer_types == {"full_attention"}
-        and not any("deepspeed" in hook.__module__ for hook in model._forward_pre_hooks.values())
+        and not any(
+            "deepspeed" in getattr(hook, "__module__", "") for hook in model._forward_pre_hooks.values()
+        )
         and not any(hasattr(weights, "ds_id") for weights in model.parameters())
     )
 

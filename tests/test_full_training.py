@@ -231,7 +231,7 @@ def test_there_is_no_adapter_to_export(tiny_parameters, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_other_weights_is_refused(make_trainer, tiny_prepared, tmp_path):
-    trainer, folder = make_trainer("moved")
+    trainer, folder = make_trainer("moved", watch_metric="token_head")
     trainer.add_callback(Die())
     with pytest.raises(KeyboardInterrupt):
         train(trainer, folder)
@@ -241,6 +241,6 @@ def test_a_checkpoint_of_other_weights_is_refused(make_trainer, tiny_prepared, t
     assert find_damage(checkpoint) == "adapter_model.safetensors or model.safetensors is missing"
     note = folder / "checkpoints/checkpoint-4/backbone.json"
     note.write_text(json.dumps({"sha256": "0"}))
-    trainer, _ = make_trainer("moved")
+    trainer, _ = make_trainer("moved", watch_metric="token_head")
     with pytest.raises(ModelError, match=r"checkpoint-4 was trained on another backbone: .*other weights"):
         train(trainer, folder)

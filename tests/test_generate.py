@@ -97,13 +97,24 @@ def test_chunks_are_answered_apart_and_mapped_back(trained, tokenizer):
     )
 
 
-def test_a_model_with_a_hook_before_it_is_not_captured(trained, monkeypatch):
-    """DeepSpeed's waits for the GPU, which ends a capture with an error."""
+def test_a_model_with_deepspeeds_hook_before_it_is_not_captured(trained, monkeypatch):
+    """It waits for the GPU, which ends a capture with an error; Unsloth's, for one, does not."""
+
+    def own(*_):
+        return None
+
+    def deepspeeds(*_):
+        return None
+
+    deepspeeds.__module__ = "deepspeed.runtime.engine"
     monkeypatch.setattr(type(trained), "device", torch.device("cuda"), raising=False)
     assert can_graph(trained)
-    hook = trained.register_forward_pre_hook(lambda *_: None)
+    hooks = [trained.register_forward_pre_hook(own)]
+    assert can_graph(trained)
+    hooks.append(trained.register_forward_pre_hook(deepspeeds))
     assert not can_graph(trained)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
 
 
 def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, tokenizer, monkeypatch):

@@ -17,7 +17,7 @@ from biomerge_lib.parameters import watch_metric_of
 from biomerge_lib.prompt import IGNORE, encode
 from biomerge_lib.records import write_records
 from biomerge_lib.runs import Run, load_run_parameters, prepare_run_folder
-from biomerge_lib.training import build_model, build_trainer
+from biomerge_lib.training import build_model, build_trainer, rows_of
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_each_sentences_answer_is_read_where_its_gold_stands(make_trainer, token
             rows.append((right[right != IGNORE].tolist(), said[right != IGNORE].tolist()))
     assert len(rows) == 6
     for (right, said), record in zip(rows, trainer.records["dev"], strict=True):
-        ids = encode(record, tokenizer, offset_anchors="start", corpus_cue=False)
+        ids = encode(record, tokenizer, offset_anchors="echo_start", corpus_cue=False)
         assert right == ids.completion_ids
         with torch.no_grad():
             logits = trainer.model(input_ids=torch.tensor([ids.prompt_ids + ids.completion_ids])).logits[0]
@@ -53,7 +53,7 @@ def test_each_sentences_answer_is_read_where_its_gold_stands(make_trainer, token
 
 def test_a_training_step_carries_no_answers(make_trainer):
     trainer = make_trainer()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    (batch,) = rows_of(trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
     assert "answer_ids" not in trainer.model.train()(**batch)
     assert "answer_ids" in trainer.model.eval()(**batch)
 
@@ -129,7 +129,7 @@ def test_checkpoints_are_compared_by_every_metric(
     watch_metric.main()
     report = json.loads(out.read_text())
     assert [(row["step"], row["records"], row["sample"]) for row in report["rows"]] == [(1, 6, 3), (2, 6, 3)]
-    assert [found["rows"] for found in report["correlations"]] == ["tiny", "all of start", "all"]
+    assert [found["rows"] for found in report["correlations"]] == ["tiny", "all of echo_start", "all"]
     assert all((row["forward_seconds"] is None) == (watched == "greedy") for row in report["rows"])
     assert {choice["metric"] for choice in report["choices"]} == set(watch_metric.WATCHED)
     assert report["commit"] and report["device"] and report["versions"]["torch"]
