@@ -29,16 +29,12 @@ from biomerge_lib.ready_models import (
 from biomerge_lib.records import Record
 from biomerge_lib.sentences import iter_sentences
 from biomerge_lib.spans import Span, is_inside
-from biomerge_lib.texts import is_english
 
 # No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL).
 _PIECE = re.compile(r"[^\W_]{1,60}|[^\w\s]|_")
 _SPACE = re.compile(r"\s*")
-WARNINGS = 3  # texts that are named as not English
-FIRST, GROWTH = (
-    4,
-    4,
-)  # the first answers come soon: so many sentences are asked at first, then this times as many
+# The first answers come soon: so many sentences are asked at first, then this times as many.
+FIRST, GROWTH = 4, 4
 log = logging.getLogger("biomerge")
 
 
@@ -102,12 +98,7 @@ class Tagger:
         queue: deque[_Open] = deque()
         batch: list[tuple[_Open, Span]] = []
         at_once = min(FIRST, self.at_once)
-        foreign = 0
         for text in texts:
-            if not is_english(text):
-                foreign += 1
-                if foreign <= WARNINGS:
-                    log.warning("this does not look like English, do not trust its spans: %r", text[:60])
             queue.append(_Open(text))
             for sentence in iter_sentences(text):
                 queue[-1].waiting += 1
@@ -121,8 +112,6 @@ class Tagger:
             yield from _take_parts(queue)
         self._answer(batch, spaced, note)
         yield from _take_parts(queue)
-        if foreign > WARNINGS:
-            log.warning("%d texts in all do not look like English", foreign)
 
     def _answer(
         self, batch: Sequence[tuple[_Open, Span]], spaced: bool, note: Callable[[int], object] | None

@@ -1,4 +1,4 @@
-"""Knows the files that raw texts come from, and whether a text is English; knows nothing of models or spans.
+"""Knows the files that raw texts come from; knows nothing of models or spans.
 
     .txt, a BRAT folder (.ann ignored), JSONL, PubTator --[iter_texts]--> (doc_id, text), one at a time
 
@@ -25,14 +25,6 @@ STDIN = "-"
 ENDINGS = (".txt", ".jsonl", ".pubtator")
 NO_PROSE = (".json", ".csv", ".tsv", ".xml", ".html", ".ann", ".conll", ".iob")
 _PUBTATOR = re.compile(r"\s*[^|\t\n]+\|t\|")
-_WORD = re.compile(r"[^\W\d_]+")
-_LATIN_OR_GREEK = re.compile(r"[A-Za-zÀ-ɏͰ-Ͽ]")
-# English function words that neighbouring languages do not spell the same (not a, in, is, was, an, to, for, we).
-_ENGLISH = re.compile(
-    r"(?<!\w)(?:the|of|and|with|were|by|from|that|this|these|those|which|are|been|has|have|had|not|its?|than|between|"
-    r"after|during|but|may|can|both|their|when|other|using|as|at|be|on|or)(?!\w)",
-    re.IGNORECASE,
-)
 log = logging.getLogger("biomerge")
 
 
@@ -82,20 +74,6 @@ def find_files(path: Path | str) -> list[Path]:
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder.")
     return [path]
-
-
-def is_english(text: str, *, least_words: int = 30) -> bool:
-    """Whether a text may be English: its letters are Latin, and in a longer one English function words occur.
-
-    >>> is_english("Aspirin kann bei manchen Menschen einen Asthmaanfall auslösen. " * 5)
-    False
-    """
-    start = text[:20_000]
-    letters = sum(map(str.isalpha, start))
-    if letters and len(_LATIN_OR_GREEK.findall(start)) < letters / 2:
-        return False
-    words = len(_WORD.findall(start))
-    return words < least_words or len(_ENGLISH.findall(start)) >= 0.04 * words
 
 
 def _read_path(path: Path | str) -> Iterator[Text]:

@@ -17,7 +17,7 @@ from biomerge_lib.readers import read_iob
 from biomerge_lib.readers_standoff import read_brat
 from biomerge_lib.records import iter_records
 from biomerge_lib.tagger import Part, Tagger
-from biomerge_lib.texts import Text, is_english, iter_texts
+from biomerge_lib.texts import Text, iter_texts
 from biomerge_lib.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
 
 RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512, "max_new_tokens": 64}
@@ -247,22 +247,6 @@ def test_a_word_without_end_is_no_end(tagger, caplog):
     assert next(tagger.find_mentions([f"{sequence} binds."]))[:2] == [(0, 60), (360, 420)]
     assert list(tagger.find_mentions([f"{sequence} binds.", "It heals."], spaced=False)) == [[], [(0, 2)]]
     assert "a word over 512 tokens is left out" in caplog.text
-
-
-def test_what_is_no_english_is_warned_about(tagger, caplog):
-    tagger, _ = tagger
-    german = (
-        "Die Patienten wurden mit Aspirin behandelt und zeigten eine deutliche Besserung der Symptome. " * 3
-    )
-    english = "The patients were treated with aspirin and showed a clear improvement of their symptoms. " * 3
-    assert (is_english(german), is_english(english), is_english("阿司匹林"), is_english("IL-2")) == (
-        False,
-        True,
-        False,
-        True,
-    )
-    list(tagger.find_mentions([english, german, *["阿司匹林。"] * 4]))
-    assert caplog.text.count("does not look like English") == 3 and "5 texts in all" in caplog.text
 
 
 def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, monkeypatch, capsys):
