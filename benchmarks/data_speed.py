@@ -23,9 +23,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from biomerge_lib.files import write_json
 from biomerge_lib.readers import read_corpus
 from biomerge_lib.records import Record, write_records
-from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
+from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

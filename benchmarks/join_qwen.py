@@ -7,11 +7,11 @@ python -m benchmarks.join_qwen          # writes backbones/qwen2.5-coder-1.5b.gg
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from biomerge_lib.files import whole_file
 from biomerge_lib.parameters import compose_parameters
 from biomerge_lib.runs import PROJECT_DIR
 
@@ -20,13 +20,10 @@ PARTS = 22
 
 def join(out: Path) -> None:
     paths = [_find_part(number) for number in range(1, PARTS + 1)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("wb") as whole:
+    with whole_file(out, "wb") as whole:
         for path in paths:
             with path.open("rb") as piece:
                 shutil.copyfileobj(piece, whole, 1 << 20)
-    os.replace(partial, out)
 
 
 def _find_part(number: int) -> Path:

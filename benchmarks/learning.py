@@ -20,8 +20,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from biomerge_lib.files import write_json
 from biomerge_lib.parameters import watch_metric_of
-from biomerge_lib.runs import PROJECT_DIR, read_metrics, write_json
+from biomerge_lib.runs import PROJECT_DIR, read_metrics
 
 REPORT = PROJECT_DIR / "reports" / "learning.json"
 COMMON = (

@@ -17,9 +17,10 @@ from typing import Any
 
 from benchmarks.readiness import llama3_tokenizer
 from biomerge_lib.backbones import load_source_tokenizer
+from biomerge_lib.files import write_json
 from biomerge_lib.prompt import encode_prompt
 from biomerge_lib.readers import read_corpus
-from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
+from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
 from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer
 
 CORPORA = ("bc5cdr_iob", "bc2gm_iob", "jnlpba_iob", "anatem_iob")

@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics, write_json
+from biomerge_lib.files import write_json
+from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {

@@ -25,14 +25,15 @@ from benchmarks.decoding import table
 from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.eval_vllm import RENDERING, evaluate_split, read_model_folder
+from biomerge_lib.files import file_sha256, write_json
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import read_split
 from biomerge_lib.parity import check_parity
 from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions
 from biomerge_lib.ready_models import SHIPPED, merge_for_use
-from biomerge_lib.records import Record, file_sha256
-from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries, write_json
+from biomerge_lib.records import Record
+from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
 from biomerge_lib.vllm_client import served_names
 from biomerge_lib.vllm_server import EXECUTION, VllmServer
 

@@ -18,10 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from biomerge_lib.adapter_export import write_scores
+from biomerge_lib.files import file_sha256
 from biomerge_lib.ner_metrics import bootstrap_f1, score_spans
 from biomerge_lib.readers import read_corpus
 from biomerge_lib.ready_models import SHIPPED
-from biomerge_lib.records import Record, file_sha256
+from biomerge_lib.records import Record
 from biomerge_lib.runs import provenance, quiet_libraries
 from biomerge_lib.tagger import Tagger, load_tagger
 

@@ -31,19 +31,12 @@ from typing import Any, cast
 from biomerge_lib.backbones import prepare_backbone
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import DataError
+from biomerge_lib.files import file_sha256, write_json
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import read_split, scoring_options
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.records import file_sha256
-from biomerge_lib.runs import (
-    PROJECT_DIR,
-    load_run_parameters,
-    provenance,
-    quiet_libraries,
-    read_metrics,
-    write_json,
-)
+from biomerge_lib.runs import PROJECT_DIR, load_run_parameters, provenance, quiet_libraries, read_metrics
 from biomerge_lib.tokenizer import load_tokenizer
 from biomerge_lib.unsloth_lora_ner import load_adapter
 

@@ -20,10 +20,11 @@ from biomerge_lib.backbones import BACKBONE_NOTE
 from biomerge_lib.checkpoints import best_checkpoint
 from biomerge_lib.errors import DataError
 from biomerge_lib.eval_vllm import RENDERING, read_cues
+from biomerge_lib.files import write_json
 from biomerge_lib.markup import code_in_markdown, in_markdown
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.records import SPLITS
-from biomerge_lib.runs import current_stages, load_run_parameters, read_metrics, write_json
+from biomerge_lib.runs import current_stages, load_run_parameters, read_metrics
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOTES = Path(__file__).parent / "corpus_notes.yaml"

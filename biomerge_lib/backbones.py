@@ -7,18 +7,16 @@ inside a training process (PEFT would then save whole copies of them in every ch
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from biomerge_lib.errors import ModelError
+from biomerge_lib.files import locked, whole_folder, write_json
 from biomerge_lib.tokenizer import add_biomerge_tokens, import_transformers, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
@@ -119,7 +117,7 @@ def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Pa
     folder = Path(backbones_dir) / backbone_name(backbone)
     tokenizer = load_tokenizer(tokenizer_dir)
     if not (folder / "config.json").is_file():
-        with _one_at_a_time(folder):
+        with locked(folder.with_name(f".{folder.name}.lock")):  # other jobs may want it, too
             if not (folder / "config.json").is_file():
                 _prepare(backbone, tokenizer, folder)
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
@@ -158,16 +156,6 @@ def refuse_other_backbone(checkpoint: Path | str, folder: Path | str) -> None:
         )
 
 
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Several jobs may want the same new folder: the others wait for the first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     import torch
 
@@ -179,16 +167,14 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = _greedy_generation_config(tokenizer)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
     source = {
         "backbone": backbone,
         "embedding_rows": cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings,
     }
-    (partial / "biomerge.json").write_text(json.dumps(source, indent=2) + "\n")
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "biomerge.json", source)
     log.info("prepared %s in %s", backbone, folder)
 
 

@@ -6,7 +6,6 @@ corpora --[readers]--> records --[union]--> {train,dev,test}.jsonl + data_card.j
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 from biomerge_lib.draws import draw_splits
 from biomerge_lib.errors import DataError
+from biomerge_lib.files import file_sha256, whole_file, write_json
 from biomerge_lib.readers import Corpus, find_source, read_corpus
-from biomerge_lib.records import SPLITS, Record, file_sha256, write_records
-from biomerge_lib.runs import write_json
+from biomerge_lib.records import SPLITS, Record, write_records
 from biomerge_lib.union import SEED, Union, build_union
 
 
@@ -87,8 +86,7 @@ def write_corpus(
 def write_conflicts(path: Path, union: Union) -> None:
     """One sentence a line with what each corpus says about it: split, data set, document, target, kept or not."""
     kept = {id(item) for items in union.splits.values() for item in items}
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as out:
+    with whole_file(path) as out:
         for group in union.conflicts:
             versions = [
                 {
@@ -102,7 +100,6 @@ def write_conflicts(path: Path, union: Union) -> None:
                 for split, item in group
             ]
             out.write(json.dumps(versions, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def describe_records(records: Iterable[Record]) -> dict[str, Any]:

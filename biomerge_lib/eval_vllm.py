@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from biomerge_lib.answer_grammar import CONSTRAINTS
 from biomerge_lib.errors import BioMergeError, DataError, ModelError, ParameterError, ServerError
+from biomerge_lib.files import file_sha256, fingerprint_weights, write_json
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import cue_record, read_split
 from biomerge_lib.partial_answers import PartialAnswers
@@ -34,8 +35,8 @@ from biomerge_lib.predictions import (
     write_predictions,
 )
 from biomerge_lib.prompt import ANCHOR_STYLES
-from biomerge_lib.records import SPLITS, Record, file_sha256
-from biomerge_lib.runs import fingerprint_weights, load_run_parameters, write_json
+from biomerge_lib.records import SPLITS, Record
+from biomerge_lib.runs import load_run_parameters
 from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model, served_names
 
 EXAMPLES = """examples:
@@ -103,7 +104,7 @@ def evaluate_split(
 
     Each answer is kept in ``<out>.partial.jsonl`` as it comes; the same call after a crash asks only for the rest.
     ``constrained_decoding`` (``answer_grammar``) makes the server refuse what the grammar forbids;
-    ``span_threshold`` drops less probable spans. ``weights`` (``runs.fingerprint_weights``) tells retrained models of
+    ``span_threshold`` drops less probable spans. ``weights`` (``files.fingerprint_weights``) tells retrained models of
     one name apart. Time-outs, lost connections, 429 and 5xx are retried ``max_retries`` times with growing, random
     pauses.
 

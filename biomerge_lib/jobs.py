@@ -7,7 +7,6 @@ job --stop--> run --interrupted | failure--> job; archive --[fetch_run]--> the r
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from biomerge_lib.errors import BioMergeError
+from biomerge_lib.files import locked, whole_folder, write_json
 
 JOB_DIR = "BIOMERGE_JOB_DIR"  # folder of the messages
 ARCHIVE = "BIOMERGE_ARCHIVE"  # where the job copies run folders back to, when runs_dir is the node's own disk
@@ -78,21 +78,19 @@ def fetch_run(folder: Path) -> None:
     kept = archived_run(folder)
     if kept == folder or not (kept / "parameters.yaml").is_file():
         return
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    leave_out = shutil.ignore_patterns(*NOT_FETCHED)
     try:
-        shutil.copytree(kept, partial, ignore=shutil.ignore_patterns(*NOT_FETCHED))
-        if folder.is_dir():
-            shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_FETCHED))
-        paths = [path for path in (kept / METRICS, folder / METRICS) if path.is_file()]
-        if len(paths) == 2:
-            then, now = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
-            then["stages"] |= now["stages"]
-            (partial / METRICS).write_text(json.dumps(then, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with whole_folder(folder, partial=folder.with_name(f".{folder.name}.partial")) as partial:
+            shutil.copytree(kept, partial, ignore=leave_out)
+            if folder.is_dir():
+                shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=leave_out)
+            paths = [path for path in (kept / METRICS, folder / METRICS) if path.is_file()]
+            if len(paths) == 2:
+                then, now = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+                then["stages"] |= now["stages"]
+                write_json(partial / METRICS, then)
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise BioMergeError(f"{kept} could not be copied to {folder.parent}: {error}") from error
     print(f"fetched {folder.name} from {kept.parent}")
 
@@ -105,16 +103,8 @@ def only_one(folder: Path) -> Iterator[None]:
         BioMergeError: another process holds the folder's lock.
     """
     kept = Path(os.environ[ARCHIVE]) / folder.name if ARCHIVE in os.environ else folder
-    kept.mkdir(parents=True, exist_ok=True)
-    with (kept / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BioMergeError(
-                f"{kept}: another process is training this run; wait for it or end it."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    taken = BioMergeError(f"{kept}: another process is training this run; wait for it or end it.")
+    with locked(kept / LOCK, or_raise=taken):
         yield
 
 

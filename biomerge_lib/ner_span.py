@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.draws import Document, document_of, draw_share, place_in_draw
+from biomerge_lib.files import file_sha256
 from biomerge_lib.prompt import IGNORE, Encoding, encode, encode_many, split_record, word_labels
-from biomerge_lib.records import Record, file_sha256, iter_records
+from biomerge_lib.records import Record, iter_records
 from biomerge_lib.token_cache import (
     cache_path,
     collect_examples,

@@ -6,13 +6,13 @@ Knows nothing of servers or scores.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from biomerge_lib.errors import DataError
+from biomerge_lib.files import lock
 from biomerge_lib.predictions import RawAnswer
 
 _ANSWER = [field.name for field in fields(RawAnswer)]
@@ -67,13 +67,12 @@ class PartialAnswers:
 
     def _open(self) -> None:
         self._stream = self.path.open("a+b")
+        taken = DataError(f"{self.path}: another evaluation is writing it. Wait, or choose another --out.")
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock(self._stream, or_raise=taken)
+        except DataError:
             self._stream.close()
-            raise DataError(
-                f"{self.path}: another evaluation is writing it. Wait, or choose another --out."
-            ) from None
+            raise
 
     def _read_lines(self) -> tuple[list[dict], int]:
         self._stream.seek(0)

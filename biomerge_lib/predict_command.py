@@ -16,6 +16,7 @@ from typing import TextIO
 
 from biomerge_lib.display import bracket
 from biomerge_lib.errors import DataError, ParameterError
+from biomerge_lib.files import partial_of, whole_file
 from biomerge_lib.runs import quiet_libraries
 from biomerge_lib.texts import STDIN, Text, iter_texts
 from biomerge_lib.writers import Tagged, write_brat, write_iob, write_jsonl
@@ -111,18 +112,16 @@ def _open_out(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as out:
+        with whole_file(path) as out:
             yield out
     except BaseException:  # interrupted, or a server that died
-        if partial.stat().st_size:
+        if partial.is_file() and partial.stat().st_size:
             print(f"what was found so far is in {partial}", file=sys.stderr)
-        else:
+        elif partial.is_file():
             partial.unlink()
         raise
-    os.replace(partial, path)
 
 
 def _find_folder(options: Namespace) -> Path:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from biomerge_lib.errors import DataError
+from biomerge_lib.files import whole_file
 from biomerge_lib.prompt import Chunk, cue_of, encode_prompt, merge_chunks, split_record
 from biomerge_lib.records import Record
 from biomerge_lib.spans import Span, parse_answer, read_parts
@@ -219,13 +219,9 @@ def _span_probabilities(pairs: Sequence[tuple[Chunk, RawAnswer]]) -> dict[Span, 
 
 def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:
     """Write predictions as JSONL, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as out:
+    with whole_file(path) as out:
         for prediction in predictions:
             out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def read_predictions(path: Path | str) -> list[Prediction]:

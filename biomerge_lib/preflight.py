@@ -19,12 +19,13 @@ from typing import Any
 from biomerge_lib.backbones import backbone_name
 from biomerge_lib.data_scan import Scan, count_record, scan_records
 from biomerge_lib.errors import BioMergeError
+from biomerge_lib.files import file_sha256
 from biomerge_lib.ner_span import iter_split, scoring_options, training_options
 from biomerge_lib.parameters import Parameters
 from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompt import encode_completion
 from biomerge_lib.readers_iob import find_implausible
-from biomerge_lib.records import Record, file_sha256
+from biomerge_lib.records import Record
 from biomerge_lib.runs import device_name
 from biomerge_lib.spans import parse_answer
 from biomerge_lib.tokenizer import ADDED_TOKENS

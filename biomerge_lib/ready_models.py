@@ -8,17 +8,15 @@ takes 540 MB there; deleting the folder is safe. Loading it takes neither PEFT n
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from biomerge_lib.errors import DataError, ModelError, ParameterError, nearest
+from biomerge_lib.files import file_sha256, locked
 from biomerge_lib.predictions import Prompt, RawAnswer
 
 SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
@@ -80,16 +78,12 @@ def merge_for_use(adapter: Path) -> Path:
     missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
     if missing:
         raise ModelError(f"{adapter}: no exported adapter ({', '.join(missing)} missing).")
-    digest = hashlib.sha256(b"".join((adapter / name).read_bytes() for name in ADAPTER_FILES)).hexdigest()[
-        :12
-    ]
+    digest = file_sha256(*(adapter / name for name in ADAPTER_FILES))[:12]
     folder = cache_dir() / "models" / f"{adapter.resolve().name}-{digest}"
     if (folder / "config.json").is_file():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it
+        with locked(folder.with_name(f".{folder.name}.lock")):  # another process may be making it
             if not (folder / "config.json").is_file():
                 log.info("first use of %s: merging it into %s (once)", adapter.name, folder)
                 _merge(adapter, folder)
@@ -156,10 +150,7 @@ def _merge(adapter: Path, folder: Path) -> None:
     probe = "Aspirin can trigger asthma attacks ."
     anchors = rendering["offset_anchors"]
     probe_ids, _, _ = encode_prompt(probe, load_tokenizer(backbone), offset_anchors=anchors)
-    try:
-        merge_checkpoint(backbone, adapter, folder, dtype="float32", rendering=rendering, probe_ids=probe_ids)
-    finally:
-        shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    merge_checkpoint(backbone, adapter, folder, dtype="float32", rendering=rendering, probe_ids=probe_ids)
 
 
 def _prepare(backbone: str) -> Path:

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from biomerge_lib.errors import DataError
+from biomerge_lib.files import whole_file
 from biomerge_lib.spans import Span, format_spans, is_inside, parse_answer
 
 NER_PREFIX = "<NER> "
@@ -133,11 +132,8 @@ def write_records(path: Path | str, records: Iterable[Record]) -> int:
     Raises:
         DataError: a record's span is outside its text.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with partial.open("w", encoding="utf-8", newline="\n") as out:
+    with whole_file(path) as out:
         for record in records:
             for span in record.spans:
                 if not is_inside(span, len(record.text)):
@@ -146,11 +142,4 @@ def write_records(path: Path | str, records: Iterable[Record]) -> int:
                     )
             out.write(record.to_json() + "\n")
             count += 1
-    os.replace(partial, path)
     return count
-
-
-def file_sha256(path: Path | str) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,7 +5,6 @@ runs/ --[collect_runs]--> ReportedRun --[write_page]--> report.html (one file, l
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from biomerge_lib import __version__
 from biomerge_lib import report_figures as figures
 from biomerge_lib.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
 from biomerge_lib.errors import DataError
+from biomerge_lib.files import write_text
 from biomerge_lib.markup import INERT
 from biomerge_lib.ner_metrics import score_spans
 from biomerge_lib.parameters import compose_parameters
@@ -86,9 +86,7 @@ def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
         notes=_page_notes(ranked),  # reading answers and curves adds to the runs' notes
         **answers,
     )
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, out)
+    write_text(out, html)
     return out
 
 

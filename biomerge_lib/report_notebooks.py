@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from biomerge_lib.files import file_sha256
 from biomerge_lib.markup import INERT
-from biomerge_lib.records import file_sha256
 from biomerge_lib.report_runs import ReportedRun
 
 _SCRIPT = re.compile(r"<script\b.*?</script\s*>", re.DOTALL | re.IGNORECASE)

@@ -5,7 +5,6 @@ runs/<run_id>/  parameters.yaml  metrics.json  03_train.ipynb  checkpoints/  mer
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ import yaml
 from biomerge_lib import jobs
 from biomerge_lib.errors import BioMergeError, DataError, ParameterError, nearest
 from biomerge_lib.execution import NotebookFailed, execute_notebook
+from biomerge_lib.files import file_sha256, fingerprint_weights, write_json
 from biomerge_lib.parameters import (
     NOT_IDENTITY,
     SCORING,
@@ -39,14 +39,13 @@ from biomerge_lib.parameters import (
     read_notebook_parameters,
     watch_metric_of,
 )
-from biomerge_lib.records import SPLITS, file_sha256
+from biomerge_lib.records import SPLITS
 from biomerge_lib.replaced import place_aside
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 BEFORE_TRAINING = ("01_tokenizer", "02_data")
 SCORING_STAGES = ("04_greedy_dev", "05_vllm_eval")
-SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weights file: what training changes, it changes in every layer
 PACKAGES = (
     "torch",
     "transformers",
@@ -326,14 +325,6 @@ def current_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> d
     return {name: stage for name, stage in recorded.get("stages", {}).items() if name not in outdated}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a crash leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def data_hashes(data_dir: Path | str) -> dict[str, str]:
     """SHA-256 of each split's file that exists."""
     paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
@@ -348,19 +339,6 @@ def _hash_of(path: Path, modified: int) -> str:  # the runs of a sweep have one 
 def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The splits whose hash is known of both times and differs."""
     return [split for split in now if then.get(split) not in (None, now[split])]
-
-
-def fingerprint_weights(model_dir: Path | str) -> str | None:
-    """A hash of a folder's weights, from samples (reading 16 GB whole would take longer than scoring); None without."""
-    digest, paths = hashlib.sha256(), sorted(Path(model_dir).glob("*.safetensors"))
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as weights:
-            for start in range(0, size, max(size // SAMPLES, SAMPLE_BYTES)):
-                weights.seek(start)
-                digest.update(weights.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16] if paths else None
 
 
 def provenance() -> dict[str, Any]:

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.errors import DataError
+from biomerge_lib.files import file_sha256
 from biomerge_lib.readers_hub import TOKEN_COLUMNS, open_hub
 from biomerge_lib.readers_iob import MARKERS, TAG
-from biomerge_lib.records import SPLITS, file_sha256
+from biomerge_lib.records import SPLITS
 
 SAMPLE = "sample"
 SAMPLE_DIR = Path(__file__).parent / "sample_corpus"

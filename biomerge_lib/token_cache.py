@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib import prompt, records, spans
+from biomerge_lib.files import file_sha256, whole_file
 from biomerge_lib.records import Record
 
 if TYPE_CHECKING:
@@ -50,12 +51,10 @@ def write_examples(path: Path, batches: Iterable[list[Mapping[str, Any]]]) -> Da
 
     Processes that write the same file at once do the work twice and lose nothing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as sink:
+        with whole_file(path, "wb", partial=partial) as sink:
             _write_stream(sink, batches)
-        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return open_examples(path)
@@ -105,4 +104,4 @@ def _code_hash() -> str:
     from biomerge_lib import ner_span
 
     files = sorted(Path(cast(str, module.__file__)) for module in (ner_span, prompt, records, spans))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in [*files, Path(__file__)])).hexdigest()
+    return file_sha256(*files, __file__)

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from biomerge_lib.errors import BioMergeError, DataError
+from biomerge_lib.files import write_json
 from biomerge_lib.jobs import RunInterrupted
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.runs import (
@@ -33,7 +34,6 @@ from biomerge_lib.runs import (
     provenance,
     read_metrics,
     run_notebook,
-    write_json,
 )
 
 if TYPE_CHECKING:

@@ -39,6 +39,7 @@ from biomerge_lib.backbones import BACKBONE_NOTE, backbone_sha256, refuse_other_
 from biomerge_lib.checkpoints import find_resumable_checkpoint
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import DataError, ModelError
+from biomerge_lib.files import write_json, write_text
 from biomerge_lib.graphed_pass import GraphedPass, compile_layers
 from biomerge_lib.jobs import RunInterrupted
 from biomerge_lib.ner_metrics import score_forced_answers, score_predictions, score_word_labels
@@ -48,7 +49,6 @@ from biomerge_lib.parameters import Parameters
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.prompt import IGNORE
 from biomerge_lib.records import Record
-from biomerge_lib.runs import write_json
 from biomerge_lib.trainer_callbacks import (
     FiniteLoss,
     ProgressBar,
@@ -354,10 +354,8 @@ def keep_log(checkpoint: Path, state: TrainerState) -> None:
     """Write the log as it stands now into a checkpoint that was saved before its epoch's greedy pass, atomically."""
     saved = checkpoint / "trainer_state.json"
     if state.is_world_process_zero and saved.is_file():
-        partial = saved.with_name(saved.name + ".partial")
         history = json.loads(saved.read_text(encoding="utf-8")) | {"log_history": state.log_history}
-        partial.write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
-        partial.replace(saved)
+        write_text(saved, json.dumps(history, indent=2) + "\n")
 
 
 def evaluate_greedily(trainer: NerTrainer, prefix: str) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from typing import Any
 from biomerge_lib.corpora import write_corpus
 from biomerge_lib.data_card import conflict_table, leak_table, read_conflicts, seen_table, union_table
 from biomerge_lib.errors import BioMergeError
+from biomerge_lib.files import write_json
 from biomerge_lib.markup import code_in_markdown, in_markdown
 from biomerge_lib.ner_span import read_split
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.records import SPLITS
-from biomerge_lib.runs import PROJECT_DIR, provenance, write_json
+from biomerge_lib.runs import PROJECT_DIR, provenance
 from biomerge_lib.spans import parse_spans
 
 OUT = PROJECT_DIR / "reports" / "union"

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.backbones import refuse_other_backbone
 from biomerge_lib.errors import ModelError
+from biomerge_lib.files import whole_folder, write_json
 from biomerge_lib.prompt import B_I_O
-from biomerge_lib.runs import write_json
 from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
 
 if TYPE_CHECKING:
@@ -361,19 +361,16 @@ def merge_checkpoint(
             f"{check.relative_change:.0%} of what its training does; not written. The checkpoint is safe; "
             "dtype=float32 merges without rounding."
         )
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        merged.save_pretrained(str(partial))
-        load_tokenizer(folder).save_pretrained(partial)
-        write_json(partial / "biomerge.json", rendering)
+        with whole_folder(out) as partial:
+            merged.save_pretrained(str(partial))
+            load_tokenizer(folder).save_pretrained(partial)
+            write_json(partial / "biomerge.json", rendering)
+            shutil.rmtree(out, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ModelError(
             f"{out}: the merged model cannot be written ({error}); checkpoint {checkpoint} is safe."
         ) from error
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
     return check
 
 

@@ -21,6 +21,7 @@ from biomerge_lib.data_card import (
 )
 from biomerge_lib.draws import draw_sentences, draw_share, draw_splits
 from biomerge_lib.errors import DataError, ParameterError
+from biomerge_lib.files import file_sha256
 from biomerge_lib.leakage import (
     check_documents,
     find_conflicts,
@@ -29,7 +30,7 @@ from biomerge_lib.leakage import (
     key_of,
     normalise,
 )
-from biomerge_lib.records import Record, file_sha256, read_records, write_records
+from biomerge_lib.records import Record, read_records, write_records
 from biomerge_lib.runs import run_notebook
 from biomerge_lib.union import build_union
 from biomerge_lib.union_report import write_union_report

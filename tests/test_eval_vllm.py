@@ -36,6 +36,7 @@ from biomerge_lib.eval_vllm import (
     main,
     read_model_folder,
 )
+from biomerge_lib.files import fingerprint_weights
 from biomerge_lib.guarded_process import find_group_members
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.parity import check_parity
@@ -44,7 +45,6 @@ from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import RawAnswer, build_prompts, read_predictions
 from biomerge_lib.prompt import render
 from biomerge_lib.records import write_records
-from biomerge_lib.runs import fingerprint_weights
 from biomerge_lib.vllm_client import find_served_model
 from biomerge_lib.vllm_server import VllmServer, installed_vllm, open_server, read_log_tail
 

@@ -15,13 +15,13 @@ from biomerge_lib.__main__ import main
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.errors import ServerError
 from biomerge_lib.eval_vllm import evaluate_split
+from biomerge_lib.files import write_json
 from biomerge_lib.guarded_process import find_group_members
 from biomerge_lib.ner_span import SpanCollator, encode_example
 from biomerge_lib.parity import NEAR_TIE, check_parity
 from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import build_prompts, collect_predictions
 from biomerge_lib.records import parse_record
-from biomerge_lib.runs import write_json
 from biomerge_lib.spans import TAG, format_spans
 from biomerge_lib.tokenizer import save_tokenizer
 from biomerge_lib.vllm_server import VllmServer

@@ -33,7 +33,7 @@ def sweep_command(cluster, *words, expect=0):
 def light(cluster, tmp_path_factory):
     """An array's cost without training's."""
     finish = """import os
-from biomerge_lib.runs import write_json
+from biomerge_lib.files import write_json
 
 write_json(run.checkpoints / "checkpoint-1/adapter_config.json", {})
 score = parameters.learning_rate * 100 + parameters.lora_rank / 100

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from biomerge_lib import tracking
-from biomerge_lib.runs import write_json
+from biomerge_lib.files import write_json
 
 from .fake_wandb import Server
 
