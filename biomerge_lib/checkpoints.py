@@ -55,13 +55,13 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def best_checkpoint(run_folder: Path, metrics: dict[str, Any]) -> Path:
+def best_checkpoint(run_folder: Path, metrics: dict[str, Any], *, must_exist: bool = True) -> Path:
     """The folder of the best checkpoint named in a run's training metrics.
 
     Raises:
         ModelError: it is gone.
     """
     folder = run_folder / "checkpoints" / metrics["best_checkpoint"]
-    if not folder.is_dir():
+    if must_exist and not folder.is_dir():
         raise ModelError(f"{folder}: the best checkpoint is gone; existing_run=replace trains it anew.")
     return folder

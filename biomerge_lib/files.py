@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+T = TypeVar("T")
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weights file: what training changes, it changes in every layer
 
 
@@ -93,6 +95,17 @@ def file_sha256(*paths: Path | str) -> str:
         with Path(path).open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
+
+
+def remember(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """What ``read`` makes of a file, kept until the file is another or has been written anew."""
+    kept = lru_cache(maxsize=8)(lambda path, *_version: read(path))
+
+    def look(path: Path) -> T:
+        version = path.stat()
+        return kept(path, version.st_ino, version.st_size, version.st_mtime_ns)
+
+    return look
 
 
 def fingerprint_weights(model_dir: Path | str) -> str | None:

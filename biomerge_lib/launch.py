@@ -38,8 +38,12 @@ def read_records(parameters: Parameters) -> dict[str, list[Record]]:
     return chosen
 
 
-def train_run(folder: Path, parameters: Parameters) -> dict[str, Any]:
+def train_run(
+    folder: Path, parameters: Parameters, records: dict[str, list[Record]] | None = None
+) -> dict[str, Any]:
     """Train the run in ``folder`` (or go on with it) and return its metrics; see :func:`training.train`.
+
+    ``records`` are those of :func:`read_records`, where they have been read; torchrun's processes read for themselves.
 
     With ``num_processes`` > 1 or DeepSpeed, torchrun starts the processes on this node; their output is shown here.
 
@@ -50,7 +54,7 @@ def train_run(folder: Path, parameters: Parameters) -> dict[str, Any]:
     if done.is_file():
         print(f"{folder.name} is trained already; existing_run=replace trains it anew.")
     elif parameters.num_processes == 1 and not parameters.deepspeed:
-        return _train_here(folder, parameters)
+        return _train_here(folder, parameters, records)
     else:
         # Prepared once, before the processes look for it all at the same time.
         prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
@@ -58,14 +62,16 @@ def train_run(folder: Path, parameters: Parameters) -> dict[str, Any]:
     return json.loads(done.read_text(encoding="utf-8"))
 
 
-def _train_here(folder: Path, parameters: Parameters) -> dict[str, Any]:
+def _train_here(
+    folder: Path, parameters: Parameters, records: dict[str, list[Record]] | None = None
+) -> dict[str, Any]:
     import_backend(parameters.backend)
     from biomerge_lib.tokenizer import load_tokenizer
     from biomerge_lib.training import build_model, build_trainer, train
 
     backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
     model = build_model(parameters, backbone)
-    records = read_records(parameters)
+    records = records or read_records(parameters)
     trainer = build_trainer(
         model, load_tokenizer(backbone), records, parameters, checkpoints=folder / "checkpoints"
     )

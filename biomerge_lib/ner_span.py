@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.draws import Document, document_of, draw_share, place_in_draw
-from biomerge_lib.files import file_sha256
+from biomerge_lib.files import file_sha256, remember
 from biomerge_lib.prompt import IGNORE, Encoding, encode, encode_many, split_record, word_labels
 from biomerge_lib.records import Record, iter_records
 from biomerge_lib.token_cache import (
@@ -328,6 +328,7 @@ def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
+@remember  # preflight draws the same documents as the reading proper
 def _count_documents(path: Path) -> Counter[Document]:
     """Records a document, from a pass that leaves the checks to the reading proper."""
     sizes: Counter[Document] = Counter()

@@ -334,6 +334,13 @@ def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
     return check_parameters(_compose(tuple(_normalise_overrides(overrides))))
 
 
+def as_override(value: Any) -> str:
+    """A value as it stands behind ``name=``: ``null``, ``true``, ``[a,b]``, ``0.001``."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
 def override_names(overrides: Sequence[str]) -> frozenset[str]:
     """The parameter names that overrides set directly (choices of a group are not among them)."""
     names = {word.partition("=")[0] for word in _normalise_overrides(overrides)}

@@ -13,16 +13,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.files import whole_file
-from biomerge_lib.prompt import Chunk, cue_of, encode_prompt, merge_chunks, split_record
+from biomerge_lib.prompt import Chunk, encode_many, merge_chunks, split_record
 from biomerge_lib.records import Record
 from biomerge_lib.spans import Span, parse_answer, read_parts
 
 if TYPE_CHECKING:
     from biomerge_lib.prompt import Tokenizer
+
+BATCH = 1000  # records tokenised at a time
 
 
 class Decoder(Protocol):
@@ -96,19 +98,18 @@ def build_prompts(
     max_input_tokens: int,
 ) -> list[Prompt]:
     """The prompts of a split, in order; records over ``max_input_tokens`` become several prompts."""
+    rendering: dict[str, Any] = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
     prompts = []
-    for index, record in enumerate(records):
-        chunks = split_record(
-            record,
-            tokenizer,
-            offset_anchors=offset_anchors,
-            corpus_cue=corpus_cue,
-            max_input_tokens=max_input_tokens,
-        )
-        for chunk in chunks:
-            cue = cue_of(chunk.record, corpus_cue=corpus_cue)
-            ids, _, _ = encode_prompt(chunk.record.text, tokenizer, offset_anchors=offset_anchors, cue=cue)
-            prompts.append(Prompt(index, chunk, ids))
+    for first in range(0, len(records), BATCH):
+        batch = records[first : first + BATCH]
+        encodings = encode_many(batch, tokenizer, **rendering)
+        for index, (record, encoding) in enumerate(zip(batch, encodings, strict=True), start=first):
+            pieces = [(Chunk(record, 0), encoding)]
+            if len(encoding.prompt_ids) > max_input_tokens:
+                chunks = split_record(record, tokenizer, max_input_tokens=max_input_tokens, **rendering)
+                ids = encode_many([chunk.record for chunk in chunks], tokenizer, **rendering)
+                pieces = list(zip(chunks, ids, strict=True))
+            prompts += [Prompt(index, chunk, encoded.prompt_ids) for chunk, encoded in pieces]
     return prompts
 
 

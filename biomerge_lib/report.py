@@ -19,7 +19,7 @@ from biomerge_lib.errors import DataError
 from biomerge_lib.files import write_text
 from biomerge_lib.markup import INERT
 from biomerge_lib.ner_metrics import score_spans
-from biomerge_lib.parameters import compose_parameters
+from biomerge_lib.parameters import as_override, compose_parameters
 from biomerge_lib.predictions import Prediction, read_predictions
 from biomerge_lib.prompt import find_words
 from biomerge_lib.records import SPLITS
@@ -242,14 +242,8 @@ def _command(run: ReportedRun) -> str:
     defaults = compose_parameters().model_dump() | {"existing_run": run.parameters.get("existing_run")}
     values = {**run.parameters, "run_id": run.name}
     given = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
-    words = [shlex.quote(f"{name}={_override(value)}") for name, value in given.items()]
+    words = [shlex.quote(f"{name}={as_override(value)}") for name, value in given.items()]
     return " \\\n  ".join(["python -m biomerge_lib run 03_train", *words])
-
-
-def _override(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _group(runs: Sequence[ReportedRun], key: Callable[[ReportedRun], dict]) -> list[tuple[list[int], dict]]:

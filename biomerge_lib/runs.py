@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -27,7 +26,7 @@ import yaml
 from biomerge_lib import jobs
 from biomerge_lib.errors import BioMergeError, DataError, ParameterError, nearest
 from biomerge_lib.execution import NotebookFailed, execute_notebook
-from biomerge_lib.files import file_sha256, fingerprint_weights, write_json
+from biomerge_lib.files import file_sha256, fingerprint_weights, remember, write_json
 from biomerge_lib.parameters import (
     NOT_IDENTITY,
     SCORING,
@@ -328,12 +327,10 @@ def current_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> d
 def data_hashes(data_dir: Path | str) -> dict[str, str]:
     """SHA-256 of each split's file that exists."""
     paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
-    return {split: _hash_of(path, path.stat().st_mtime_ns) for split, path in paths.items() if path.is_file()}
+    return {split: _hash_of(path) for split, path in paths.items() if path.is_file()}
 
 
-@cache
-def _hash_of(path: Path, modified: int) -> str:  # the runs of a sweep have one data set
-    return file_sha256(path)
+_hash_of = remember(file_sha256)  # the runs of a sweep have one data set
 
 
 def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

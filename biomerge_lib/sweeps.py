@@ -18,11 +18,13 @@ from typing import Any, cast
 import yaml
 
 from biomerge_lib import jobs
+from biomerge_lib.checkpoints import best_checkpoint
 from biomerge_lib.errors import ParameterError, nearest
 from biomerge_lib.parameters import (
     PARAMETER_NAMES,
     PARAMETERS_DIR,
     Parameters,
+    as_override,
     check_names,
     compose_parameters,
 )
@@ -52,7 +54,7 @@ class Sweep:
         """``["task=ner_span", ..., "learning_rate=0.0001"]``."""
         return [
             *self.overrides,
-            *(f"{name}={_as_override(value)}" for name, value in self.points[number].items()),
+            *(f"{name}={as_override(value)}" for name, value in self.points[number].items()),
         ]
 
     def parameters(self, number: int) -> Parameters:
@@ -127,7 +129,7 @@ def read_point(sweep: Sweep, number: int) -> Point:
         return Point(**common, status=stage.get("status", "waiting"), reason=stage.get("error", ""))
     if not isinstance(score, int | float) or not isfinite(score):
         return Point(**common, status="failed", reason=f"it has no {sweep.metric}")
-    checkpoint = folder / "checkpoints" / metrics["best_checkpoint"]
+    checkpoint = best_checkpoint(folder, metrics, must_exist=False)
     return Point(**common, status="finished", score=score, checkpoint=checkpoint)
 
 
@@ -143,7 +145,7 @@ def run_point(sweep: Sweep, number: int) -> None:
             f"{sweep.name} has the points 0 to {len(sweep.points) - 1}; there is no {number}."
         )
     point = read_point(sweep, number)
-    label = " ".join(f"{name}={_as_override(value)}" for name, value in point.values.items())
+    label = " ".join(f"{name}={as_override(value)}" for name, value in point.values.items())
     print(f"point {number} of {sweep.name} ({label}): {point.status} {point.reason}".rstrip(), flush=True)
     if point.status == "finished":
         print(f"{point.folder.name} has {sweep.metric} = {point.score:.4f}: nothing to do")
@@ -172,7 +174,7 @@ def describe_ranking(sweep: Sweep, points: Sequence[Point]) -> str:
         [
             str(rank) if point.status == "finished" else point.status,
             "" if point.score is None else f"{point.score:.4f}",
-            *(_as_override(point.values[name]) for name in varying),
+            *(as_override(point.values[name]) for name in varying),
             str(point.number),
             point.folder.name + (f"  ({point.reason})" if point.reason else ""),
         ]
@@ -232,7 +234,3 @@ def _other_conditions(parameters: Parameters, folder: Path) -> str:
     then, now = read_metrics(folder).get("data", {}), data_hashes(PROJECT_DIR / parameters.data_dir)
     changed = changed_splits(then, now)
     return f"{' and '.join(changed)}.jsonl changed since" if changed else ""
-
-
-def _as_override(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

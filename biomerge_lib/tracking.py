@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from biomerge_lib.checkpoints import best_checkpoint
 from biomerge_lib.errors import BioMergeError, DataError
 from biomerge_lib.files import write_json
 from biomerge_lib.jobs import RunInterrupted
@@ -222,7 +223,7 @@ def _files(folder: Path, stage: str, metrics: dict[str, Any]) -> list[tuple[str,
         ("metrics", "metrics", [folder / "metrics.json"]),
     ]
     if "best_checkpoint" in metrics:
-        checkpoint = folder / "checkpoints" / metrics["best_checkpoint"]
+        checkpoint = best_checkpoint(folder, metrics, must_exist=False)
         # An adapter has some MB; a model that was trained whole has gigabytes.
         if (checkpoint / "adapter_model.safetensors").is_file():
             kept = [path for path in sorted(checkpoint.glob("*")) if path.suffix in (".json", ".safetensors")]

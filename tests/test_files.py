@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from biomerge_lib.errors import DataError
-from biomerge_lib.files import file_sha256, locked, whole_file, whole_folder, write_json
+from biomerge_lib.files import file_sha256, locked, remember, whole_file, whole_folder, write_json, write_text
 
 
 def test_what_fails_leaves_the_old_file_and_says_how_far_it_came(tmp_path):
@@ -46,3 +46,12 @@ def test_several_files_are_hashed_as_one(tmp_path):
     for path, content in zip(paths, (b"ab", b"c"), strict=True):
         path.write_bytes(content)
     assert file_sha256(*paths) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_what_was_made_of_a_file_is_kept_until_the_file_is_another(tmp_path):
+    path, seen = tmp_path / "a", []
+    look = remember(lambda path: seen.append(path.read_text()) or len(seen))
+    for text in ("one", "two"):
+        write_text(path, text)
+        assert look(path) == look(path)
+    assert seen == ["one", "two"]
