@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -126,20 +127,23 @@ def score_seen(
     return rows
 
 
-def score_by_length(
-    predictions: Sequence[Prediction], *, edges: Sequence[int] = (10, 20, 30, 40, 60)
-) -> list[dict[str, float | int | str]]:
-    """Exact-span F1 by the number of words in the sentence; ``edges`` are the buckets' upper ends, inclusive."""
-    buckets: dict[int, list[Prediction]] = {}
+def length_bucket(text: str, edges: Sequence[int] = (10, 20, 30, 40, 60)) -> str:
+    """How many words a sentence has, as ``11-20`` or ``>60``; sorted as texts, buckets stand in their order."""
+    words = len(find_words(text))
+    return next(
+        (f"{low + 1}-{high}" for low, high in pairwise((0, *edges)) if words <= high), f">{edges[-1]}"
+    )
+
+
+def score_by_length(predictions: Sequence[Prediction]) -> list[dict[str, float | int | str]]:
+    """Exact-span F1 by the number of words in the sentence."""
+    buckets: dict[str, list[Prediction]] = {}
     for prediction in predictions:
-        words = len(find_words(prediction.text))
-        buckets.setdefault(sum(words > edge for edge in edges), []).append(prediction)
-    names = [f"{low + 1}-{high}" for low, high in zip((0, *edges), edges, strict=False)] + [f">{edges[-1]}"]
-    rows: list[dict[str, float | int | str]] = []
-    for bucket, members in sorted(buckets.items()):
-        score = score_spans((p.gold, p.pred) for p in members)
-        rows.append({"words": names[bucket], "records": len(members), "ner_f1": score.f1})
-    return rows
+        buckets.setdefault(length_bucket(prediction.text), []).append(prediction)
+    return [
+        {"words": words, "records": len(members), "ner_f1": score_spans((p.gold, p.pred) for p in members).f1}
+        for words, members in sorted(buckets.items())
+    ]
 
 
 def snap_prediction(prediction: Prediction) -> list[Span]:

@@ -1,265 +1,242 @@
-"""Knows how to draw the report's figures as SVG text that fits light and dark pages; knows nothing of runs or files.
+"""Knows the figures that compare runs, drawn by matplotlib, and how a page shows them in light and dark.
 
-Every series differs in colour (Okabe and Ito 2008) and also in dash, marker or a number beside it.
+Runs differ in colour (Okabe and Ito 2008) and also in dash; other values of a run in colour and marker.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import io
+import re
+from collections.abc import Sequence
 from html import escape
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-Point = tuple[float, float]
+from biomerge_lib.report_runs import (
+    F1_COLUMNS,
+    READINGS,
+    ReportedRun,
+    is_number,
+    read_file,
+    values_table,
+    varying_parameters,
+)
 
-FIGURE_STYLE = """<style>
-.bm-figure {--c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b8578c; --c4: #b37400; display: block; width: 100%;
-  height: auto; font: 12px system-ui, sans-serif; fill: currentColor; overflow: visible;}
-@media (prefers-color-scheme: dark) {.bm-figure {--c0: #56b4e9; --c1: #f0803c; --c2: #2cc295; --c3: #e3a0c6;
-  --c4: #e69f00;}}
-.bm-figure .grid {stroke: currentColor; stroke-opacity: .14;}
-.bm-figure .axis {stroke: currentColor; stroke-opacity: .45;}
-.bm-figure .soft {fill-opacity: .75;} .bm-figure .head {font-weight: 600;}
-.bm-figure .halo text {paint-order: stroke; stroke: var(--paper, Canvas); stroke-width: 4px; stroke-linejoin: round;}
-.bm-figure .line {fill: none; stroke-width: 1.8; stroke-linejoin: round;}
-.bm-figure .other {fill: none; stroke: currentColor; stroke-opacity: .2;}
-.bm-figure .s0 {stroke: var(--c0);} .bm-figure .s1 {stroke: var(--c1); stroke-dasharray: 7 3;}
-.bm-figure .s2 {stroke: var(--c2); stroke-dasharray: 2 3;}
-.bm-figure .s3 {stroke: var(--c3); stroke-dasharray: 9 3 2 3;}
-.bm-figure .s4 {stroke: var(--c4); stroke-dasharray: 4 2;} .bm-figure .f0 {fill: var(--c0);}
-.bm-figure .f1 {fill: var(--c1);} .bm-figure .f2 {fill: var(--c2);}
-.bm-figure .f3 {fill: var(--c3);} .bm-figure .f4 {fill: var(--c4);}
-.bm-figure .cell {fill: var(--c0);} .bm-figure .best {fill: none; stroke: currentColor; stroke-width: 2.5;}
-.bm-figures {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem 2rem;}
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVES = {
+    "Training loss": "loss",
+    "Dev loss": "eval_loss",
+    "Answer F1 on dev (teacher-forced)": "eval_answer_ner_f1",
+    "Token head F1 on dev": "eval_head_ner_f1",
+    "Greedy F1 on dev": "greedy_dev_ner_f1",
+}
+COLOURS = {"#0072b2": "#56b4e9", "#d55e00": "#f0803c", "#009e73": "#2cc295", "#b8578c": "#e3a0c6"}
+COLOURS |= {"#b37400": "#e69f00"}  # on light paper, and on dark
+DASHES, MARKERS = ("-", (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (4, 2))), "osD^v"
+COMPARED = len(COLOURS)  # runs that curves and tables set side by side
+SCORE = "greedy dev F1"
+
+FIGURE_STYLE = f"""<style>
+:root {{{" ".join(f"--bm{light[1:]}: {light};" for light in COLOURS)}}}
+@media (prefers-color-scheme: dark) {{:root {{{" ".join(f"--bm{x[1:]}: {y};" for x, y in COLOURS.items())}}}}}
+.bm-figure {{display: block; width: 100%; height: auto; fill: currentColor;
+  font-family: system-ui, sans-serif;}}
+.bm-figures {{display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem 2rem;}}
 </style>"""
-STYLES = 5  # series that get a colour and a dash of their own
 
 
-@dataclass(frozen=True, slots=True)
-class Series:
-    """A line: ``label`` stands at its end; ``style`` 0 to 4 picks colour and dash, None draws it in the background."""
+def as_svg(figure: Figure) -> str:
+    """A figure as an element of a page: its text is text, black is the page's ink and white its paper."""
+    from matplotlib import rc_context
 
-    label: str
-    points: Sequence[Point]
-    style: int | None = None
-
-
-def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
-    """Lines over a shared x axis, each with its label at its end."""
-    width, height, left, right, top, bottom = 440, 260, 48, 34, 28, 38
-    xs = [x for line in series for x, _ in line.points]
-    ys = [y for line in series for _, y in line.points]
-    x_ticks, y_ticks = nice_ticks(0, max(xs)), nice_ticks(min(ys), max(ys))
-    to_x = _scale(0, max(xs), left, width - right)
-    to_y = _scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), height - bottom, top)
-    body = [_text(left, 12, title, "head")]
-    for tick in y_ticks:
-        body.append(_rule("grid", left, to_y(tick), width - right, to_y(tick)))
-        body.append(_text(left - 6, to_y(tick) + 4, f"{tick:g}", "soft", "end"))
-    for tick in x_ticks:
-        if tick <= max(xs) and tick == int(tick):
-            body.append(_text(to_x(tick), height - bottom + 16, f"{tick:g}", "soft", "middle"))
-    body.append(_rule("axis", left, height - bottom, width - right, height - bottom))
-    body.append(_text((left + width - right) / 2, height - 4, x_label, "soft", "middle"))
-    ends: list[list] = []
-    for line in sorted(series, key=lambda line: -math.inf if line.style is None else -line.style):
-        path = " ".join(f"{to_x(x)},{to_y(y)}" for x, y in line.points)
-        if line.style is None:
-            body.append(f'<polyline class="other" points="{path}"/>')
-            continue
-        body.append(f'<polyline class="line s{line.style}" points="{path}"/>')
-        dots: Sequence[Point] = line.points if len(line.points) <= 40 else []
-        body += [f'<circle class="f{line.style}" cx="{to_x(x)}" cy="{to_y(y)}" r="2.6"/>' for x, y in dots]
-        ends.append([to_y(line.points[-1][1]), to_x(line.points[-1][0]), line])
-    for (_, x, line), y in zip(*_spread(ends, height - bottom), strict=True):
-        body.append(_text(x + 6, y + 4, line.label, f"f{line.style} head"))
-    shown = ", ".join(f"{end[2].label} ends at {end[2].points[-1][1]:.3g}" for end in ends)
-    return _svg(width, height, f"{title} against {x_label}: {shown}.", body, widest=600)
-
-
-def dot_plot(
-    rows: Sequence[tuple[str, Mapping[str, float], Point | None]], marks: Sequence[str], *, title: str
-) -> str:
-    """One row a run: a shape for each named value, and the interval of the first as a bar."""
-    width, row, left, right, top = 460, 30, 146, 16, 56
-    height = top + row * len(rows) + 30
-    values = [value for _, named, _ in rows for value in named.values()]
-    values += [edge for *_, interval in rows if interval for edge in interval]
-    ticks = nice_ticks(min(values), max(values), 5)
-    to_x = _scale(min(ticks[0], min(values)), max(ticks[-1], max(values)), left, width - right)
-    body, x = [_text(0, 12, title, "head")], 0
-    for number, name in enumerate(marks):
-        body.append(_mark(number, x + 6, 34))
-        body.append(_text(x + 17, 38, name))
-        x += 30 + 7 * len(name)
-    for tick in ticks:
-        body.append(_rule("grid", to_x(tick), top - 6, to_x(tick), height - 24))
-        body.append(_text(to_x(tick), height - 8, f"{tick:g}", "soft", "middle"))
-    for number, (label, named, interval) in enumerate(rows):
-        y = top + row * number + 6
-        body.append(_text(left - 14, y + 4, label, anchor="end"))
-        if interval:
-            low, high = map(to_x, interval)
-            body.append(_rule("axis", low, y, high, y))
-            body += [_rule("axis", end, y - 4, end, y + 4) for end in (low, high)]
-        for style, name in reversed(list(enumerate(marks))):
-            if name in named:  # each a little lower, so that equal values stay visible
-                tooltip = f"{label}, {name}: {named[name]:.4f}"
-                body.append(_mark(style, to_x(named[name]), y + 5 * style, tooltip))
-    text = f"{title}: {len(rows)} rows; the numbers are in the table of ranked runs."
-    return _svg(width, height, text, body, 340, 700)
-
-
-def heat_map(
-    x_name: str, y_name: str, cells: Mapping[tuple[float, float], Sequence[float]], *, score: str
-) -> str:
-    """Mean score of the runs in each cell of a two-parameter grid; darker is higher, the best cell is framed."""
-    xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells}, reverse=True)
-    means = {key: sum(values) / len(values) for key, values in cells.items()}
-    low, high = min(means.values()), max(means.values())
-    left, top, wide, tall = 84, 52, 76, 42
-    width, height = left + wide * len(xs) + 8, top + tall * len(ys) + 40
-    best = max(means, key=lambda key: means[key])
-    body = [_text(0, 12, f"{score}, mean of each cell", "head"), _text(0, 38, y_name, "soft")]
-    for column, x in enumerate(xs):
-        body.append(_text(left + wide * (column + 0.5), height - 22, f"{x:g}", "soft", "middle"))
-    for line, y in enumerate(ys):
-        body.append(_text(left - 10, top + tall * (line + 0.5) + 4, f"{y:g}", "soft", "end"))
-        for column, x in enumerate(xs):
-            if (x, y) not in means:
-                continue
-            share = (means[x, y] - low) / (high - low) if high > low else 1.0
-            place = f'x="{left + wide * column + 1}" y="{top + tall * line + 1}" rx="3"'
-            place += f' width="{wide - 2}" height="{tall - 2}"'
-            body.append(f'<rect class="cell" {place} fill-opacity="{0.06 + 0.6 * share:.3f}"/>')
-            if (x, y) == best:
-                body.append(f'<rect class="best" {place}/>')
-            count = len(cells[x, y])
-            label = f"{means[x, y]:.3f}" + (f" ({count})" if count > 1 else "")
-            middle = left + wide * (column + 0.5)
-            body.append(_text(middle, top + tall * (line + 0.5) + 4, label, anchor="middle"))
-    body.append(_text(left + wide * len(xs) / 2, height - 4, x_name, "soft", "middle"))
-    text = f"Heat map: best mean {score} {means[best]:.3f} at {x_name} {best[0]:g} and {y_name} {best[1]:g}."
-    return _svg(width, height, text, body, 0.85 * width)
-
-
-def parallel_coordinates(
-    axes: Mapping[str, Sequence[float | str]], scores: Sequence[float], *, score: str
-) -> str:
-    """A line a run through its parameters' values to its score; the five best stand out and carry their rank.
-
-    Args:
-        axes: for each parameter its values (numbers, or names), one a run, in the order of ``scores``.
-        scores: of the runs, best first.
-    """
-    step, top, bottom, left = max(124, min(200, 840 // len(axes))), 44, 330, 70
-    positions: dict[str, list[Point]] = {}
-    body: list[str] = []
-    for number, (name, values) in enumerate({**axes, score: scores}.items()):
-        x = left + step * number
-        place, ticks = _axis(values, bottom, top, logarithmic=name != score)
-        # Runs that share a value are fanned out around it, so that lines on top of each other can be told apart.
-        fan = [0.0 if name == score else 14 * (0.618 * rank % 1 - 0.5) for rank in range(len(values))]
-        positions[name] = [(x, round(place(value) + off, 1)) for value, off in zip(values, fan, strict=True)]
-        body.append(_rule("axis", x, top, x, bottom))
-        body.append(_text(x, 24 if number % 2 else 10, name, "head", "middle"))
-        names = [tick[-14:] if isinstance(tick, str) else f"{tick:g}" for tick in ticks]
-        labels = zip(names, ticks, strict=True)
-        body += [_text(x - 7, place(tick) + 4, label, "soft", "end") for label, tick in labels]
-    lines = list(zip(*positions.values(), strict=True))
-    width = left + step * len(axes) + 60
-    drawn = []
-    for rank, line in reversed(list(enumerate(lines))):
-        path = " ".join(f"{x},{y}" for x, y in line)
-        if rank < STYLES:
-            title = f"<title>rank {rank + 1}: {scores[rank]:.4f}</title>"
-            drawn.append(f'<polyline class="line s{rank}" points="{path}">{title}</polyline>')
-        else:
-            drawn.append(f'<polyline points="{path}"/>')
-    faint = max(0.04, min(0.3, 15 / len(lines)))
-    drawn.insert(0, f'<g class="other" style="stroke-opacity:{faint:.3f}">')
-    drawn.insert(max(1, len(lines) - STYLES + 1), "</g>")
-    ends = [[line[-1][1], line[-1][0], rank] for rank, line in enumerate(lines[:STYLES])]
-    for (_, x, rank), y in zip(*_spread(ends, bottom), strict=True):
-        drawn.append(_text(x + 8, y + 4, f"{rank + 1}", f"f{rank} head"))
-    text = f"Parallel coordinates of {len(scores)} runs over {', '.join(axes)}; best {score} {scores[0]:.3f}."
-    return _svg(width, bottom + 12, text, [*drawn, '<g class="halo">', *body, "</g>"], 0.8 * width)
-
-
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers that span ``low`` to ``high``.
-
-    >>> nice_ticks(0.02, 0.79)
-    [0.0, 0.2, 0.4, 0.6, 0.8]
-    """
-    span = (high - low) or abs(high) or 1.0
-    magnitude = 10.0 ** math.floor(math.log10(span / count))
-    size = next(magnitude * factor for factor in (1, 2, 5, 10) if magnitude * factor >= span / count * 0.999)
-    return [round(index * size, 12) for index in range(math.floor(low / size), math.ceil(high / size) + 1)]
-
-
-def _axis(
-    values: Sequence[float | str], bottom: float, top: float, *, logarithmic: bool
-) -> tuple[Callable[[Any], float], list[Any]]:
-    """The place of each value on a vertical axis (by category, logarithmic over a decade, or linear), and ticks."""
-    distinct = set(values)
-    if any(isinstance(value, str) for value in distinct):
-        names = sorted(cast(set[str], distinct))
-        slot = _scale(-0.5, len(names) - 0.5, bottom, top)
-        return (lambda value: slot(names.index(value))), names
-    numbers = cast(set[float], distinct)
-    low, high = min(numbers), max(numbers)
-    if logarithmic and low > 0 and high / low >= 10:
-        slot = _scale(math.log(low), math.log(high), bottom - 8, top + 8)
-        place = lambda value: slot(math.log(value))  # noqa: E731
-    else:
-        place = _scale(low, high, bottom - 8, top + 8)
-    ticks = sorted(numbers) if len(numbers) <= 8 else [t for t in nice_ticks(low, high) if low <= t <= high]
-    kept: list[float] = []
-    for tick in ticks:  # no two labels on top of each other
-        if not kept or abs(place(tick) - place(kept[-1])) >= 12:
-            kept.append(tick)
-    return place, kept
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    span = (high - low) or 1.0
-    return lambda value: round(start + (value - low) / span * (end - start), 1)
-
-
-def _spread(ends: list[list], limit: float, gap: float = 13.0) -> tuple[list[list], list[float]]:
-    """Labels' heights in ascending order, moved apart so that none covers another."""
-    ordered = sorted(ends, key=lambda end: end[0])
-    heights: list[float] = []
-    for index, end in enumerate(ordered):
-        room = limit - gap * (len(ordered) - 1 - index)
-        heights.append(max(min(end[0], room), heights[-1] + gap if heights else 0))
-    return ordered, heights
-
-
-def _mark(style: int, x: float, y: float, title: str = "") -> str:
-    shapes = ["M-4.5,0a4.5,4.5 0 1,0 9,0a4.5,4.5 0 1,0 -9,0", "M-4,-4h8v8h-8z", "M0,-5l5,5l-5,5l-5,-5z"]
-    shapes += ["M0,-5l5,9h-10z", "M0,5l5,-9h-10z"]
-    tooltip = f"<title>{escape(title)}</title>" if title else ""
-    return f'<path class="f{style}" transform="translate({x},{y})" d="{shapes[style]}">{tooltip}</path>'
-
-
-def _rule(classes: str, x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="{classes}" x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
-
-
-def _text(x: float, y: float, text: str, classes: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{classes}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(
-    width: float, height: float, text: str, body: Sequence[str], narrowest: float = 0.0, widest: float = 0.0
-) -> str:
-    # Below ``narrowest`` the text would be too small to read: the box around the figure scrolls instead.
-    size = f"max-width:{widest or width:g}px" + (f";min-width:{narrowest:g}px" if narrowest else "")
-    label = escape(text, quote=True)
-    return (
-        f'<svg class="bm-figure" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}" style="{size}">'
-        f"{''.join(body)}</svg>"
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # a clip path is a reference by url()
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "biomerge"}):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    svg = file.getvalue().partition("<svg")[2].partition(">")[2]
+    svg = re.sub(
+        r"<defs>\s*<style.*?</defs>| id=\"(?!m)[^\"]*\"| font-family: [^;<>\"]*;|\n\s*",
+        "",
+        svg,
+        flags=re.DOTALL,
     )
+    for colour in COLOURS:
+        svg = svg.replace(colour, f"var(--bm{colour[1:]})")
+    svg = svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper, Canvas)")
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    label = escape(str(figure.get_label()), quote=True)
+    # On a phone, a figure shrinks until its text would be too small to read; then the box around it scrolls.
+    style = f"max-width:{1.7 * width:.0f}px;min-width:{0.95 * width if width > 330 else 0:.0f}px"
+    head = f'<svg class="bm-figure" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}"'
+    return f'{head} style="{style}">{svg}'
+
+
+def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[Figure]:
+    """A figure a quantity: the five best runs in their own colours, ``background`` more faintly."""
+    shown = ranked[: COMPARED + background]
+    logs = [(run, read_file(run.folder / "log_history.json", list, run.notes)) for run in shown]
+    figures = []
+    for title, key in CURVES.items():
+        figure, axis = _axes(4.5, 2.9, title)
+        ends = []
+        for rank, (run, log) in reversed(list(enumerate(logs, start=1))):
+            name = "eval_ner_f1" if (key, run.watch_metric) == ("eval_head_ner_f1", "token_head") else key
+            pairs = [(entry.get("step"), entry.get(name)) for entry in log if isinstance(entry, dict)]
+            points = [pair for pair in pairs if all(map(is_number, pair))]
+            if points:
+                dots = len(points) <= 40 and rank <= COMPARED
+                axis.plot(*zip(*points, strict=True), marker="o" if dots else "", ms=3, **_line(rank))
+                ends.append(f"{rank} ends at {points[-1][1]:.3g}")
+        if ends:
+            axis.set(xlabel="optimiser step", xlim=(0, None))
+            _name_ranks(axis)
+            figure.set_label(f"{title} against optimiser step: {', '.join(ends[: -COMPARED - 1 : -1])}.")
+            figures.append(figure)
+    return figures
+
+
+def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure]:
+    """A row a run: the greedy F1 with its 95 % interval, and 04's, vLLM's and test F1s."""
+    shown = ranked[:most]
+    if not shown:
+        return []
+    title = "F1 with 95 % interval"
+    figure, axis = _axes(4.8, 0.9 + 0.3 * len(shown), title, grid="x")
+    table = values_table(shown, {name: F1_COLUMNS[name] for name in F1_COLUMNS if name not in READINGS})
+    for number, name in enumerate(table.columns[2:]):
+        if table[name].notna().any():  # each a little lower, so that equal values stay visible
+            style = {"marker": MARKERS[number], "color": list(COLOURS)[number], "label": name}
+            axis.plot(table[name], table.index + 0.17 * number, linestyle="", **style)
+    for row, run in enumerate(shown):
+        if edges := run.interval():
+            axis.plot(edges, [row, row], marker="|", color="black", alpha=0.5, linewidth=1)
+    names = [name if len(name) <= 20 else f"…{name[-18:]}" for name in table["run"]]  # their ends differ
+    labels = [f"{rank}  {_literal(name)}" for rank, name in zip(table["rank"], names, strict=True)]
+    axis.set_yticks(range(len(shown)), labels)
+    axis.invert_yaxis()
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
+    figure.set_label(f"{title}: {len(shown)} rows; the numbers are in the table of ranked runs.")
+    return [figure]
+
+
+def draw_sweep(ranked: Sequence[ReportedRun]) -> list[Figure]:
+    """A heat map of the two numeric hyperparameters that matter most, and parallel coordinates where more vary.
+
+    Nothing below 4 runs, and no heat map of more than 25 rows or columns, or where hardly two runs share a value.
+    """
+    import pandas as pd
+
+    varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
+    numeric = [name for name, values in varying.items() if all(map(is_number, values))]
+    columns = {name: v if name in numeric else [str(x) for x in v] for name, v in varying.items()}
+    table = pd.DataFrame({**columns, SCORE: [run.score for run in ranked]})
+    effects = {
+        name: table.groupby(name)[SCORE].mean()
+        for name in numeric
+        if table[name].nunique() <= min(25, len(ranked) / 2)
+    }
+    if len(ranked) < 4 or not varying:
+        return []
+    drawn = []
+    if len(effects) >= 2:
+        chosen = sorted(effects, key=lambda name: effects[name].min() - effects[name].max())[:2]
+        drawn.append(_heat_map(table, *sorted(chosen, key=numeric.index)))
+    if len(varying) > 2 or (len(numeric) == 2 and not drawn):
+        drawn.append(_parallel_coordinates(table))
+    return drawn
+
+
+def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
+    """The mean score of the runs in each cell; darker is higher, the best cell is framed."""
+    scores = table.groupby([y_name, x_name])[SCORE].agg(["mean", "count"])
+    ys, xs = (sorted(table[name].unique()) for name in (y_name, x_name))
+    low, high = scores["mean"].min(), scores["mean"].max()
+    best_y, best_x = scores["mean"].idxmax()
+    figure, axis = _axes(1.3 + 0.85 * len(xs), 1 + 0.5 * len(ys), f"{SCORE}, mean of each cell", grid="")
+    for y, x, mean, count in scores.reset_index().itertuples(index=False):
+        row, column = ys.index(y), xs.index(x)
+        alpha = 0.06 + 0.6 * ((mean - low) / (high - low) if high > low else 1)
+        axis.barh(row, 0.96, 0.94, column - 0.48, color="#0072b2", alpha=alpha)
+        axis.text(column, row, f"{mean:.3f}" + (f" ({count})" if count > 1 else ""), ha="center", va="center")
+    best = ys.index(best_y), 0.96, 0.94, xs.index(best_x) - 0.48
+    axis.barh(*best, fill=False, edgecolor="black", linewidth=2)
+    axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+    axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+    axis.set(xlabel=_literal(x_name), ylabel=_literal(y_name))
+    axis.spines[:].set_visible(False)
+    where = f"at {x_name} {best_x:g} and {y_name} {best_y:g}"
+    figure.set_label(f"Heat map: best mean {SCORE} {high:.3f} {where}.")
+    return figure
+
+
+def _parallel_coordinates(table: pd.DataFrame) -> Figure:
+    """A line a run, best first, through its parameters' values, evenly spaced in their order, to its score."""
+    import numpy as np
+    import pandas as pd
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axis = _axes(max(4.5, 1.5 * len(table.columns)), 3.8, "", grid="")
+    fan = 0.05 * (0.618 * np.arange(len(table)) % 1 - 0.5)  # tells runs apart that share a value
+    heights = []
+    for number, name in enumerate(table):
+        codes, values = pd.factorize(table[name], sort=True)
+        places, ticks = codes / max(1, len(values) - 1) + fan, list(np.linspace(0, 1, len(values)))
+        if name == SCORE:
+            low, span = values[0], values[-1] - values[0] or 1
+            places = (table[name] - low) / span
+            values = [tick for tick in MaxNLocator(5).tick_values(low, low + span) if 0 <= tick - low <= span]
+            ticks = [(tick - low) / span for tick in values]
+        heights.append(places)
+        axis.axvline(number, color="black", alpha=0.4, linewidth=0.8)
+        axis.text(number, 1.1 + 0.08 * (number % 2), _literal(name), ha="center", weight="bold")
+        for place, value in list(zip(ticks, values, strict=True))[:: len(ticks) // 12 + 1]:
+            label = _literal(value[-14:]) if isinstance(value, str) else f"{value:g}"
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
+            axis.text(number - 0.03, place, label, ha="right", va="center", bbox=box)
+    for rank, line in reversed(list(enumerate(zip(*heights, strict=True), start=1))):
+        axis.plot(line, **_line(rank, faint=max(0.04, min(0.3, 15 / len(table)))))
+    axis.set_axis_off()
+    _name_ranks(axis)
+    over = f"{len(table)} runs over {', '.join(table.columns[:-1])}"
+    figure.set_label(f"Parallel coordinates of {over}; best {SCORE} {table[SCORE].max():.3f}.")
+    return figure
+
+
+def _axes(width: float, height: float, title: str, *, grid: Any = "y") -> tuple[Figure, Axes]:
+    # Without pyplot, which may look for a window system and keeps every figure until it is closed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.add_subplot()
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=10)
+    axis.tick_params(length=0)
+    axis.spines[["top", "right", *(["left"] if grid else [])]].set_visible(False)
+    axis.set_axisbelow(True)
+    if grid:
+        axis.grid(axis=grid, color="black", alpha=0.14)
+    return figure, axis
+
+
+def _line(rank: int, *, faint: float = 0.2) -> dict[str, Any]:
+    """How the line of a run looks: labelled, coloured and dashed if it is one of the best."""
+    if rank > COMPARED:
+        return {"color": "black", "alpha": faint, "linewidth": 0.8}
+    return {"label": rank, "color": list(COLOURS)[rank - 1], "linestyle": DASHES[rank - 1], "linewidth": 1.5}
+
+
+def _name_ranks(axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:  # drawn last, so that they lie on top; named first
+        axis.figure.legend(
+            handles[::-1], labels[::-1], loc="outside right upper", title="rank", frameon=False
+        )
+
+
+def _literal(text: str) -> str:
+    r"""A text in which matplotlib finds no formula: it takes ``\$`` for a dollar sign."""
+    return text.replace("$", r"\$")

@@ -6,7 +6,7 @@ runs/<run_id>/{metrics.json, parameters.yaml, *.ipynb} --[collect_runs]--> Repor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -25,7 +25,7 @@ TRAIN, GREEDY, VLLM = "03_train", "04_greedy_dev", "05_vllm_eval"
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
 HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
-SCRAPS = ("application/scrapbook", "application/papermill")  # what scrapbook and its forerunner glue
+Sources = tuple[tuple[str, str], ...]  # (stage, metric)
 SCORE = (TRAIN, "greedy_dev_ner_f1"), (GREEDY, "greedy_dev_ner_f1")
 READINGS = {  # of one forward pass
     "answer F1": ((TRAIN, "eval_answer_ner_f1"),),
@@ -48,6 +48,13 @@ COST_COLUMNS = {
     "greedy decoding s": ((GREEDY, "decode_seconds"), (TRAIN, "greedy_dev_seconds")),
     "vLLM sentences/s": ((VLLM, "vllm_sentences_per_second"),),
     "vLLM start-up s": ((VLLM, "vllm_startup_seconds"),),
+}
+AGREEMENT_COLUMNS = {
+    "F1 of the watch metric": ((TRAIN, "eval_ner_f1"),),
+    "greedy F1 (03)": ((TRAIN, "greedy_dev_ner_f1"),),
+    "greedy F1 (04)": ((GREEDY, "greedy_dev_ner_f1"),),
+    "vLLM F1 (05)": ((VLLM, "vllm_dev_ner_f1"),),
+    "sentences that differ": ((VLLM, "parity_differing_sentences"),),
 }
 
 
@@ -85,7 +92,7 @@ class ReportedRun:
     def score(self) -> float | None:
         return self.value(SCORE)
 
-    def value(self, sources: Iterable[tuple[str, str]]) -> float | None:
+    def value(self, sources: Sources) -> float | None:
         """The first finite number among (stage, metric) pairs."""
         for stage, name in sources:
             value = self.metrics.get(stage, {}).get(name)
@@ -96,8 +103,8 @@ class ReportedRun:
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of the score, from the stage that the score comes from."""
         for stage, name in SCORE:
-            if self.value([(stage, name)]) is not None:
-                low, high = (self.value([(stage, f"{name}_{edge}")]) for edge in ("low", "high"))
+            if self.value(((stage, name),)) is not None:
+                low, high = (self.value(((stage, f"{name}_{edge}"),)) for edge in ("low", "high"))
                 return None if low is None or high is None else (low, high)
         return None
 
@@ -131,17 +138,24 @@ def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
 
 
 def runs_table(runs: Sequence[ReportedRun]) -> pd.DataFrame:
-    """The ranked runs as a pandas table: the parameters that vary, then every F1 that some run has."""
+    """The ranked runs as a pandas table: their F1, the parameters that vary, then every other F1 that some run has."""
+    ranked = [run for run in runs if run.rank]
+    table = values_table(ranked, F1_COLUMNS)
+    edges = [run.interval() for run in ranked]
+    between = [f"{pair[0]:.3f}–{pair[1]:.3f}" if pair else None for pair in edges]
+    for place, (name, values) in enumerate(
+        {"95 % interval": between, **varying_parameters(ranked)}.items(), start=3
+    ):
+        table.insert(place, name, values)
+    return table.dropna(axis=1, how="all")
+
+
+def values_table(runs: Sequence[ReportedRun], columns: Mapping[str, Sources]) -> pd.DataFrame:
+    """A row a run, with the first number of each column's sources; NaN where there is none."""
     import pandas as pd
 
-    ranked = [run for run in runs if run.rank]
-    rows = [
-        {"rank": run.rank, "run": run.name}
-        | {name: run.parameters.get(name) for name in varying_parameters(ranked)}
-        | {column: run.value(sources) for column, sources in F1_COLUMNS.items()}
-        for run in ranked
-    ]
-    return pd.DataFrame(rows, columns=list(rows[0]) if rows else ["rank", "run"]).dropna(axis=1, how="all")
+    rows = [[run.rank, run.name, *map(run.value, columns.values())] for run in runs]
+    return pd.DataFrame(rows, columns=["rank", "run", *columns])
 
 
 def varying_parameters(runs: Sequence[ReportedRun]) -> dict[str, list[Any]]:
@@ -231,16 +245,7 @@ def _read_run(folder: Path) -> ReportedRun | None:
 def _stage_metrics(run: ReportedRun, stage: str) -> dict[str, Any]:
     values = dict(_object(run.stages.get(stage, {}).get("metrics")))
     notebook = run.folder / f"{stage}.ipynb"
-    if stage not in run.stages or not notebook.is_file():
-        return values
-    try:
-        scraps = _read_scraps(notebook)
-    except Exception as error:  # nbformat, papermill and scrapbook raise many kinds on a foreign or cut file
-        run.notes.append(
-            f"{notebook.name} is no readable notebook ({type(error).__name__}); metrics.json is shown"
-        )
-        return values
-    for name, glued in scraps.items():
+    for name, glued in _read_scraps(notebook, run.notes).items() if stage in run.stages else ():
         if "_f1" in name and is_number(glued):
             if is_number(values.get(name)) and abs(values[name] - glued) > 1e-6:
                 run.notes.append(
@@ -251,32 +256,28 @@ def _stage_metrics(run: ReportedRun, stage: str) -> dict[str, Any]:
     return values
 
 
-def _read_scraps(notebook: Path) -> dict[str, Any]:
-    """The F1s glued into an executed notebook; scrapbook is handed nothing else, for it validates every output."""
-    import nbformat
-    import scrapbook
-    from scrapbook.models import Notebook
-
-    content = json.loads(notebook.read_text(encoding="utf-8"))
-    if content["nbformat"] != 4:
-        return scrapbook.read_notebook(str(notebook)).scraps.data_dict
-    glued = [
-        output
-        for cell in content["cells"]
-        for output in cell.get("outputs", [])
-        if any(key.startswith(SCRAPS) and "_f1" in str(data) for key, data in output.get("data", {}).items())
-    ]
-    return Notebook(nbformat.from_dict({**content, "cells": [{"outputs": glued}]})).scraps.data_dict
+def _read_scraps(notebook: Path, notes: list[str]) -> dict[str, Any]:
+    """What scrapbook, or papermill before it, glued into an executed notebook."""
+    # Read here, as scrapbook validates every output: two seconds for what takes a tenth of one.
+    scraps: dict[str, Any] = {}
+    for output in _outputs(notebook, notes):
+        data = _object(output.get("data"))
+        glued = _object(data.get("application/scrapbook.scrap.json+json"))
+        scraps |= _object(data.get("application/papermill.record+json"))
+        scraps |= {glued["name"]: glued.get("data")} if "name" in glued else {}
+    return scraps
 
 
 def _notebook_error(notebook: Path) -> str:
     """The error that an executed notebook stopped at; empty where there is none."""
-    cells = read_file(notebook, dict, []).get("cells")
-    for cell in cells if isinstance(cells, list) else []:
-        for output in _object(cell).get("outputs") or []:
-            if _object(output).get("output_type") == "error":
-                return f"{output.get('ename')}: {output.get('evalue')}"
-    return ""
+    errors = [output for output in _outputs(notebook, []) if output.get("output_type") == "error"]
+    return "".join(f"{error.get('ename')}: {error.get('evalue')}" for error in errors[:1])
+
+
+def _outputs(notebook: Path, notes: list[str]) -> list[dict[str, Any]]:
+    cells = read_file(notebook, dict, notes).get("cells")
+    cells = cells if isinstance(cells, list) else []
+    return [_object(output) for cell in cells for output in _object(cell).get("outputs") or []]
 
 
 def _object(value: Any) -> dict[str, Any]:

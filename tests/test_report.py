@@ -19,7 +19,7 @@ from biomerge_lib.display import highlight, highlight_errors
 from biomerge_lib.errors import DataError
 from biomerge_lib.predictions import Prediction, write_predictions
 from biomerge_lib.report import read_answers, write_page, write_report
-from biomerge_lib.report_figures import heat_map, nice_ticks
+from biomerge_lib.report_figures import as_svg, draw_scores, draw_sweep
 from biomerge_lib.report_notebooks import link_notebooks
 from biomerge_lib.report_runs import collect_runs, runs_table
 from biomerge_lib.spans import parse_spans
@@ -135,10 +135,9 @@ def test_the_best_runs_errors_stand_highlighted_and_escaped_in_the_page(tmp_path
         assert f'<tr><th scope="row">{kind}</th><td class="n">{count}</td>' in page
     # By corpus: bc5cdr has 1 of 3 gold right and 1 spurious prediction, 2 * 1 / (2 + 1 + 2) = 0.4.
     assert (
-        '<th scope="row">bc5cdr</th><td class="n">2</td><td class="n">3</td>\n<td class="n">0.400</td>'
-        in page
+        '<th scope="row">bc5cdr</th><td class="n">2</td><td class="n">3</td><td class="n">0.400</td>' in page
     )
-    assert '<th scope="row">1–10</th><td class="n">3</td><td class="n">3</td>' in page
+    assert '<th scope="row">1-10</th><td class="n">3</td><td class="n">3</td>' in page
 
 
 def test_the_page_loads_nothing_and_its_links_lead_to_files(tmp_path):
@@ -325,16 +324,21 @@ def test_a_sweep_is_a_heat_map_of_two_numbers_and_parallel_coordinates_of_more(t
     )
 
 
-def test_a_heat_map_cell_is_the_mean_of_its_runs():
-    svg = heat_map("x", "y", {(1, 1): [0.5, 0.7], (2, 1): [0.4]}, score="F1")
-    assert ">0.600 (2)<" in svg
-    assert ">0.400<" in svg
+def test_a_heat_map_cell_is_the_mean_of_its_runs(tmp_path):
+    for number, (rate, rank, f1) in enumerate([(1, 4, 0.5), (1, 4, 0.7), (2, 4, 0.4), (1, 8, 0.3)]):
+        make_run(tmp_path, f"run{number}", f1, learning_rate=rate, lora_rank=rank)
+    [figure] = draw_sweep(collect_runs(tmp_path))
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", as_svg(figure))
+    assert [text for text in texts if text.startswith("0.")] == ["0.600 (2)", "0.400", "0.300"]
 
 
-def test_ticks_are_round_and_cover_the_range():
-    assert nice_ticks(0.02, 0.79) == [0.0, 0.2, 0.4, 0.6, 0.8]
-    assert nice_ticks(0.5, 0.5) == [0.5]
-    assert nice_ticks(0, 570) == [0, 200, 400, 600]
+def test_a_figure_has_the_pages_colours_and_takes_no_name_for_markup(tmp_path):
+    make_run(tmp_path, "<b>$a_$", 0.5)
+    [figure] = draw_scores(collect_runs(tmp_path))
+    svg = as_svg(figure)
+    assert ">1  &lt;b&gt;$a_$</text>" in svg
+    assert "currentColor" in svg and "var(--bm0072b2)" in svg and "#0072b2" not in svg
+    assert not re.search(r"https?:|url\(|<style|<image", svg)
 
 
 def test_highlight_tells_boundary_errors_from_missed_and_spurious_ones():
