@@ -20,7 +20,7 @@ from biomerge_lib.ner_metrics import length_bucket, score_spans
 from biomerge_lib.parameters import as_override, compose_parameters
 from biomerge_lib.predictions import Prediction, read_predictions
 from biomerge_lib.records import SPLITS
-from biomerge_lib.report_figures import COMPARED, FIGURE_STYLE, as_svg, draw_curves, draw_scores, draw_sweep
+from biomerge_lib.report_figures import COMPARED, DARK, LIGHT, as_svg, draw_curves, draw_scores, draw_sweep
 from biomerge_lib.report_notebooks import link_notebooks
 from biomerge_lib.report_runs import (
     AGREEMENT_COLUMNS,
@@ -61,7 +61,8 @@ def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
         ranked=ranked,
         others=[run for run in runs if not run.rank],
         command=_command(ranked[0]) if ranked else "",
-        style=STYLE + FIGURE_STYLE,
+        style=STYLE,
+        colours=(LIGHT, DARK),
         legend=LEGEND,
         figures={name: list(map(as_svg, drawn)) for name, drawn in figures.items()},
         tables=_tables(runs, link_notebooks(runs, out)),
@@ -91,12 +92,11 @@ def _tables(
     agreement.insert(5, "difference", greedy - watched)
     agreement.insert(8, "difference (05)", vllm - again)
     made_by = [run.provenance for run in ranked]
-    versions = [{"Python": made.get("python"), **(made.get("versions") or {})} for made in made_by]
-    software = [
-        {"commit": made.get("commit"), "device": made.get("device")}
-        | {"versions": ", ".join(f"{name} {version}" for name, version in found.items())}
-        for made, found in zip(made_by, versions, strict=True)
-    ]
+    software = []
+    for made in made_by:
+        versions = {"Python": made.get("python"), **(made.get("versions") or {})}
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        software.append({"commit": made.get("commit"), "device": made.get("device"), "versions": listed})
     data = [
         {"folder": run.parameters.get("data_dir")}
         | {
@@ -166,24 +166,24 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
     texts: list[str] | None = None
     examples: dict[str, Any] = {}
     for run in ranked[:COMPARED]:
-        names = [file] if file else [name for name in PREDICTION_FILES if (run.folder / name).is_file()]
-        names = [name for name in names if WRITERS[name.rpartition("-")[2]] not in run.outdated]
-        for name in names[:1]:
-            if not (run.folder / name).is_file():
-                continue
-            try:
-                predictions = read_predictions(run.folder / name)
-                found = highlight_errors(predictions)
-            except (DataError, ValueError, TypeError, AttributeError, OSError) as error:
-                reason = str(error).replace(f"{run.folder}/", "").rstrip(".")
-                run.notes.append(f"{name} cannot be read and is left out ({reason})")
-                continue
-            texts = texts or [prediction.text for prediction in predictions]
-            if texts != [prediction.text for prediction in predictions]:
-                run.notes.append(f"{name} holds other sentences than the best run's and is left out")
-                continue
-            file, examples = name, examples or found
-            compared.append((run, predictions))
+        current = [name for name in PREDICTION_FILES if WRITERS[name.rpartition("-")[2]] not in run.outdated]
+        names = [name for name in current if name == (file or name) and (run.folder / name).is_file()]
+        if not names:
+            continue
+        name = names[0]
+        try:
+            predictions = read_predictions(run.folder / name)
+            found = highlight_errors(predictions)
+        except (DataError, ValueError, TypeError, AttributeError, OSError) as error:
+            reason = str(error).replace(f"{run.folder}/", "").rstrip(".")
+            run.notes.append(f"{name} cannot be read and is left out ({reason})")
+            continue
+        texts = texts or [prediction.text for prediction in predictions]
+        if texts != [prediction.text for prediction in predictions]:
+            run.notes.append(f"{name} holds other sentences than the best run's and is left out")
+            continue
+        file, examples = name, examples or found
+        compared.append((run, predictions))
     first = compared[0][1] if compared else []
     datasets = [prediction.dataset for prediction in first]
     lengths = [length_bucket(prediction.text) for prediction in first]
@@ -241,8 +241,6 @@ def _command(run: ReportedRun) -> str:
     given = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
     words = [shlex.quote(f"{name}={as_override(value)}") for name, value in given.items()]
     return " \\\n  ".join(["python -m biomerge_lib run 03_train", *words])
-
-
 
 
 def _ranges(ranks: Sequence[int]) -> str:

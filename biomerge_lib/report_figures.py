@@ -33,19 +33,11 @@ CURVES = {
     "Token head F1 on dev": "eval_head_ner_f1",
     "Greedy F1 on dev": "greedy_dev_ner_f1",
 }
-COLOURS = {"#0072b2": "#56b4e9", "#d55e00": "#f0803c", "#009e73": "#2cc295", "#b8578c": "#e3a0c6"}
-COLOURS |= {"#b37400": "#e69f00"}  # on light paper, and on dark
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b8578c", "#b37400")  # a run's or a value's colour on light paper
+DARK = ("#56b4e9", "#f0803c", "#2cc295", "#e3a0c6", "#e69f00")
 DASHES, MARKERS = ("-", (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (4, 2))), "osD^v"
-COMPARED = len(COLOURS)  # runs that curves and tables set side by side
+COMPARED = len(LIGHT)  # runs that curves and tables set side by side
 SCORE = "greedy dev F1"
-
-FIGURE_STYLE = f"""<style>
-:root {{{" ".join(f"--bm{light[1:]}: {light};" for light in COLOURS)}}}
-@media (prefers-color-scheme: dark) {{:root {{{" ".join(f"--bm{x[1:]}: {y};" for x, y in COLOURS.items())}}}}}
-.bm-figure {{display: block; width: 100%; height: auto; fill: currentColor;
-  font-family: system-ui, sans-serif;}}
-.bm-figures {{display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem 2rem;}}
-</style>"""
 
 
 def as_svg(figure: Figure) -> str:
@@ -59,14 +51,10 @@ def as_svg(figure: Figure) -> str:
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     svg = file.getvalue().partition("<svg")[2].partition(">")[2]
-    svg = re.sub(
-        r"<defs>\s*<style.*?</defs>| id=\"(?!m)[^\"]*\"| font-family: [^;<>\"]*;|\n\s*",
-        "",
-        svg,
-        flags=re.DOTALL,
-    )
-    for colour in COLOURS:
-        svg = svg.replace(colour, f"var(--bm{colour[1:]})")
+    dropped = r"<defs>\s*<style.*?</defs>| id=\"(?!m[0-9a-f]{8})[^\"]*\"| font-family: [^;<>\"]*;|\n\s*"
+    svg = re.sub(dropped, "", svg, flags=re.DOTALL)
+    for number, colour in enumerate(LIGHT):
+        svg = svg.replace(colour, f"var(--c{number})")
     svg = svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper, Canvas)")
     width, height = (72 * inches for inches in figure.get_size_inches())
     label = escape(str(figure.get_label()), quote=True)
@@ -110,8 +98,8 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure
     table = values_table(shown, {name: F1_COLUMNS[name] for name in F1_COLUMNS if name not in READINGS})
     for number, name in enumerate(table.columns[2:]):
         if table[name].notna().any():  # each a little lower, so that equal values stay visible
-            style = {"marker": MARKERS[number], "color": list(COLOURS)[number], "label": name}
-            axis.plot(table[name], table.index + 0.17 * number, linestyle="", **style)
+            style = {"marker": MARKERS[number], "color": LIGHT[number], "label": name}
+            axis.plot(table[name], table.index + 0.17 * number, linestyle="", zorder=3, **style)
     for row, run in enumerate(shown):
         if edges := run.interval():
             axis.plot(edges, [row, row], marker="|", color="black", alpha=0.5, linewidth=1)
@@ -161,7 +149,7 @@ def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
     for y, x, mean, count in scores.reset_index().itertuples(index=False):
         row, column = ys.index(y), xs.index(x)
         alpha = 0.06 + 0.6 * ((mean - low) / (high - low) if high > low else 1)
-        axis.barh(row, 0.96, 0.94, column - 0.48, color="#0072b2", alpha=alpha)
+        axis.barh(row, 0.96, 0.94, column - 0.48, color=LIGHT[0], alpha=alpha)
         axis.text(column, row, f"{mean:.3f}" + (f" ({count})" if count > 1 else ""), ha="center", va="center")
     best = ys.index(best_y), 0.96, 0.94, xs.index(best_x) - 0.48
     axis.barh(*best, fill=False, edgecolor="black", linewidth=2)
@@ -226,7 +214,7 @@ def _line(rank: int, *, faint: float = 0.2) -> dict[str, Any]:
     """How the line of a run looks: labelled, coloured and dashed if it is one of the best."""
     if rank > COMPARED:
         return {"color": "black", "alpha": faint, "linewidth": 0.8}
-    return {"label": rank, "color": list(COLOURS)[rank - 1], "linestyle": DASHES[rank - 1], "linewidth": 1.5}
+    return {"label": rank, "color": LIGHT[rank - 1], "linestyle": DASHES[rank - 1], "linewidth": 1.5}
 
 
 def _name_ranks(axis: Axes) -> None:

@@ -337,7 +337,7 @@ def test_a_figure_has_the_pages_colours_and_takes_no_name_for_markup(tmp_path):
     [figure] = draw_scores(collect_runs(tmp_path))
     svg = as_svg(figure)
     assert ">1  &lt;b&gt;$a_$</text>" in svg
-    assert "currentColor" in svg and "var(--bm0072b2)" in svg and "#0072b2" not in svg
+    assert "currentColor" in svg and "var(--c0)" in svg and "#0072b2" not in svg
     assert not re.search(r"https?:|url\(|<style|<image", svg)
 
 
