@@ -27,7 +27,7 @@ from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import read_split
 from biomerge_lib.parity import check_parity
 from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions, keep_probable
-from biomerge_lib.prompt import find_words
+from biomerge_lib.prompt_format import find_words
 from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
 from biomerge_lib.tokenizer import load_tokenizer
 from biomerge_lib.unsloth_lora_ner import load_causal_lm

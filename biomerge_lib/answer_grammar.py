@@ -5,7 +5,7 @@ Knows nothing of models or tokens: the grammar is about characters, so it holds 
 
 from __future__ import annotations
 
-from biomerge_lib.prompt import find_pieces
+from biomerge_lib.prompt_format import find_pieces
 
 CONSTRAINTS = ("off", "format", "offsets")
 _FORMAT = """root ::= "" | " " span (" ; " span)*

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from biomerge_lib.draws import Document, document_of
 from biomerge_lib.errors import DataError
 from biomerge_lib.leakage import key_of
-from biomerge_lib.prompt import count_tokens, cue_of, find_cut_spans, prompt_bytes, split_record
+from biomerge_lib.prompt import count_tokens, cue_of, find_cut_spans, split_record
+from biomerge_lib.prompt_format import prompt_bytes
 from biomerge_lib.records import Record
 
 if TYPE_CHECKING:

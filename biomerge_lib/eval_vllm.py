@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from biomerge_lib.answer_grammar import CONSTRAINTS
 from biomerge_lib.errors import BioMergeError, DataError, ModelError, ParameterError, ServerError
 from biomerge_lib.files import file_sha256, fingerprint_weights, write_json
+from biomerge_lib.manifest import FILE, read_manifest
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import cue_record, read_split
 from biomerge_lib.partial_answers import PartialAnswers
@@ -34,7 +35,7 @@ from biomerge_lib.predictions import (
     collect_predictions,
     write_predictions,
 )
-from biomerge_lib.prompt import ANCHOR_STYLES
+from biomerge_lib.prompt_format import ANCHOR_STYLES
 from biomerge_lib.records import SPLITS, Record
 from biomerge_lib.runs import load_run_parameters
 from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model, served_names
@@ -182,7 +183,7 @@ def read_model_folder(path: Path) -> tuple[Path, dict[str, Any]]:
     The rendering stands beside the weights (``biomerge.json``) and in the run's ``parameters.yaml``.
 
     Raises:
-        ModelError: neither a run nor a model.
+        ModelError: neither a run nor a model, or one of an anchor style that is gone.
     """
     is_run = (path / "parameters.yaml").is_file()
     model_dir = path / "merged" if is_run else path
@@ -190,8 +191,7 @@ def read_model_folder(path: Path) -> tuple[Path, dict[str, Any]]:
         raise ModelError(
             f"{model_dir}: no model (config.json is missing). Name a run's folder or a merged model's."
         )
-    note = model_dir / "biomerge.json"
-    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    stored = read_manifest(model_dir)
     if is_run and not set(RENDERING) <= set(stored):
         parameters = load_run_parameters(path)
         stored = {name: getattr(parameters, name) for name in RENDERING}
@@ -204,11 +204,10 @@ def read_cues(model_dir: Path) -> dict[str, Any]:
     Raises:
         ModelError: ``biomerge.json`` beside the weights does not name them.
     """
-    note = model_dir / "biomerge.json"
-    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    stored = read_manifest(model_dir)
     if not {"cues", "default_cue"} <= stored.keys():
         raise ModelError(
-            f"{note} does not say with which corpus cues the model was trained (03_train.ipynb writes it): "
+            f"{model_dir / FILE} does not say with which corpus cues the model was trained (03_train.ipynb writes it): "
             "give --no-corpus-cue to ask without."
         )
     return {"trained": stored["cues"], "default_cue": stored["default_cue"]}

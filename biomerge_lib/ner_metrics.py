@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from biomerge_lib.predictions import Prediction
-from biomerge_lib.prompt import find_words
+from biomerge_lib.prompt_format import find_words
 from biomerge_lib.records import Record
 from biomerge_lib.spans import Span, snap_to_words
 

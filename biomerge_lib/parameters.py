@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from biomerge_lib.errors import ParameterError, nearest
+from biomerge_lib.prompt_format import check_style
 
 PARAMETERS_DIR = Path(__file__).resolve().parent.parent / "parameters"
 # What people call a parameter elsewhere (the brief's sweep, other trainers).
@@ -142,15 +143,9 @@ class Parameters(BaseModel):
     data_dir: str = Field(min_length=1, description="Folder of train.jsonl, dev.jsonl and test.jsonl")
     subsample: float = Field(gt=0, le=1, description="Share of the training documents, drawn with the seed")
     eval_limit: int | None = Field(gt=0, description="Score at most this many records of a split; null = all")
-    offset_anchors: Literal[
-        "none",
-        "start",
-        "start_end",
-        "start_colon",
-        "start_before_space",
-        "echo_start",
-        "echo_start_before_space",
-    ] = Field(description="Which offsets the prompt shows beside each word")
+    offset_anchors: Annotated[Literal["none", "start", "echo_start"], BeforeValidator(check_style)] = Field(
+        description="Which offsets the prompt shows beside each word"
+    )
     corpus_cue: bool = Field(description="Name the record's corpus in the prompt")
     default_cue: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,40}$",

@@ -16,7 +16,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.errors import DataError
-from biomerge_lib.records import NER_PREFIX, Record
+from biomerge_lib.prompt_format import find_words as find_words  # the report reads it here
+from biomerge_lib.prompt_format import render
+from biomerge_lib.records import Record
 from biomerge_lib.spans import TAG, Span, format_spans
 
 if TYPE_CHECKING:
@@ -26,33 +28,9 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerFast | PlainTokenizer
 
-ANCHOR_STYLES = (
-    "none",
-    "start",
-    "start_end",
-    "start_colon",
-    "start_before_space",
-    "echo_start",
-    "echo_start_before_space",
-)
 IGNORE = -100
 B_I_O = {"O": 0, "B": 1, "I": 2}
-_WORD = re.compile(r"\S+")
-_PIECE = re.compile(r"[^\W_]+|\S")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]}’”]*$")
-
-
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """A prompt string and where the text's words stand in it.
-
-    ``words[i]`` is a word's ``(start, end)`` in the record's text, ``rendered_words[i]`` the same word's
-    ``(start, end)`` in ``prompt``.
-    """
-
-    prompt: str
-    words: list[Span]
-    rendered_words: list[Span]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,81 +46,6 @@ class Encoding:
     completion_ids: list[int]
     words: list[Span]
     word_last_tokens: list[int]
-
-
-def find_words(text: str) -> list[Span]:
-    """The ``(start, end)`` of the white-space separated words of a text.
-
-    >>> find_words("Aspirin can")
-    [(0, 7), (8, 11)]
-    """
-    return [match.span() for match in _WORD.finditer(text)]
-
-
-def find_pieces(text: str) -> list[Span]:
-    """The words cut at their punctuation, for texts that are not tokenised: runs of letters and digits, single signs.
-
-    >>> find_pieces("(Aspirin), β-blocker")
-    [(0, 1), (1, 8), (8, 9), (9, 10), (11, 12), (12, 13), (13, 20)]
-    """
-    return [match.span() for match in _PIECE.finditer(text)]
-
-
-def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Rendering:
-    """Write a text as the model sees it (without the closing ``<TAG>``).
-
-    ``none`` is the plain sentence, to the character (but for white space at its end). ``start`` writes each
-    word's start offset before it, so that the model copies offsets instead of counting characters; ``start_end``
-    also writes the end after it, ``start_colon`` spells the start with a colon. ``start_before_space`` writes the start
-    before the space that leads the word (``<NER>0 Aspirin8 can``): no token is spent on a space before a number. Only
-    after a word that ends in a digit one stands there (``CYP2D6 7 in``), so that no digit of a word and of an offset
-    can be taken for one another, nor become one token. ``echo_start`` and ``echo_start_before_space`` write the plain
-    sentence first and the anchored one after it: a causal model then reads every anchored word knowing the whole
-    sentence (the echo of Springer et al. 2024, "Repetition improves language model embeddings"). ``cue`` names the
-    corpus whose annotation policy is wanted.
-
-    >>> render("Aspirin can", offset_anchors="start", cue="bc5cdr").prompt
-    '<NER> bc5cdr | 0 Aspirin 8 can'
-    """
-    if offset_anchors not in ANCHOR_STYLES:
-        raise ValueError(f"offset_anchors must be one of {ANCHOR_STYLES}, not {offset_anchors!r}")
-    words = find_words(text)
-    head = NER_PREFIX + (f"{cue} | " if cue else "")
-    plain = text.rstrip()  # a chunk ends where the next word starts, a sentence ends with its last word
-    if offset_anchors == "none":
-        shift = len(head)
-        return Rendering(head + plain, words, [(start + shift, end + shift) for start, end in words])
-    spelling = offset_anchors.removeprefix("echo_")
-    if spelling != offset_anchors:
-        head += f"{plain} | "
-    before_space = spelling == "start_before_space"
-    if before_space:
-        head = head.rstrip()
-    parts, rendered, position, gap = [head], [], len(head), ""
-    for start, end in words:
-        before = f"{gap}{start}:" if spelling == "start_colon" else f"{gap}{start} "
-        after = f" {end}" if spelling == "start_end" else ""
-        rendered.append((position + len(before), position + len(before) + end - start))
-        parts += [before, text[start:end], after]
-        position += len(before) + end - start + len(after)
-        gap = "" if before_space and not text[end - 1].isnumeric() else " "
-    return Rendering("".join(parts), words, rendered)
-
-
-def prompt_bytes(text: str, *, offset_anchors: str, cue: str | None = None) -> int:
-    """At least as many as the rendered prompt has bytes, without rendering it: a bound of its tokens (but for BOS).
-
-    >>> prompt_bytes("Aspirin can", offset_anchors="none")
-    17
-    """
-    plain = len(text) if text.isascii() else len(text.encode())
-    size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + plain
-    if offset_anchors == "none":
-        return size
-    anchor = len(str(len(text))) + 2
-    anchors = 2 if offset_anchors == "start_end" else 1
-    echo = plain + 3 if offset_anchors.startswith("echo_") else 0
-    return size + echo + len(text.split()) * anchor * anchors
 
 
 def cue_of(record: Record, *, corpus_cue: bool) -> str | None:

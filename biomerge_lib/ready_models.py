@@ -8,7 +8,6 @@ takes 540 MB there; deleting the folder is safe. Loading it takes neither PEFT n
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from typing import Any
 
 from biomerge_lib.errors import DataError, ModelError, ParameterError, nearest
 from biomerge_lib.files import file_sha256, locked
+from biomerge_lib.manifest import FILE, read_manifest
 from biomerge_lib.predictions import Prompt, RawAnswer
 
 SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "biomerge.json")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", FILE)
 Answerer = Callable[[list[Prompt]], list[RawAnswer]]
 log = logging.getLogger("biomerge")
 
@@ -37,13 +37,13 @@ def read_rendering(adapter: Path) -> dict[str, Any]:
 
     Raises:
         DataError: it is missing.
+        ModelError: it names an anchor style that is gone.
     """
-    path = adapter / "biomerge.json"
-    if not path.is_file():
+    if not (adapter / FILE).is_file():
         raise DataError(
-            f"{path}: no such file. `python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
+            f"{adapter / FILE}: no such file. `python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_manifest(adapter)
 
 
 def choose_cues(rendering: dict[str, Any], cue: str | None, folder: Path) -> dict[str, Any] | None:
@@ -161,8 +161,7 @@ def _prepare(backbone: str) -> Path:
 
     name = backbone_name(backbone)
     prepared = PROJECT_DIR / compose_parameters([]).backbones_dir / name
-    source = prepared / "biomerge.json"
-    if source.is_file() and json.loads(source.read_text(encoding="utf-8"))["backbone"] == backbone:
+    if read_manifest(prepared).get("backbone") == backbone:
         return prepared
     tokenizer_dir = cache_dir() / "tokenizers" / name
     build_tokenizer(backbone, tokenizer_dir)

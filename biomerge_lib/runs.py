@@ -188,6 +188,7 @@ def load_run_parameters(folder: Path) -> Parameters:
 
     Raises:
         DataError: no such run.
+        ParameterError: a value is none any more.
     """
     path = folder / "parameters.yaml"
     if not path.is_file():
@@ -199,7 +200,10 @@ def load_run_parameters(folder: Path) -> Parameters:
     # A parameter that is younger than the run has its default: what it chooses was not there to choose.
     stored = yaml.safe_load(path.read_text(encoding="utf-8"))
     defaults = compose_parameters([]).model_dump() | {"watch_metric": watch_metric_of(stored)}
-    return check_parameters(defaults | stored)
+    try:
+        return check_parameters(defaults | stored)
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {error}") from None
 
 
 def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) -> Path:

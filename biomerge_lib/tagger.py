@@ -17,7 +17,7 @@ from typing import Any
 
 from biomerge_lib.errors import DataError, ModelError
 from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.prompt import find_words
+from biomerge_lib.prompt_format import find_words
 from biomerge_lib.ready_models import (
     SHIPPED,
     ask_server,

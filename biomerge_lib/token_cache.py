@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from biomerge_lib import prompt, records, spans
+from biomerge_lib import prompt, prompt_format, records, spans
 from biomerge_lib.files import file_sha256, whole_file
 from biomerge_lib.records import Record
 
@@ -103,5 +103,6 @@ def _write_stream(sink: Any, batches: Iterable[list[Mapping[str, Any]]]) -> None
 def _code_hash() -> str:
     from biomerge_lib import ner_span
 
-    files = sorted(Path(cast(str, module.__file__)) for module in (ner_span, prompt, records, spans))
+    hashed = (ner_span, prompt, prompt_format, records, spans)
+    files = sorted(Path(cast(str, module.__file__)) for module in hashed)
     return file_sha256(*files, __file__)

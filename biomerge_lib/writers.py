@@ -20,7 +20,7 @@ from typing import TextIO
 
 from biomerge_lib.documents import UNTYPED
 from biomerge_lib.errors import DataError
-from biomerge_lib.prompt import find_pieces, find_words
+from biomerge_lib.prompt_format import find_pieces, find_words
 from biomerge_lib.records import Record
 from biomerge_lib.sentences import find_sentences, join_cut
 from biomerge_lib.spans import Span

@@ -9,7 +9,8 @@ import xgrammar
 from biomerge_lib.answer_grammar import build_grammar
 from biomerge_lib.decoding import greedy_decode
 from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.prompt import Chunk, find_pieces
+from biomerge_lib.prompt import Chunk
+from biomerge_lib.prompt_format import find_pieces
 from biomerge_lib.records import Record
 from biomerge_lib.spans import TAG, format_spans, parse_answer, read_parts
 

@@ -8,18 +8,15 @@ from conftest import ASPIRIN
 from biomerge_lib.errors import DataError
 from biomerge_lib.predictions import RawAnswer, build_prompts, collect_predictions
 from biomerge_lib.prompt import (
-    ANCHOR_STYLES,
     count_tokens,
     encode,
     encode_completion,
     encode_many,
     find_cut_spans,
-    find_words,
     merge_chunks,
-    prompt_bytes,
-    render,
     split_record,
 )
+from biomerge_lib.prompt_format import ANCHOR_STYLES, find_words, prompt_bytes, render
 from biomerge_lib.records import Record
 
 # Combining marks, emoji with joiners, Greek, CJK, non-breaking and other spaces, tabs, line breaks, hyphens.

@@ -39,11 +39,13 @@ from biomerge_lib.eval_vllm import (
 from biomerge_lib.files import fingerprint_weights
 from biomerge_lib.guarded_process import find_group_members
 from biomerge_lib.ner_metrics import score_predictions
+from biomerge_lib.parameters import compose_parameters
 from biomerge_lib.parity import check_parity
 from biomerge_lib.partial_answers import PartialAnswers
 from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import RawAnswer, build_prompts, read_predictions
-from biomerge_lib.prompt import render
+from biomerge_lib.prompt_format import GONE_STYLES, render
+from biomerge_lib.ready_models import read_rendering
 from biomerge_lib.records import write_records
 from biomerge_lib.vllm_client import find_served_model
 from biomerge_lib.vllm_server import VllmServer, installed_vllm, open_server, read_log_tail
@@ -461,8 +463,6 @@ def test_a_flag_wins_over_the_run_and_is_warned_about(capsys):
 
 
 def test_a_run_folder_gives_its_merged_model_and_rendering(tmp_path):
-    from biomerge_lib.parameters import compose_parameters
-
     run = tmp_path / "run"
     run.mkdir()
     values = compose_parameters(["offset_anchors=none", "max_new_tokens=200"]).model_dump()
@@ -475,6 +475,24 @@ def test_a_run_folder_gives_its_merged_model_and_rendering(tmp_path):
     assert read_model_folder(merged) == (merged, {})
     (merged / "biomerge.json").write_text(json.dumps({**expected, "max_new_tokens": 64, "backbone": "tiny"}))
     assert read_model_folder(run) == read_model_folder(merged) == (merged, {**expected, "max_new_tokens": 64})
+
+
+@pytest.mark.parametrize("style", GONE_STYLES)
+def test_a_model_of_a_removed_anchor_style_is_refused_where_it_is_read(tmp_path, style):
+    merged = make_model_folder(tmp_path / "merged")
+    says = f"the anchor style '{style}' was removed"
+    values = compose_parameters([]).model_dump() | {"offset_anchors": style}
+    (tmp_path / "parameters.yaml").write_text(json.dumps(values))
+    with pytest.raises(ParameterError, match=rf"parameters\.yaml: offset_anchors='{style}': {says}"):
+        read_model_folder(tmp_path)
+    (merged / "biomerge.json").write_text(json.dumps(RENDERING | {"offset_anchors": style}))
+    for folder, read in (
+        (tmp_path, read_model_folder),
+        (merged, read_model_folder),
+        (merged, read_rendering),
+    ):
+        with pytest.raises(ModelError, match=rf"biomerge\.json: {says}"):
+            read(folder)
 
 
 def test_retrained_weights_have_another_fingerprint(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from conftest import ASPIRIN
 
 from biomerge_lib.ner_span import SpanCollator, build_dataset, encode_example
-from biomerge_lib.prompt import ANCHOR_STYLES, IGNORE, encode, merge_chunks, render, split_record, word_labels
+from biomerge_lib.prompt import IGNORE, encode, merge_chunks, split_record, word_labels
+from biomerge_lib.prompt_format import ANCHOR_STYLES, render
 from biomerge_lib.records import Record
 
 B, I, O = 1, 2, 0  # noqa: E741
@@ -61,19 +62,8 @@ def test_renderings_are_spelled_as_documented():
     assert spelled == {
         "none": "<NER> Aspirin can",
         "start": "<NER> 0 Aspirin 8 can",
-        "start_end": "<NER> 0 Aspirin 7 8 can 11",
-        "start_colon": "<NER> 0:Aspirin 8:can",
-        "start_before_space": "<NER>0 Aspirin8 can",
         "echo_start": "<NER> Aspirin can | 0 Aspirin 8 can",
-        "echo_start_before_space": "<NER> Aspirin can |0 Aspirin8 can",
     }
-
-
-def test_an_offset_before_the_space_stands_apart_from_a_words_last_digit():
-    style = {"offset_anchors": "start_before_space"}
-    assert render("CYP2D6 and 5 mg", **style, cue="cdr").prompt == "<NER> cdr |0 CYP2D6 7 and11 5 13 mg"
-    odd = "H²  \u0663\tNa+/K+\u00a0β-cell Ⅻ\n."  # superscript, Arabic-Indic and Roman digits; odd spaces
-    assert render(odd, **style).prompt == "<NER>0 H² 4 \u0663 6 Na+/K+13 β-cell20 Ⅻ 22 ."
 
 
 @pytest.mark.parametrize("style", [style for style in ANCHOR_STYLES if style != "none"])
@@ -86,7 +76,7 @@ def test_no_two_texts_have_the_same_prompt(style):
     assert len({render(text, offset_anchors=style).prompt for text in texts}) == len(texts) == 4**3 * 7**2
 
 
-@pytest.mark.parametrize("style", ["start", "start_end", "start_before_space", "echo_start_before_space"])
+@pytest.mark.parametrize("style", ["start", "echo_start"])
 def test_words_keep_the_tokens_of_the_plain_sentence(tokenizer, sample_records, style):
     odd = [
         Record(text, (), "d", "x")
