@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from biomerge_lib.errors import ParameterError, nearest
-from biomerge_lib.prompt_format import check_style
+from biomerge_lib.prompt_format import ANCHOR_STYLES, check_style
 
 PARAMETERS_DIR = Path(__file__).resolve().parent.parent / "parameters"
 # What people call a parameter elsewhere (the brief's sweep, other trainers).
@@ -143,7 +143,7 @@ class Parameters(BaseModel):
     data_dir: str = Field(min_length=1, description="Folder of train.jsonl, dev.jsonl and test.jsonl")
     subsample: float = Field(gt=0, le=1, description="Share of the training documents, drawn with the seed")
     eval_limit: int | None = Field(gt=0, description="Score at most this many records of a split; null = all")
-    offset_anchors: Annotated[Literal["none", "start", "echo_start"], BeforeValidator(check_style)] = Field(
+    offset_anchors: Annotated[Literal[ANCHOR_STYLES], BeforeValidator(check_style)] = Field(  # type: ignore[valid-type]
         description="Which offsets the prompt shows beside each word"
     )
     corpus_cue: bool = Field(description="Name the record's corpus in the prompt")

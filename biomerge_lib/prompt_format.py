@@ -8,12 +8,13 @@ Offsets always refer to the text itself, whatever is written around it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from biomerge_lib.records import NER_PREFIX
 from biomerge_lib.spans import Span
 
-ANCHOR_STYLES = ("none", "start", "echo_start")
 # Measured without gain (reports/learning.md): a model that was trained with one is refused by name.
 GONE_STYLES = ("start_end", "start_colon", "start_before_space", "echo_start_before_space")
 _WORD = re.compile(r"\S+")
@@ -51,6 +52,48 @@ def find_pieces(text: str) -> list[Span]:
     return [match.span() for match in _PIECE.finditer(text)]
 
 
+def _write_plain(head: str, text: str) -> Rendering:
+    """The sentence to the character, but for white space at its end."""
+    words, shift = find_words(text), len(head)
+    return Rendering(head + text.rstrip(), words, [(start + shift, end + shift) for start, end in words])
+
+
+def _write_anchored(head: str, text: str) -> Rendering:
+    """Each word after its start offset, so that the model copies offsets instead of counting characters."""
+    words = find_words(text)
+    parts, rendered, position = [], [], len(head)
+    for start, end in words:
+        parts.append(f"{start} {text[start:end]}")
+        position += len(parts[-1])
+        rendered.append((position - (end - start), position))
+        position += 1
+    return Rendering(head + " ".join(parts), words, rendered)
+
+
+def _write_twice(head: str, text: str) -> Rendering:
+    """The plain sentence, then the anchored one: a causal model reads every anchored word knowing the whole sentence.
+
+    The echo of Springer et al. 2024, "Repetition improves language model embeddings".
+    """
+    return _write_anchored(f"{head}{text.rstrip()} | ", text)
+
+
+class Style(NamedTuple):
+    """How a text is written after a prompt's head, and at most how often it and its words' offsets stand there."""
+
+    write: Callable[[str, str], Rendering]
+    texts: int
+    offsets: int
+
+
+STYLES = {
+    "none": Style(_write_plain, texts=1, offsets=0),
+    "start": Style(_write_anchored, texts=1, offsets=1),
+    "echo_start": Style(_write_twice, texts=2, offsets=1),
+}
+ANCHOR_STYLES = tuple(STYLES)
+
+
 def check_style(style: str) -> str:
     """The style, where it is one of ``ANCHOR_STYLES``.
 
@@ -60,42 +103,22 @@ def check_style(style: str) -> str:
     if style in GONE_STYLES:
         raise ValueError(
             f"the anchor style {style!r} was removed, as it gained nothing: train anew with one of "
-            f"{', '.join(ANCHOR_STYLES)} (or use the commit that a run's metrics.json names)."
+            f"{', '.join(STYLES)} (or use the commit that a run's metrics.json names)."
         )
     if style not in ANCHOR_STYLES:
-        raise ValueError(f"{style!r} is none of {', '.join(ANCHOR_STYLES)}.")
+        raise ValueError(f"{style!r} is none of {', '.join(STYLES)}.")
     return style
 
 
 def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Rendering:
-    """Write a text as the model sees it (without the closing ``<TAG>``).
+    """Write a text as the model sees it (without the closing ``<TAG>``), in one of ``STYLES``.
 
-    ``none`` is the plain sentence, to the character (but for white space at its end). ``start`` writes each
-    word's start offset before it, so that the model copies offsets instead of counting characters. ``echo_start``
-    writes the plain sentence first and the anchored one after it: a causal model then reads every anchored word knowing
-    the whole sentence (the echo of Springer et al. 2024, "Repetition improves language model embeddings"). ``cue``
-    names the corpus whose annotation policy is wanted.
+    ``cue`` names the corpus whose annotation policy is wanted.
 
     >>> render("Aspirin can", offset_anchors="start", cue="bc5cdr").prompt
     '<NER> bc5cdr | 0 Aspirin 8 can'
     """
-    check_style(offset_anchors)
-    words = find_words(text)
-    head = NER_PREFIX + (f"{cue} | " if cue else "")
-    plain = text.rstrip()  # a chunk ends where the next word starts, a sentence ends with its last word
-    if offset_anchors == "none":
-        shift = len(head)
-        return Rendering(head + plain, words, [(start + shift, end + shift) for start, end in words])
-    if offset_anchors == "echo_start":
-        head += f"{plain} | "
-    parts, rendered, position, gap = [head], [], len(head), ""
-    for start, end in words:
-        before = f"{gap}{start} "
-        rendered.append((position + len(before), position + len(before) + end - start))
-        parts += [before, text[start:end]]
-        position += len(before) + end - start
-        gap = " "
-    return Rendering("".join(parts), words, rendered)
+    return STYLES[offset_anchors].write(NER_PREFIX + (f"{cue} | " if cue else ""), text)
 
 
 def prompt_bytes(text: str, *, offset_anchors: str, cue: str | None = None) -> int:
@@ -104,10 +127,7 @@ def prompt_bytes(text: str, *, offset_anchors: str, cue: str | None = None) -> i
     >>> prompt_bytes("Aspirin can", offset_anchors="none")
     17
     """
+    _, texts, offsets = STYLES[offset_anchors]
     plain = len(text) if text.isascii() else len(text.encode())
-    size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + plain
-    if offset_anchors == "none":
-        return size
-    anchor = len(str(len(text))) + 2
-    echo = plain + 3 if offset_anchors == "echo_start" else 0
-    return size + echo + len(text.split()) * anchor
+    size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + texts * (plain + 3) - 3
+    return size + (offsets and offsets * len(text.split()) * (len(str(len(text))) + 2))

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.join_qwen import join
+from benchmarks.learning import read_rows
 from benchmarks.training_speed import Stopwatch
+from biomerge_lib.prompt_format import GONE_STYLES
+from biomerge_lib.report_runs import collect_runs
 from biomerge_lib.runs import PROJECT_DIR
 
 FILES = sorted((PROJECT_DIR / "benchmarks").glob("*.py"))
@@ -23,6 +26,14 @@ def test_each_benchmark_shows_its_usage(name, monkeypatch, capsys):
         benchmark.main()
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: {name} [-h]")
+
+
+def test_published_runs_of_removed_anchor_styles_keep_their_rows():
+    published = PROJECT_DIR / "reports" / "learning"
+    listed = {run.parameters["offset_anchors"]: run for run in collect_runs(published)}
+    rows = {row["name"]: row for row in read_rows(sorted(published.glob("learning-ablation-*")))}
+    for style in GONE_STYLES:
+        assert listed[style].notes == [] and rows[style]["f1"] > 0.5
 
 
 @pytest.mark.parametrize(
