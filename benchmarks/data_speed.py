@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from biomerge_lib.files import write_json
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.readers import read_corpus
 from biomerge_lib.records import Record, write_records
 from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
@@ -34,10 +35,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 CORPORA = ("bc5cdr", "bc2gm", "jnlpba", "anatem", "bionlp13cg")
 TOKENIZER = PROJECT_DIR / "tokenizers" / "smollm2_biomerge_tok"
-RENDERING: dict[str, Any] = {
-    "offset_anchors": "start",
-    "corpus_cue": True,
-    "max_input_tokens": 512,
+EXAMPLES: dict[str, Any] = {
+    "prompt_format": PromptFormat(offset_anchors="start", corpus_cue=True, max_input_tokens=512),
     "max_target_tokens": 128,
 }
 REPORT = PROJECT_DIR / "reports" / "data_speed.json"
@@ -85,7 +84,7 @@ def measure_conversion(corpora: str, folder: str) -> dict:
     check, splits = timed(lambda: {split: read_split(folder, split) for split in ("train", "dev")})
     cache = Path(folder) / "cache"
     tokenise, sets = timed(
-        lambda: [build_dataset(found, tokenizer, cache_dir=cache, **RENDERING) for found in splits.values()]
+        lambda: [build_dataset(found, tokenizer, cache_dir=cache, **EXAMPLES) for found in splits.values()]
     )
     return {
         "sentences_converted": sum(
@@ -112,7 +111,7 @@ def measure_second_start(folder: str) -> dict:
     cache = Path(folder) / "cache"
     before = len(list(cache.iterdir()))
     reopen, sets = timed(
-        lambda: [build_dataset(found, tokenizer, cache_dir=cache, **RENDERING) for found in splits.values()]
+        lambda: [build_dataset(found, tokenizer, cache_dir=cache, **EXAMPLES) for found in splits.values()]
     )
     assert len(list(cache.iterdir())) == before, "the cache was missed"
     return {
@@ -150,7 +149,7 @@ def measure_stream(folder: str) -> dict:
             tokenizer,
             cache_dir=Path(folder) / "cache",
             data_hash=hash_split(folder, "train"),
-            **RENDERING,
+            **EXAMPLES,
         )
     )
     cpu_seconds = cpu_since(cpu)
@@ -180,7 +179,7 @@ def measure_reopened(folder: str) -> dict:
             tokenizer,
             cache_dir=Path(folder) / "cache",
             data_hash=hash_split(folder, "train"),
-            **RENDERING,
+            **EXAMPLES,
         )
     )
     for index in random.Random(0).sample(range(len(dataset)), min(1000, len(dataset))):

@@ -21,8 +21,9 @@ from typing import Any, cast
 from biomerge_lib.answer_grammar import CONSTRAINTS
 from biomerge_lib.confidence import calibration_error, choose_threshold
 from biomerge_lib.decoding import greedy_decode
-from biomerge_lib.eval_vllm import evaluate_split, read_model_folder
+from biomerge_lib.eval_vllm import evaluate_split
 from biomerge_lib.files import file_sha256, write_json
+from biomerge_lib.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import read_split
 from biomerge_lib.parity import check_parity
@@ -92,15 +93,12 @@ def load_now() -> float:
 
 
 def decode_with_transformers(
-    model_dir: Path, records, rendering: dict[str, Any], *, dtype: str, batch_size: int, constraints
+    model_dir: Path, records, manifest: Manifest, *, dtype: str, batch_size: int, constraints
 ):
     """Rows and predictions by constraint."""
-    max_new_tokens = rendering["max_new_tokens"]
     tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
-    prompts = build_prompts(
-        records, tokenizer, **{name: rendering[name] for name in rendering if name != "max_new_tokens"}
-    )
-    decode = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    prompts = build_prompts(records, tokenizer, manifest.prompt_format)
+    decode: dict[str, Any] = {"max_new_tokens": manifest.max_new_tokens, "batch_size": batch_size}
     rows, found = [], {}
     greedy_decode(model, tokenizer, prompts[:2], progress=None, **decode)
     for constraint in constraints:
@@ -114,9 +112,11 @@ def decode_with_transformers(
     return rows, found, tokenizer
 
 
-def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, constraints, few: int, scratch):
+def decode_with_vllm(
+    model_dir, records, manifest: Manifest, tokenizer, *, dtype: str, constraints, few: int, scratch
+):
     """Rows, predictions by constraint and start-up seconds; ``few`` records are also asked one by one."""
-    limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
+    limit = manifest.prompt_format.max_input_tokens + manifest.max_new_tokens
     rows, found = [], {}
     # Every row asks the same prompts: each must pay for reading them.
     options: dict[str, Any] = {"max_model_len": limit, "extra_arguments": ["--no-enable-prefix-caching"]}
@@ -127,7 +127,8 @@ def decode_with_vllm(model_dir, records, rendering, tokenizer, *, dtype: str, co
             "api_key": server.api_key,
             "model_id": server.model_id,
         }
-        asking |= {"split": "dev", **rendering}
+        asking |= {"split": "dev", "prompt_format": manifest.prompt_format}
+        asking |= {"max_new_tokens": manifest.max_new_tokens}
         evaluate_split(records[:4], tokenizer, out=f"{scratch}/warm.jsonl", progress=None, **asking)
         # An answer of one token takes as long as reading its prompt: what no company can speed up.
         jobs: list[tuple[str, str, Any, int, int | None]] = []
@@ -262,12 +263,13 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     where = provenance()
-    model_dir, rendering = read_model_folder(options.model)
+    model_dir, said = read_model_folder(options.model)
+    manifest = Manifest.of(said, where=model_dir)
     records = read_split(options.data_dir, "dev", limit=options.limit)
     rows, greedy, tokenizer = decode_with_transformers(
         model_dir,
         records,
-        rendering,
+        manifest,
         dtype=options.dtype,
         batch_size=options.batch_size,
         constraints=options.transformers,
@@ -280,7 +282,7 @@ def main() -> None:
             served_rows, served, startup[dtype] = decode_with_vllm(
                 model_dir,
                 records,
-                rendering,
+                manifest,
                 tokenizer,
                 dtype=dtype,
                 constraints=constraints,
@@ -309,7 +311,7 @@ def main() -> None:
         "records": len(records),
         "data": f"{options.data_dir.parent.name} dev",
         "data_sha256": file_sha256(options.data_dir / "dev.jsonl"),
-        "rendering": ", ".join(f"{name}={value}" for name, value in rendering.items()),
+        "rendering": ", ".join(f"{name}={said[name]}" for name in ASKED_WITH),
         "startup_seconds": startup,
         "rows": rows,
         "parity": parity,

@@ -18,8 +18,10 @@ from typing import Any
 from benchmarks.readiness import llama3_tokenizer
 from biomerge_lib.backbones import load_source_tokenizer
 from biomerge_lib.files import write_json
-from biomerge_lib.prompt import encode_prompt
+from biomerge_lib.prompt import count_tokens
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.readers import read_corpus
+from biomerge_lib.records import Record
 from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
 from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer
 
@@ -45,13 +47,14 @@ def count_lengths(lengths: list[int]) -> dict[str, Any]:
     }
 
 
-def measure(texts: dict[str, list[str]], tokenizers: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def measure(sentences: dict[str, list[Record]], tokenizers: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """A row for each tokenizer, spelling of the anchors and corpus, and one for all corpora together."""
     for name, tokenizer in tokenizers.items():
         for style in STYLES:
+            prompt_format = PromptFormat(offset_anchors=style, corpus_cue=False, max_input_tokens=max(LIMITS))
             lengths = {
-                corpus: [len(encode_prompt(text, tokenizer, offset_anchors=style)[0]) for text in sentences]
-                for corpus, sentences in texts.items()
+                corpus: [count_tokens(record, tokenizer, prompt_format)[0] for record in records]
+                for corpus, records in sentences.items()
             }
             lengths["all"] = list(chain.from_iterable(lengths.values()))
             for corpus, values in lengths.items():
@@ -94,17 +97,15 @@ def main() -> None:
     for word in options.tokenizer:
         name, _, folder = word.partition("=")
         tokenizers[name] = load_tokenizer(folder)
-    texts = {
-        corpus: [
-            record.text for split in read_corpus(str(options.corpora / corpus)).values() for record in split
-        ]
+    sentences = {
+        corpus: [record for split in read_corpus(str(options.corpora / corpus)).values() for record in split]
         for corpus in CORPORA
     }
     where = provenance()
     report: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.prompt_lengths", *sys.argv[1:]]),
         "commit": where["commit"],
-        "rows": list(measure(texts, tokenizers)),
+        "rows": list(measure(sentences, tokenizers)),
     }
     write_json(REPORT, report)
     REPORT.with_suffix(".md").write_text(describe(report), encoding="utf-8")

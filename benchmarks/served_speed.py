@@ -24,13 +24,15 @@ from typing import Any, cast
 from benchmarks.decoding import table
 from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
 from biomerge_lib.decoding import greedy_decode
-from biomerge_lib.eval_vllm import RENDERING, evaluate_split, read_model_folder
+from biomerge_lib.eval_vllm import evaluate_split
 from biomerge_lib.files import file_sha256, write_json
+from biomerge_lib.manifest import Manifest, read_manifest
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import read_split
 from biomerge_lib.parity import check_parity
 from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.ready_models import SHIPPED, merge_for_use
 from biomerge_lib.records import Record
 from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
@@ -38,12 +40,10 @@ from biomerge_lib.vllm_client import served_names
 from biomerge_lib.vllm_server import EXECUTION, VllmServer
 
 REPORT = PROJECT_DIR / "reports" / "served_speed.json"
-RANDOM_RENDERING: dict[str, Any] = {
-    "offset_anchors": "start",
-    "corpus_cue": False,
-    "max_input_tokens": 512,
-    "max_new_tokens": 64,
-}
+RANDOM = Manifest(
+    prompt_format=PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512),
+    max_new_tokens=64,
+)
 WARM_UP = 8  # sentences answered before the clock of "answering" starts; their time counts as start-up
 
 
@@ -58,14 +58,10 @@ def build_random_model(shape: str) -> Path:
     return folder
 
 
-def without_answer_limit(rendering: dict[str, Any]) -> dict[str, Any]:
-    return {name: rendering[name] for name in RENDERING if name != "max_new_tokens"}
-
-
 def serve(
     model_dir: Path,
     records: list[Record],
-    rendering: dict[str, Any],
+    manifest: Manifest,
     *,
     dtype: str,
     execution: str,
@@ -75,7 +71,7 @@ def serve(
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Start a server, answer the records, stop it: one row of the table, and the predictions."""
     tokenizer = load_plain_tokenizer(model_dir)
-    limit = rendering["max_input_tokens"] + rendering["max_new_tokens"]
+    limit = manifest.prompt_format.max_input_tokens + manifest.max_new_tokens
     name = f"{model_dir.parent.name if model_dir.name == 'merged' else model_dir.name}-{dtype}-{execution}"
     start = 1 + len(list(scratch.glob(f"{name}-*.jsonl")))
     name = f"{name}-{start}"
@@ -88,14 +84,15 @@ def serve(
             "api_key": server.api_key,
             "model_id": server.model_id,
         }
-        asking |= {"split": "dev", "concurrency": concurrency, **rendering}
+        asking |= {"split": "dev", "concurrency": concurrency}
+        asking |= {"prompt_format": manifest.prompt_format, "max_new_tokens": manifest.max_new_tokens}
         warm_up = evaluate_split(
             records[:WARM_UP], tokenizer, out=scratch / f"warm-{name}.jsonl", progress=None, **asking
         )
         evaluation = evaluate_split(
             records, tokenizer, out=scratch / f"{name}.jsonl", progress=None, **asking
         )
-    prompts = build_prompts(records, tokenizer, **without_answer_limit(rendering))
+    prompts = build_prompts(records, tokenizer, manifest.prompt_format)
     start_up = cast(float, server.startup_seconds) + warm_up.seconds
     return {
         "model": server.model_id,
@@ -117,7 +114,7 @@ def serve(
 
 
 def decode(
-    model_dir: Path, records: list[Record], rendering: dict[str, Any], *, dtype: str, batch_size: int
+    model_dir: Path, records: list[Record], manifest: Manifest, *, dtype: str, batch_size: int
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """The same with transformers: its F1 means nothing for random weights."""
     import torch
@@ -126,9 +123,9 @@ def decode(
     from biomerge_lib.unsloth_lora_ner import load_causal_lm
 
     tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
-    prompts = build_prompts(records, tokenizer, **without_answer_limit(rendering))
+    prompts = build_prompts(records, tokenizer, manifest.prompt_format)
     options: dict[str, Any] = {
-        "max_new_tokens": rendering["max_new_tokens"],
+        "max_new_tokens": manifest.max_new_tokens,
         "batch_size": batch_size,
         "progress": None,
     }
@@ -186,7 +183,7 @@ def write_page(report: dict[str, Any], path: Path) -> None:
         "*start-up*: from starting the server to its answer to eight sentences; *answering*: the records, through the "
         "project's own client. *start*: the first of a model in this run, the second (kernels that Triton compiles at "
         "first use are kept on disk). The random model never writes EOS, so that each of its answers is cut at "
-        f"{RANDOM_RENDERING['max_new_tokens']} tokens. *execution*: eager, with CUDA graphs, or compiled with "
+        f"{RANDOM.max_new_tokens} tokens. *execution*: eager, with CUDA graphs, or compiled with "
         "torch.compile and graphs.",
         "",
     ]
@@ -249,7 +246,7 @@ def main() -> None:
                     serve(
                         random_model,
                         records,
-                        RANDOM_RENDERING,
+                        RANDOM,
                         dtype="bfloat16",
                         execution=how,
                         concurrency=options.concurrency,
@@ -267,7 +264,7 @@ def main() -> None:
                     decode(
                         random_model,
                         records,
-                        RANDOM_RENDERING,
+                        RANDOM,
                         dtype="bfloat16",
                         batch_size=options.batch_size,
                     )[0]
@@ -288,11 +285,11 @@ def main() -> None:
 def measure_trained(
     report, model_dir: Path, records: list[Record], dtype: str, options, scratch: Path
 ) -> None:
-    rendering = read_model_folder(model_dir)[1]
+    manifest = Manifest.of(read_manifest(model_dir), where=model_dir)
     row, served = serve(
         model_dir,
         records,
-        rendering,
+        manifest,
         dtype=dtype,
         execution="graphs",
         concurrency=options.concurrency,
@@ -300,7 +297,7 @@ def measure_trained(
         logs=options.logs or scratch,
     )
     report["served"].append(row)
-    row, greedy = decode(model_dir, records, rendering, dtype=dtype, batch_size=options.batch_size)
+    row, greedy = decode(model_dir, records, manifest, dtype=dtype, batch_size=options.batch_size)
     report["decoded"].append(row)
     report["parity"].append(compare(greedy, served, model_dir, dtype=dtype))
 

@@ -359,13 +359,14 @@ def build_ours(way: str, model, tokenizer, records, options: dict[str, Any]):
 def build_peer_trainer(way: str, model, tokenizer, records, options: dict[str, Any]):
     """A peer's Trainer on the same token ids and labels, and what it has seen."""
     from biomerge_lib.ner_span import build_dataset
+    from biomerge_lib.prompt_format import PromptFormat
 
     dataset = build_dataset(
         records,
         tokenizer,
-        offset_anchors=options["anchors"],
-        corpus_cue=False,
-        max_input_tokens=options["max_tokens"],
+        PromptFormat(
+            offset_anchors=options["anchors"], corpus_cue=False, max_input_tokens=options["max_tokens"]
+        ),
         max_target_tokens=128,
     )
     names = ("batch", "accumulate", "num_workers")

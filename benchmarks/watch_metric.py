@@ -56,13 +56,7 @@ def decode_run(folder: Path, *, eval_limit: int | None, sample: int) -> None:
     backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
     tokenizer = load_tokenizer(backbone)
     records = read_split(parameters.data_dir, "dev", **(scoring_options(parameters) | {"limit": eval_limit}))
-    prompts = build_prompts(
-        records,
-        tokenizer,
-        offset_anchors=parameters.offset_anchors,
-        corpus_cue=parameters.corpus_cue,
-        max_input_tokens=parameters.max_input_tokens,
-    )
+    prompts = build_prompts(records, tokenizer, parameters.prompt_format)
     size = min(sample, len(records))
     chosen = {number * len(records) // size for number in range(size)}
     conditions = {"records": len(records), "sample": size}

@@ -19,8 +19,8 @@ import yaml
 from biomerge_lib.backbones import BACKBONE_NOTE
 from biomerge_lib.checkpoints import best_checkpoint
 from biomerge_lib.errors import DataError
-from biomerge_lib.eval_vllm import RENDERING, read_cues
 from biomerge_lib.files import write_json
+from biomerge_lib.manifest import ASKED_WITH, FILE, Manifest, read_manifest, write_manifest
 from biomerge_lib.markup import code_in_markdown, in_markdown
 from biomerge_lib.parameters import Parameters, compose_parameters
 from biomerge_lib.records import SPLITS
@@ -59,7 +59,7 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     from safetensors.torch import load_file, save_file
 
     run_folder, out = Path(run_folder), Path(out).resolve()  # the adapter is called as the folder
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "biomerge.json").is_file())):
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / FILE).is_file())):
         raise DataError(f"{out}: is there and holds no exported adapter; name another folder.")
     parameters, metrics = load_run_parameters(run_folder), read_metrics(run_folder)
     metrics |= {"stages": current_stages(metrics)}
@@ -87,11 +87,10 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     write_json(out / CONFIG, config)
     if (checkpoint / BACKBONE_NOTE).is_file():
         shutil.copy(checkpoint / BACKBONE_NOTE, out)
-    rendering = {name: getattr(parameters, name) for name in RENDERING}
-    cues = read_cues(run_folder / "merged") if parameters.corpus_cue else {}
-    if cues:
-        cues = {"cues": cues["trained"], "default_cue": cues["default_cue"]}
-    write_json(out / "biomerge.json", {"backbone": backbone, **rendering, **cues})
+    asked = {name: getattr(parameters, name) for name in ASKED_WITH}
+    merged = run_folder / "merged"  # knows the cues
+    said = read_manifest(merged) | asked | {"backbone": backbone}
+    write_manifest(out, Manifest.of(said, where=merged))
     size = (out / WEIGHTS).stat().st_size
     card = build_card(out.name, parameters, metrics, backbone=backbone, megabytes=f"{size / 1e6:.1f}")
     (out / "README.md").write_text(card, encoding="utf-8")

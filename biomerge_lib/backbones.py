@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from biomerge_lib.errors import ModelError
-from biomerge_lib.files import locked, whole_folder, write_json
+from biomerge_lib.files import locked, whole_folder
+from biomerge_lib.manifest import read_manifest, write_manifest
 from biomerge_lib.tokenizer import add_biomerge_tokens, import_transformers, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
@@ -90,9 +91,7 @@ def build_tokenizer(backbone: str, tokenizer_dir: Path | str) -> tuple[PreTraine
         ModelError: ``tokenizer_dir`` holds the tokenizer of another backbone.
     """
     tokenizer_dir = Path(tokenizer_dir)
-    source_file = tokenizer_dir / "biomerge.json"
-    if source_file.is_file():
-        built_for = json.loads(source_file.read_text(encoding="utf-8"))["backbone"]
+    if built_for := read_manifest(tokenizer_dir).get("backbone"):
         if built_for != backbone:
             raise ModelError(
                 f"{tokenizer_dir} holds the tokenizer of {built_for!r}, not of {backbone!r}; set another tokenizer_dir."
@@ -101,7 +100,7 @@ def build_tokenizer(backbone: str, tokenizer_dir: Path | str) -> tuple[PreTraine
     tokenizer = load_source_tokenizer(backbone)
     added = add_biomerge_tokens(tokenizer)
     save_tokenizer(tokenizer, tokenizer_dir)
-    source_file.write_text(json.dumps({"backbone": backbone}) + "\n", encoding="utf-8")
+    write_manifest(tokenizer_dir, {"backbone": backbone})
     return load_tokenizer(tokenizer_dir), added
 
 
@@ -167,14 +166,10 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config = _greedy_generation_config(tokenizer)
-    source = {
-        "backbone": backbone,
-        "embedding_rows": cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings,
-    }
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_json(partial / "biomerge.json", source)
+        write_manifest(partial, {"backbone": backbone})
     log.info("prepared %s in %s", backbone, folder)
 
 

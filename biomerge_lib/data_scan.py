@@ -9,13 +9,13 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from biomerge_lib.draws import Document, document_of
 from biomerge_lib.errors import DataError
 from biomerge_lib.leakage import key_of
-from biomerge_lib.prompt import count_tokens, cue_of, find_cut_spans, split_record
-from biomerge_lib.prompt_format import prompt_bytes
+from biomerge_lib.prompt import count_tokens, find_cut_spans, split_record
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.records import Record
 
 if TYPE_CHECKING:
@@ -66,10 +66,8 @@ class Scan:
 def scan_records(
     records: Iterable[Record],
     tokenizer: PlainTokenizer,
+    prompt_format: PromptFormat,
     *,
-    offset_anchors: str,
-    corpus_cue: bool,
-    max_input_tokens: int,
     max_target_tokens: int,
     for_training: bool,
     reserved: Sequence[str] = (),
@@ -79,28 +77,23 @@ def scan_records(
     A token is at least a byte long, so only a record with more bytes than ``max_input_tokens`` (or a target with more
     than ``max_target_tokens``) has to be tokenised to count those over the limits exactly.
     """
-    rendering: dict[str, Any] = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
-    limits = {"max_input_tokens": max_input_tokens}
-    if for_training:
-        limits["max_target_tokens"] = max_target_tokens
     scan, chance, short = Scan(), random.Random(0), 0
     sample: list[tuple[Record, bool]] = []
     for record in records:
-        count_record(scan, record, corpus_cue=corpus_cue, reserved=reserved)
-        cue = cue_of(record, corpus_cue=corpus_cue)
-        most = prompt_bytes(record.text, offset_anchors=offset_anchors, cue=cue) + EXTRA_TOKENS
-        is_short = most <= max_input_tokens and len(record.target) <= max_target_tokens
+        count_record(scan, record, prompt_format, reserved=reserved)
+        most = prompt_format.most_bytes(record) + EXTRA_TOKENS
+        is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
         if is_short:
             scan.examples += 1
             short += 1
         else:
-            _measure(scan, record, tokenizer, rendering, limits, max_target_tokens)
+            _measure(scan, record, tokenizer, prompt_format, max_target_tokens, for_training)
         if len(sample) < SAMPLE_SIZE:
             sample.append((record, is_short))
         elif (place := chance.randrange(scan.records)) < SAMPLE_SIZE:
             sample[place] = record, is_short
     scan.sample = [record for record, _ in sample]
-    lengths = [count_tokens(record, tokenizer, **rendering) for record, is_short in sample if is_short]
+    lengths = [count_tokens(record, tokenizer, prompt_format) for record, is_short in sample if is_short]
     if lengths:
         share = short / len(lengths)
         scan.is_exact = share == 1
@@ -109,7 +102,9 @@ def scan_records(
     return scan
 
 
-def count_record(scan: Scan, record: Record, *, corpus_cue: bool, reserved: Sequence[str] = ()) -> None:
+def count_record(
+    scan: Scan, record: Record, prompt_format: PromptFormat, *, reserved: Sequence[str] = ()
+) -> None:
     """Count a record in: everything but its tokens."""
     scan.records += 1
     scan.spans += len(record.spans)
@@ -117,7 +112,7 @@ def count_record(scan: Scan, record: Record, *, corpus_cue: bool, reserved: Sequ
     scan.datasets[record.dataset] += 1
     scan.documents.add(document_of(record))
     scan.reserved += any(token in record.text for token in reserved)
-    cue = cue_of(record, corpus_cue=corpus_cue)
+    cue = prompt_format.cue(record)
     scan.cues[cue] += 1
     keyed = key_of(record)
     prompt = keyed.sentence, cue
@@ -133,20 +128,22 @@ def _measure(
     scan: Scan,
     record: Record,
     tokenizer: PlainTokenizer,
-    rendering: dict,
-    limits: dict,
+    prompt_format: PromptFormat,
     max_target_tokens: int,
+    for_training: bool,
 ) -> None:
-    prompt, target = count_tokens(record, tokenizer, **rendering)
+    prompt, target = count_tokens(record, tokenizer, prompt_format)
+    is_long, has_long_target = prompt > prompt_format.max_input_tokens, target > max_target_tokens
     scan.prompt_tokens += prompt
     scan.target_tokens += target
-    scan.long_prompts += prompt > limits["max_input_tokens"]
-    scan.long_targets += target > max_target_tokens
-    if prompt <= limits["max_input_tokens"] and target <= limits.get("max_target_tokens", target):
+    scan.long_prompts += is_long
+    scan.long_targets += has_long_target
+    if not is_long and not (for_training and has_long_target):
         scan.examples += 1
         return
     try:
-        chunks = split_record(record, tokenizer, **rendering, **limits)
+        limit = max_target_tokens if for_training else None
+        chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=limit)
     except DataError as error:
         scan.impossible.append(str(error))
         return

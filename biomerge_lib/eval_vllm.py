@@ -14,16 +14,16 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from biomerge_lib.answer_grammar import CONSTRAINTS
-from biomerge_lib.errors import BioMergeError, DataError, ModelError, ParameterError, ServerError
+from biomerge_lib.errors import BioMergeError, DataError, ParameterError, ServerError
 from biomerge_lib.files import file_sha256, fingerprint_weights, write_json
-from biomerge_lib.manifest import FILE, read_manifest
+from biomerge_lib.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.ner_span import cue_record, read_split
 from biomerge_lib.partial_answers import PartialAnswers
@@ -35,9 +35,8 @@ from biomerge_lib.predictions import (
     collect_predictions,
     write_predictions,
 )
-from biomerge_lib.prompt_format import ANCHOR_STYLES
+from biomerge_lib.prompt_format import ANCHOR_STYLES, PromptFormat
 from biomerge_lib.records import SPLITS, Record
-from biomerge_lib.runs import load_run_parameters
 from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model, served_names
 
 EXAMPLES = """examples:
@@ -45,7 +44,6 @@ EXAMPLES = """examples:
       --served-model-name my-run --host 127.0.0.1 --port 8001
   VLLM_API_KEY=... python -m biomerge_lib.eval_vllm --split dev --port 8001 --data_dir data/bc5cdr_iob/ner
   python -m biomerge_lib.eval_vllm --base-url http://node7:8001 --model runs/my-run --constrained-decoding offsets"""
-RENDERING = ("offset_anchors", "corpus_cue", "max_input_tokens", "max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +81,13 @@ class Evaluation:
 def evaluate_split(
     records: Sequence[Record],
     tokenizer: PlainTokenizer,
+    prompt_format: PromptFormat,
     *,
     split: str,
     out: Path | str,
     base_url: str,
     model_id: str,
     api_key: str,
-    offset_anchors: str,
-    corpus_cue: bool,
-    max_input_tokens: int,
     max_new_tokens: int,
     concurrency: int = 64,
     constrained_decoding: str = "off",
@@ -116,10 +112,7 @@ def evaluate_split(
     if not records:
         raise DataError(f"{split}: no records to score.")
     served = find_served_model(base_url, api_key, names=[model_id])
-    rendering: dict[str, Any] = dict(
-        offset_anchors=offset_anchors, corpus_cue=corpus_cue, max_input_tokens=max_input_tokens
-    )
-    prompts = build_prompts(records, tokenizer, **rendering)
+    prompts = build_prompts(records, tokenizer, prompt_format)
     needed = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
     if served.max_model_len and needed > served.max_model_len:
         raise ServerError(
@@ -127,10 +120,8 @@ def evaluate_split(
             f"{served.max_model_len}. Start it with --max-model-len {needed}, or lower max_input_tokens."
         )
     all_ids = json.dumps([prompt.prompt_ids for prompt in prompts]).encode()
-    job: dict[str, Any] = dict(
-        split=split, model=served.id, weights=weights, max_new_tokens=max_new_tokens, **rendering
-    )
-    job |= dict(constrained_decoding=constrained_decoding)
+    job = dict(split=split, model=served.id, weights=weights, max_new_tokens=max_new_tokens)
+    job |= asdict(prompt_format) | dict(constrained_decoding=constrained_decoding)
     job |= dict(prompts=len(prompts), prompts_sha256=hashlib.sha256(all_ids).hexdigest())
     client = GreedyClient(
         base_url=base_url,
@@ -177,50 +168,14 @@ def evaluate_split(
     return Evaluation(predictions, len(todo), resumed, seconds, new_tokens, retries)
 
 
-def read_model_folder(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The merged model's folder of a run folder (or the folder itself), and the rendering it was trained with.
-
-    The rendering stands beside the weights (``biomerge.json``) and in the run's ``parameters.yaml``.
-
-    Raises:
-        ModelError: neither a run nor a model, or one of an anchor style that is gone.
-    """
-    is_run = (path / "parameters.yaml").is_file()
-    model_dir = path / "merged" if is_run else path
-    if not (model_dir / "config.json").is_file():
-        raise ModelError(
-            f"{model_dir}: no model (config.json is missing). Name a run's folder or a merged model's."
-        )
-    stored = read_manifest(model_dir)
-    if is_run and not set(RENDERING) <= set(stored):
-        parameters = load_run_parameters(path)
-        stored = {name: getattr(parameters, name) for name in RENDERING}
-    return model_dir, {name: stored[name] for name in RENDERING if name in stored}
-
-
-def read_cues(model_dir: Path) -> dict[str, Any]:
-    """The corpora that a merged model was ``trained`` to be asked by, and its ``default_cue`` for all others.
-
-    Raises:
-        ModelError: ``biomerge.json`` beside the weights does not name them.
-    """
-    stored = read_manifest(model_dir)
-    if not {"cues", "default_cue"} <= stored.keys():
-        raise ModelError(
-            f"{model_dir / FILE} does not say with which corpus cues the model was trained (03_train.ipynb writes it): "
-            "give --no-corpus-cue to ask without."
-        )
-    return {"trained": stored["cues"], "default_cue": stored["default_cue"]}
-
-
-def choose_rendering(stored: Mapping[str, Any], given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+def choose_asking(stored: Mapping[str, Any], given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """What was given (not None) wins over what the model was trained with; a contradiction is warned about.
 
     Raises:
         ParameterError: neither says it.
     """
     chosen = {**stored, **{name: value for name, value in given.items() if value is not None}}
-    for name in RENDERING:
+    for name in ASKED_WITH:
         flag = "--" + name.replace("_", "-")
         if name not in chosen:
             raise ParameterError(f"{where} does not say {name} (no run's model?): give {flag}.")
@@ -327,18 +282,19 @@ def _evaluate(options: argparse.Namespace) -> None:
             )
     model_dir, stored = read_model_folder(model)
     served = find_served_model(base_url, api_key, names=[*served_names(model_dir), str(model)])
-    rendering = choose_rendering(
-        stored, {name: getattr(options, name) for name in RENDERING}, where=str(model)
-    )
-    if rendering["corpus_cue"]:
-        records = [cue_record(record, **read_cues(model_dir)) for record in records]
+    chosen = choose_asking(stored, {name: getattr(options, name) for name in ASKED_WITH}, where=str(model))
+    manifest = Manifest.of(chosen, where=model_dir)
+    if cues := manifest.cue_options():
+        records = [cue_record(record, **cues) for record in records]
     run_folder = model_dir.parent if model_dir.name == "merged" else Path()
     out = options.out or run_folder / f"predictions-{options.split}-vllm.jsonl"
     print(f"{data_path}: {len(records)} records, sha256 {file_sha256(data_path)[:12]}")
-    print(f"{served.id} at {base_url}: {', '.join(f'{name}={value}' for name, value in rendering.items())}")
+    asked = {name: chosen[name] for name in ASKED_WITH}
+    print(f"{served.id} at {base_url}: {', '.join(f'{name}={value}' for name, value in asked.items())}")
     evaluation = evaluate_split(
         records,
         load_plain_tokenizer(model_dir),
+        manifest.prompt_format,
         split=options.split,
         out=out,
         base_url=base_url,
@@ -348,7 +304,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         constrained_decoding=options.constrained_decoding,
         span_threshold=options.span_threshold,
         weights=fingerprint_weights(model_dir),
-        **rendering,
+        max_new_tokens=manifest.max_new_tokens,
     )
     scores = score_predictions(evaluation.predictions)
     _print_scores(scores, evaluation)
@@ -356,7 +312,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.metrics:
         origin = {"split": options.split, "model": served.id}
         origin |= {name: getattr(options, name) for name in ("constrained_decoding", "span_threshold")}
-        write_json(options.metrics, {**scores, **evaluation.speed(), **rendering, **origin})
+        write_json(options.metrics, {**scores, **evaluation.speed(), **asked, **origin})
 
 
 def _print_scores(scores: Mapping[str, float], evaluation: Evaluation) -> None:

@@ -15,14 +15,23 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.draws import Document, document_of, draw_share, place_in_draw
 from biomerge_lib.files import file_sha256, remember
-from biomerge_lib.prompt import IGNORE, Encoding, encode, encode_many, split_record, word_labels
+from biomerge_lib.manifest import Manifest
+from biomerge_lib.prompt import (
+    BATCH,
+    IGNORE,
+    Encoding,
+    batched,
+    encode,
+    encode_chunks,
+    word_labels,
+)
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.records import Record, iter_records
 from biomerge_lib.token_cache import (
     cache_path,
@@ -39,7 +48,6 @@ if TYPE_CHECKING:
 
     from biomerge_lib.parameters import Parameters
 
-BATCH = 1000  # records tokenised at a time
 log = logging.getLogger("biomerge")
 
 
@@ -111,16 +119,16 @@ def _cue_options(parameters: Parameters) -> dict[str, Any]:
     return {"default_cue": parameters.default_cue, "seed": parameters.seed} if parameters.corpus_cue else {}
 
 
-def model_rendering(parameters: Parameters) -> dict[str, Any]:
-    """What a trained model must be asked with, to be kept beside its weights: the rendering and the cues it knows."""
-    names = ("backbone", "offset_anchors", "corpus_cue", "max_input_tokens", "max_new_tokens")
-    rendering = {name: getattr(parameters, name) for name in names}
-    if parameters.corpus_cue:
-        rendering |= {
-            "cues": sorted(train_datasets(parameters.data_dir)),
-            "default_cue": parameters.default_cue,
-        }
-    return rendering
+def describe_model(parameters: Parameters) -> Manifest:
+    """What a trained model must be asked with, to be kept beside its weights."""
+    cues = parameters.corpus_cue
+    return Manifest(
+        prompt_format=parameters.prompt_format,
+        max_new_tokens=parameters.max_new_tokens,
+        backbone=parameters.backbone,
+        cues=sorted(train_datasets(parameters.data_dir)) if cues else None,
+        default_cue=parameters.default_cue if cues else None,
+    )
 
 
 def train_datasets(data_dir: Path | str) -> frozenset[str]:
@@ -155,16 +163,14 @@ def cue_record(
 
 
 def encode_example(
-    record: Record, tokenizer: PreTrainedTokenizerFast, *, offset_anchors: str, corpus_cue: bool
+    record: Record, tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat
 ) -> dict[str, list[int]]:
     """Token ids and labels of one record, each list as long as prompt and completion together (T).
 
     ``labels``: IGNORE on the prompt (``<NER>`` ... ``<TAG>``), the completion's ids up to and with EOS.
     ``token_labels``: B/I/O (0 = O, 1 = B, 2 = I) on the last token of each word, IGNORE elsewhere.
     """
-    return label_encoding(
-        record, encode(record, tokenizer, offset_anchors=offset_anchors, corpus_cue=corpus_cue)
-    )
+    return label_encoding(record, encode(record, tokenizer, prompt_format))
 
 
 def label_encoding(record: Record, encoding: Encoding) -> dict[str, list[int]]:
@@ -184,10 +190,8 @@ def label_encoding(record: Record, encoding: Encoding) -> dict[str, list[int]]:
 def iter_examples(
     records: Iterable[Record],
     tokenizer: PreTrainedTokenizerFast,
+    prompt_format: PromptFormat,
     *,
-    offset_anchors: str,
-    corpus_cue: bool,
-    max_input_tokens: int,
     max_target_tokens: int,
 ) -> Iterator[dict[str, Any]]:
     """Tokenised examples, with their ``length`` and ``prompt_length``; over-long records are chunked, never truncated.
@@ -197,24 +201,14 @@ def iter_examples(
     Raises:
         DataError: a word or a gold span that fits no chunk.
     """
-    rendering: dict[str, Any] = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
-    limits: dict[str, Any] = {"max_input_tokens": max_input_tokens, "max_target_tokens": max_target_tokens}
     seen = chunked = 0
-    for batch in _batches(records):
-        for record, encoding in zip(batch, encode_many(batch, tokenizer, **rendering), strict=True):
-            seen += 1
-            pieces: Iterable[tuple[Record, Encoding]] = [(record, encoding)]
-            if (
-                len(encoding.prompt_ids) > max_input_tokens
-                or len(encoding.completion_ids) > max_target_tokens
-            ):
-                chunks = [chunk.record for chunk in split_record(record, tokenizer, **rendering, **limits)]
-                pieces = zip(chunks, encode_many(chunks, tokenizer, **rendering), strict=True)
-                chunked += 1
-            for piece, ids in pieces:
-                example = label_encoding(piece, ids)
-                sizes = {"length": len(example["input_ids"]), "prompt_length": len(ids.prompt_ids)}
-                yield {**example, **sizes}
+    for pieces in encode_chunks(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens):
+        seen += 1
+        chunked += len(pieces) > 1
+        for chunk, ids in pieces:
+            example = label_encoding(chunk.record, ids)
+            sizes = {"length": len(example["input_ids"]), "prompt_length": len(ids.prompt_ids)}
+            yield {**example, **sizes}
     if chunked:
         log.info("%d of %d records were over the token limits and were cut into chunks", chunked, seen)
 
@@ -222,22 +216,23 @@ def iter_examples(
 def build_dataset(
     records: Iterable[Record],
     tokenizer: PreTrainedTokenizerFast,
+    prompt_format: PromptFormat,
     *,
+    max_target_tokens: int,
     cache_dir: Path | str | None = None,
     data_hash: str | None = None,
-    **rendering: Any,
 ) -> Dataset:
     """The examples of :func:`iter_examples` as a data set; tokenised once and then read from ``cache_dir``.
 
     Args:
         records: a list; or an iterator, whose content ``data_hash`` names (:func:`hash_split`).
         cache_dir: folder of tokenised data; None keeps them in memory.
-        rendering: ``offset_anchors``, ``corpus_cue``, ``max_input_tokens``, ``max_target_tokens``.
 
     Raises:
         DataError: a word or a gold span that fits no chunk.
     """
-    batches = _batches(iter_examples(records, tokenizer, **rendering))
+    examples = iter_examples(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
+    batches = batched(examples, BATCH)
     if cache_dir is None:
         with _all_cores():
             return collect_examples(batches)
@@ -245,7 +240,8 @@ def build_dataset(
         cache_dir,
         records=data_hash or hash_records(records),
         tokenizer=hash_tokenizer(tokenizer),
-        rendering=rendering,
+        prompt_format=asdict(prompt_format),
+        max_target_tokens=max_target_tokens,
     )
     if path.is_file():
         log.info("tokenised data from %s", path)
@@ -258,21 +254,22 @@ def stream_dataset(
     data_dir: Path | str,
     split: str,
     tokenizer: PreTrainedTokenizerFast,
+    prompt_format: PromptFormat,
     *,
-    rendering: Mapping[str, Any],
+    max_target_tokens: int,
     **options: Any,
 ) -> IterableDataset:
     """The examples of a split as they are tokenised, without any file: for data that are read once.
 
-    Args:
-        rendering: of :func:`iter_examples`.
-        options: of :func:`iter_split`.
+    ``options`` are those of :func:`iter_split`.
     """
     from datasets import IterableDataset
 
-    return IterableDataset.from_generator(
-        lambda: iter_examples(iter_split(data_dir, split, **options), tokenizer, **rendering)
-    )
+    def examples() -> Iterator[dict[str, Any]]:
+        records = iter_split(data_dir, split, **options)
+        return iter_examples(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
+
+    return IterableDataset.from_generator(examples)
 
 
 def hash_split(data_dir: Path | str, split: str, **options: Any) -> str:
@@ -320,12 +317,6 @@ def _all_cores() -> Iterator[None]:
         yield
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
-
-
-def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    items = iter(items)
-    while batch := list(islice(items, BATCH)):
-        yield batch
 
 
 @remember  # preflight draws the same documents as the reading proper

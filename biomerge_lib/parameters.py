@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from biomerge_lib.errors import ParameterError, nearest
-from biomerge_lib.prompt_format import ANCHOR_STYLES, check_style
+from biomerge_lib.prompt_format import ANCHOR_STYLES, PromptFormat, check_style
 
 PARAMETERS_DIR = Path(__file__).resolve().parent.parent / "parameters"
 # What people call a parameter elsewhere (the brief's sweep, other trainers).
@@ -303,6 +303,14 @@ class Parameters(BaseModel):
         data = Path(self.data_dir)
         data_name = data.parent.name if data.name == "ner" else data.name
         return f"{Path(self.backbone).name}-{data_name}-{self.offset_anchors}-{digest}"
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        return PromptFormat(
+            offset_anchors=self.offset_anchors,
+            corpus_cue=self.corpus_cue,
+            max_input_tokens=self.max_input_tokens,
+        )
 
     @property
     def run_folder(self) -> Path:

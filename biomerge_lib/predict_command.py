@@ -128,7 +128,7 @@ def _find_folder(options: Namespace) -> Path:
     from biomerge_lib.ready_models import SHIPPED, merge_for_use
 
     if options.model:
-        from biomerge_lib.eval_vllm import read_model_folder
+        from biomerge_lib.manifest import read_model_folder
 
         return read_model_folder(Path(options.model))[0]
     return merge_for_use(Path(options.adapter or SHIPPED))

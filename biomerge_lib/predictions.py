@@ -13,11 +13,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.files import whole_file
-from biomerge_lib.prompt import Chunk, encode_many, merge_chunks, split_record
+from biomerge_lib.prompt import Chunk, encode_chunks, merge_chunks
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.records import Record
 from biomerge_lib.spans import Span, parse_answer, read_parts
 
@@ -90,27 +91,14 @@ class Prediction:
 
 
 def build_prompts(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    *,
-    offset_anchors: str,
-    corpus_cue: bool,
-    max_input_tokens: int,
+    records: Sequence[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
 ) -> list[Prompt]:
     """The prompts of a split, in order; records over ``max_input_tokens`` become several prompts."""
-    rendering: dict[str, Any] = {"offset_anchors": offset_anchors, "corpus_cue": corpus_cue}
-    prompts = []
-    for first in range(0, len(records), BATCH):
-        batch = records[first : first + BATCH]
-        encodings = encode_many(batch, tokenizer, **rendering)
-        for index, (record, encoding) in enumerate(zip(batch, encodings, strict=True), start=first):
-            pieces = [(Chunk(record, 0), encoding)]
-            if len(encoding.prompt_ids) > max_input_tokens:
-                chunks = split_record(record, tokenizer, max_input_tokens=max_input_tokens, **rendering)
-                ids = encode_many([chunk.record for chunk in chunks], tokenizer, **rendering)
-                pieces = list(zip(chunks, ids, strict=True))
-            prompts += [Prompt(index, chunk, encoded.prompt_ids) for chunk, encoded in pieces]
-    return prompts
+    return [
+        Prompt(index, chunk, encoding.prompt_ids)
+        for index, pieces in enumerate(encode_chunks(records, tokenizer, prompt_format))
+        for chunk, encoding in pieces
+    ]
 
 
 def collect_predictions(

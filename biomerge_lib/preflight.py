@@ -112,9 +112,7 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
         split: scan_records(
             iter_split(parameters.data_dir, split, **chosen),
             tokenizer,
-            offset_anchors=parameters.offset_anchors,
-            corpus_cue=parameters.corpus_cue,
-            max_input_tokens=parameters.max_input_tokens,
+            parameters.prompt_format,
             # What limits an answer in evaluation is how long the model may write.
             max_target_tokens=parameters.max_target_tokens if split == "train" else parameters.max_new_tokens,
             for_training=split == "train",
@@ -125,7 +123,7 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
     if "test" not in scans and (Path(parameters.data_dir) / "test.jsonl").is_file():
         scans["test"] = Scan()
         for record in iter_split(parameters.data_dir, "test"):
-            count_record(scans["test"], record, corpus_cue=parameters.corpus_cue)
+            count_record(scans["test"], record, parameters.prompt_format)
     return scans
 
 

@@ -10,14 +10,14 @@ rendering writes around it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from biomerge_lib.errors import DataError
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.prompt_format import find_words as find_words  # the report reads it here
-from biomerge_lib.prompt_format import render
 from biomerge_lib.records import Record
 from biomerge_lib.spans import TAG, Span, format_spans
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerFast | PlainTokenizer
 
+Item = TypeVar("Item")
+BATCH = 1000  # records tokenised at a time
 IGNORE = -100
 B_I_O = {"O": 0, "B": 1, "I": 2}
 _SENTENCE_END = re.compile(r"[.!?][\"')\]}’”]*$")
@@ -48,28 +50,9 @@ class Encoding:
     word_last_tokens: list[int]
 
 
-def cue_of(record: Record, *, corpus_cue: bool) -> str | None:
-    """The name to put into the prompt: the record's cue, else its data set; None when cues are off."""
-    return (record.cue or record.dataset) if corpus_cue else None
-
-
-def encode_prompt(
-    text: str, tokenizer: Tokenizer, *, offset_anchors: str, cue: str | None = None
-) -> tuple[list[int], list[Span], list[int]]:
-    """Token ids of a prompt, closed by ``<TAG>``; the words; the index of each word's last token."""
-    rendering = render(text, offset_anchors=offset_anchors, cue=cue)
-    encoded = tokenizer(rendering.prompt, return_offsets_mapping=True)
-    prompt_ids = [*encoded["input_ids"], tokenizer.convert_tokens_to_ids(TAG)]
-    last_tokens = _last_tokens(encoded["offset_mapping"], rendering.rendered_words)
-    return prompt_ids, rendering.words, last_tokens
-
-
-def count_tokens(
-    record: Record, tokenizer: Tokenizer, *, offset_anchors: str, corpus_cue: bool
-) -> tuple[int, int]:
+def count_tokens(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> tuple[int, int]:
     """The lengths of the prompt's and the completion's token ids, in half the time of :func:`encode`."""
-    cue = cue_of(record, corpus_cue=corpus_cue)
-    prompt = render(record.text, offset_anchors=offset_anchors, cue=cue).prompt
+    prompt = prompt_format.render(record).prompt
     return len(tokenizer(prompt)["input_ids"]) + 1, len(encode_completion(record.spans, tokenizer))
 
 
@@ -80,24 +63,18 @@ def encode_completion(spans: Iterable[Span], tokenizer: Tokenizer) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def encode(record: Record, tokenizer: Tokenizer, *, offset_anchors: str, corpus_cue: bool) -> Encoding:
+def encode(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> Encoding:
     """Token ids of a record; training, greedy decoding and vLLM all get them here."""
-    prompt_ids, words, last_tokens = encode_prompt(
-        record.text, tokenizer, offset_anchors=offset_anchors, cue=cue_of(record, corpus_cue=corpus_cue)
-    )
-    return Encoding(prompt_ids, encode_completion(record.spans, tokenizer), words, last_tokens)
+    return encode_many([record], tokenizer, prompt_format)[0]
 
 
 def encode_many(
-    records: Sequence[Record], tokenizer: Tokenizer, *, offset_anchors: str, corpus_cue: bool
+    records: Sequence[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
 ) -> list[Encoding]:
     """What :func:`encode` gives for each record, in two calls of the tokenizer."""
     if not records:
         return []
-    renderings = [
-        render(record.text, offset_anchors=offset_anchors, cue=cue_of(record, corpus_cue=corpus_cue))
-        for record in records
-    ]
+    renderings = [prompt_format.render(record) for record in records]
     prompts = tokenizer([rendering.prompt for rendering in renderings], return_offsets_mapping=True)
     # A record without spans still gets an (empty) completion, so that no index moves.
     completions = tokenizer([_completion(record.spans) for record in records], add_special_tokens=False)
@@ -111,6 +88,35 @@ def encode_many(
             renderings, prompts["input_ids"], prompts["offset_mapping"], completions["input_ids"], strict=True
         )
     ]
+
+
+def encode_chunks(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    *,
+    max_target_tokens: int | None = None,
+) -> Iterator[list[tuple[Chunk, Encoding]]]:
+    """For each record its chunks (:func:`split_record`), one for most, with their token ids; tokenised in batches.
+
+    Raises:
+        DataError: a single word, or a single gold span, is longer than the limits allow.
+    """
+    for batch in batched(records, BATCH):
+        for record, encoding in zip(batch, encode_many(batch, tokenizer, prompt_format), strict=True):
+            if _fits(encoding, prompt_format, max_target_tokens):
+                yield [(Chunk(record, 0), encoding)]
+                continue
+            chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
+            encodings = encode_many([chunk.record for chunk in chunks], tokenizer, prompt_format)
+            yield list(zip(chunks, encodings, strict=True))
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of ``size``, the last one shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def word_labels(words: Sequence[Span], spans: Iterable[Span]) -> list[int]:
@@ -141,13 +147,7 @@ class Chunk:
 
 
 def split_record(
-    record: Record,
-    tokenizer: Tokenizer,
-    *,
-    offset_anchors: str,
-    corpus_cue: bool,
-    max_input_tokens: int,
-    max_target_tokens: int | None = None,
+    record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat, *, max_target_tokens: int | None = None
 ) -> list[Chunk]:
     """Cut a record whose prompt is over ``max_input_tokens`` between words; otherwise ``[record]``.
 
@@ -165,17 +165,14 @@ def split_record(
     todo = [Chunk(record, 0)]
     while todo:
         chunk = todo.pop()
-        encoding = encode(chunk.record, tokenizer, offset_anchors=offset_anchors, corpus_cue=corpus_cue)
-        too_long = len(encoding.prompt_ids) > max_input_tokens
-        if max_target_tokens is not None and len(encoding.completion_ids) > max_target_tokens:
-            too_long = True
-        if not too_long:
+        encoding = encode(chunk.record, tokenizer, prompt_format)
+        if _fits(encoding, prompt_format, max_target_tokens):
             pieces.append(chunk)
             continue
         cut = _middle_cut(chunk.record, encoding.words, keep_spans=use_gold)
         if cut is None:
             where = f"{record.dataset}/{record.doc_id}"
-            limits = f"max_input_tokens ({max_input_tokens})"
+            limits = f"max_input_tokens ({prompt_format.max_input_tokens})"
             if use_gold:
                 limits += f" or max_target_tokens ({max_target_tokens})"
             raise DataError(
@@ -204,6 +201,12 @@ def merge_chunks(chunks: Sequence[Chunk], spans_per_chunk: Sequence[Iterable[Spa
         for start, end in spans
     }
     return sorted(found)
+
+
+def _fits(encoding: Encoding, prompt_format: PromptFormat, max_target_tokens: int | None) -> bool:
+    return len(encoding.prompt_ids) <= prompt_format.max_input_tokens and (
+        max_target_tokens is None or len(encoding.completion_ids) <= max_target_tokens
+    )
 
 
 def _completion(spans: Iterable[Span]) -> str:

@@ -1,6 +1,6 @@
-"""Knows how a text is written as a prompt; knows nothing of tokens, models or files.
+"""Knows how a record is written as a prompt; knows nothing of tokens, models or files.
 
-    Aspirin can ... --[render]--> <NER> Aspirin can ... | 0 Aspirin 8 can ...
+    Aspirin can ... --[PromptFormat.render]--> <NER> Aspirin can ... | 0 Aspirin 8 can ...
 
 Offsets always refer to the text itself, whatever is written around it.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from biomerge_lib.records import NER_PREFIX
+from biomerge_lib.records import NER_PREFIX, Record
 from biomerge_lib.spans import Span
 
 # Measured without gain (reports/learning.md): a model that was trained with one is refused by name.
@@ -110,24 +110,39 @@ def check_style(style: str) -> str:
     return style
 
 
-def render(text: str, *, offset_anchors: str, cue: str | None = None) -> Rendering:
-    """Write a text as the model sees it (without the closing ``<TAG>``), in one of ``STYLES``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFormat:
+    """How a record becomes a prompt: what a model was trained with and must be asked with.
 
-    ``cue`` names the corpus whose annotation policy is wanted.
+    A prompt of more than ``max_input_tokens`` is cut into several. How long a target may be is no part of it: that
+    shapes examples of training alone, and gold may not shape a prompt that is scored.
 
-    >>> render("Aspirin can", offset_anchors="start", cue="bc5cdr").prompt
+    >>> prompt_format = PromptFormat(offset_anchors="start", corpus_cue=True, max_input_tokens=512)
+    >>> prompt_format.render(Record("Aspirin can", (), "doc", "bc5cdr")).prompt
     '<NER> bc5cdr | 0 Aspirin 8 can'
     """
-    return STYLES[offset_anchors].write(NER_PREFIX + (f"{cue} | " if cue else ""), text)
 
+    offset_anchors: str
+    corpus_cue: bool
+    max_input_tokens: int
 
-def prompt_bytes(text: str, *, offset_anchors: str, cue: str | None = None) -> int:
-    """At least as many as the rendered prompt has bytes, without rendering it: a bound of its tokens (but for BOS).
+    def __post_init__(self) -> None:
+        check_style(self.offset_anchors)
 
-    >>> prompt_bytes("Aspirin can", offset_anchors="none")
-    17
-    """
-    _, texts, offsets = STYLES[offset_anchors]
-    plain = len(text) if text.isascii() else len(text.encode())
-    size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + texts * (plain + 3) - 3
-    return size + (offsets and offsets * len(text.split()) * (len(str(len(text))) + 2))
+    def cue(self, record: Record) -> str | None:
+        """The corpus whose annotation policy is wanted: the record's cue, else its data set; None without cues."""
+        return (record.cue or record.dataset) if self.corpus_cue else None
+
+    def render(self, record: Record) -> Rendering:
+        """Write a record as the model sees it (without the closing ``<TAG>``)."""
+        cue = self.cue(record)
+        head = NER_PREFIX + (f"{cue} | " if cue else "")
+        return STYLES[self.offset_anchors].write(head, record.text)
+
+    def most_bytes(self, record: Record) -> int:
+        """At least as many as the prompt has bytes, without rendering it: a bound of its tokens (but for BOS)."""
+        _, texts, offsets = STYLES[self.offset_anchors]
+        cue, text = self.cue(record), record.text
+        plain = len(text) if text.isascii() else len(text.encode())
+        size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + texts * (plain + 3) - 3
+        return size + (offsets and offsets * len(text.split()) * (len(str(len(text))) + 2))

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.errors import DataError, ModelError, ParameterError, nearest
+from biomerge_lib.errors import DataError, ModelError
 from biomerge_lib.files import file_sha256, locked
-from biomerge_lib.manifest import FILE, read_manifest
+from biomerge_lib.manifest import FILE, Manifest, read_manifest
 from biomerge_lib.predictions import Prompt, RawAnswer
+from biomerge_lib.records import Record
 
 SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", FILE)
@@ -32,39 +33,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "biomerge"
 
 
-def read_rendering(adapter: Path) -> dict[str, Any]:
-    """What ``biomerge.json`` of an exported adapter says.
+def read_adapter(adapter: Path) -> Manifest:
+    """How an exported adapter's model is asked.
 
     Raises:
-        DataError: it is missing.
-        ModelError: it names an anchor style that is gone.
+        DataError: its ``biomerge.json`` is missing.
+        ModelError: it is incomplete, or names an anchor style that is gone.
     """
     if not (adapter / FILE).is_file():
         raise DataError(
             f"{adapter / FILE}: no such file. `python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
         )
-    return read_manifest(adapter)
-
-
-def choose_cues(rendering: dict[str, Any], cue: str | None, folder: Path) -> dict[str, Any] | None:
-    """How ``cue_record`` marks texts for a model that was trained with corpus cues; None for one that was not.
-
-    ``cue`` names the corpus whose annotation policy is wanted; without it the model's default one.
-
-    Raises:
-        ParameterError: the model knows no cues, or not this one.
-    """
-    if not rendering["corpus_cue"]:
-        if cue:
-            raise ParameterError(f"cue={cue}: this model was trained without corpus cues; leave it out.")
-        return None
-    from biomerge_lib.eval_vllm import read_cues
-
-    cues = read_cues(folder)
-    known = sorted({*cues["trained"], cues["default_cue"]})
-    if cue and cue not in known:
-        raise ParameterError(f"cue={cue} is none of {', '.join(known)}.{nearest(cue, known)}")
-    return cues | ({"default_cue": cue} if cue else {})
+    return Manifest.of(read_manifest(adapter), where=adapter)
 
 
 def merge_for_use(adapter: Path) -> Path:
@@ -141,16 +121,15 @@ def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any
 
 
 def _merge(adapter: Path, folder: Path) -> None:
-    from biomerge_lib.prompt import encode_prompt
+    from biomerge_lib.prompt import encode
     from biomerge_lib.tokenizer import load_tokenizer
     from biomerge_lib.unsloth_lora_ner import merge_checkpoint
 
-    rendering = read_rendering(adapter)
-    backbone = _prepare(rendering.pop("backbone"))
-    probe = "Aspirin can trigger asthma attacks ."
-    anchors = rendering["offset_anchors"]
-    probe_ids, _, _ = encode_prompt(probe, load_tokenizer(backbone), offset_anchors=anchors)
-    merge_checkpoint(backbone, adapter, folder, dtype="float32", rendering=rendering, probe_ids=probe_ids)
+    manifest = read_adapter(adapter)
+    backbone = _prepare(str(manifest.backbone))
+    probe = Record("Aspirin can trigger asthma attacks .", (), "probe", "probe")
+    probe_ids = encode(probe, load_tokenizer(backbone), manifest.prompt_format).prompt_ids
+    merge_checkpoint(backbone, adapter, folder, dtype="float32", manifest=manifest, probe_ids=probe_ids)
 
 
 def _prepare(backbone: str) -> Path:

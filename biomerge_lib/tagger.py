@@ -15,16 +15,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.errors import DataError, ModelError
+from biomerge_lib.errors import DataError
+from biomerge_lib.manifest import Manifest, read_model_folder
 from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.prompt_format import find_words
+from biomerge_lib.prompt_format import PromptFormat, find_words
 from biomerge_lib.ready_models import (
     SHIPPED,
     ask_server,
-    choose_cues,
     decode_here,
     merge_for_use,
-    read_rendering,
+    read_adapter,
 )
 from biomerge_lib.records import Record
 from biomerge_lib.sentences import iter_sentences
@@ -62,10 +62,10 @@ class _Open:
 
 @dataclass(frozen=True, slots=True)
 class Tagger:
-    """A model that can be asked: its tokenizer, how its prompts are rendered, and who answers ``at_once`` of them."""
+    """A model that can be asked: its tokenizer, its prompts, and who answers ``at_once`` of them."""
 
     tokenizer: Any
-    rendering: dict[str, Any]
+    prompt_format: PromptFormat
     cues: dict[str, Any] | None
     answer: Callable[[list[Prompt]], list[RawAnswer]]
     at_once: int = 64
@@ -143,12 +143,10 @@ class Tagger:
             yield [(start, end) for start, end in found if start < end]
 
     def _prompts(self, index: int, record: Record) -> list[Prompt]:
-        names = ("offset_anchors", "corpus_cue", "max_input_tokens")
-        options = {name: self.rendering[name] for name in names}
         try:
-            prompts = build_prompts([record], self.tokenizer, **options)
+            prompts = build_prompts([record], self.tokenizer, self.prompt_format)
         except DataError:  # only where punctuation stays at its words
-            limit = options["max_input_tokens"]
+            limit = self.prompt_format.max_input_tokens
             log.warning("a word over %d tokens is left out with its sentence: %r", limit, record.text[:60])
             return []
         return [replace(prompt, record_index=index) for prompt in prompts]
@@ -215,23 +213,18 @@ def load_tagger(
         ServerError: the server cannot be reached.
     """
     if model is not None:
-        from biomerge_lib.eval_vllm import read_model_folder
-
-        folder, rendering = read_model_folder(Path(model))
-        if "max_new_tokens" not in rendering:
-            raise ModelError(
-                f"{folder}/biomerge.json does not say how to ask the model; name its run's folder."
-            )
-        cues = choose_cues(rendering, cue, folder)
+        folder, said = read_model_folder(Path(model))
+        manifest = Manifest.of(said, where=folder)
+        cues = manifest.cue_options(cue)
     else:
         described = Path(adapter or SHIPPED)
-        rendering = read_rendering(described)
-        cues = choose_cues(rendering, cue, described)
+        manifest = read_adapter(described)
+        cues = manifest.cue_options(cue)
         folder = merge_for_use(described)
-    new_tokens = rendering["max_new_tokens"]
+    new_tokens, prompt_format = manifest.max_new_tokens, manifest.prompt_format
     if base_url:
         tokenizer, answer = ask_server(folder, base_url, max_new_tokens=new_tokens)
-        return Tagger(tokenizer, rendering, cues, answer, at_once=512)
+        return Tagger(tokenizer, prompt_format, cues, answer, at_once=512)
     tokenizer, answer = decode_here(folder, max_new_tokens=new_tokens, batch_size=batch_size)
     # Two batches at a time can be sorted by length; more would be lost to an interrupt.
-    return Tagger(tokenizer, rendering, cues, answer, at_once=2 * batch_size)
+    return Tagger(tokenizer, prompt_format, cues, answer, at_once=2 * batch_size)

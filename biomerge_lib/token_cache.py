@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -46,7 +46,7 @@ def cache_path(cache_dir: Path | str, **content: Any) -> Path:
     return Path(cache_dir) / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.arrow"
 
 
-def write_examples(path: Path, batches: Iterable[list[Mapping[str, Any]]]) -> Dataset:
+def write_examples(path: Path, batches: Iterable[Sequence[Mapping[str, Any]]]) -> Dataset:
     """Write tokenised examples batch by batch (memory does not grow) and open the file.
 
     Processes that write the same file at once do the work twice and lose nothing.
@@ -67,7 +67,7 @@ def open_examples(path: Path) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def collect_examples(batches: Iterable[list[Mapping[str, Any]]]) -> Dataset:
+def collect_examples(batches: Iterable[Sequence[Mapping[str, Any]]]) -> Dataset:
     """The same without a file."""
     import pyarrow
     from datasets import Dataset
@@ -77,7 +77,7 @@ def collect_examples(batches: Iterable[list[Mapping[str, Any]]]) -> Dataset:
     return Dataset.from_buffer(sink.getvalue())
 
 
-def _write_stream(sink: Any, batches: Iterable[list[Mapping[str, Any]]]) -> None:
+def _write_stream(sink: Any, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
     import pyarrow
 
     ids = pyarrow.list_(pyarrow.int32())

@@ -286,14 +286,8 @@ class NerTrainer(Trainer):
     def score_greedily(self, split: str) -> dict[str, Any]:
         """Decode a split's records with the model as it stands, and score exact spans."""
         started = time.time()
-        parameters, tokenizer = self.parameters, self.processing_class
-        prompts = build_prompts(
-            self.records[split],
-            tokenizer,
-            offset_anchors=parameters.offset_anchors,
-            corpus_cue=parameters.corpus_cue,
-            max_input_tokens=parameters.max_input_tokens,
-        )
+        tokenizer = self.processing_class
+        prompts = build_prompts(self.records[split], tokenizer, self.parameters.prompt_format)
         rank, processes = self.args.process_index, self.args.world_size
         # As many for each process, so that none waits long for the others.
         dealt = list(itertools.islice(itertools.cycle(prompts), -(-len(prompts) // processes) * processes))
@@ -518,9 +512,7 @@ def build_trainer(
         split: build_dataset(
             records[split],
             tokenizer,
-            offset_anchors=parameters.offset_anchors,
-            corpus_cue=parameters.corpus_cue,
-            max_input_tokens=parameters.max_input_tokens,
+            parameters.prompt_format,
             max_target_tokens=parameters.max_target_tokens,
             cache_dir=parameters.cache_dir,
         )

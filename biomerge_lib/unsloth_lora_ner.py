@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.backbones import refuse_other_backbone
 from biomerge_lib.errors import ModelError
-from biomerge_lib.files import whole_folder, write_json
+from biomerge_lib.files import whole_folder
+from biomerge_lib.manifest import Manifest, write_manifest
 from biomerge_lib.prompt import B_I_O
 from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
 
@@ -305,7 +306,7 @@ def merge_checkpoint(
     out: Path | str,
     *,
     dtype: str,
-    rendering: dict[str, Any],
+    manifest: Manifest,
     probe_ids: Sequence[int],
 ) -> MergeCheck:
     """Write a checkpoint as one plain causal LM folder that vLLM serves, after a comparison of both.
@@ -313,9 +314,8 @@ def merge_checkpoint(
     An adapter is added to the backbone in ``folder``; of a model that was trained whole the token head is left out, and
     its float32 weights are rounded to ``dtype``.
 
-    ``rendering`` (``offset_anchors``, ``corpus_cue`` and the token limits) goes into ``biomerge.json`` beside the
-    weights, so that whoever serves the folder can build the right prompts. ``probe_ids`` are the token ids of a
-    prompt on which checkpoint and merged model must agree.
+    ``manifest`` goes beside the weights, so that whoever serves the folder can build the right prompts. ``probe_ids``
+    are the token ids of a prompt on which checkpoint and merged model must agree.
 
     Raises:
         ModelError: the merged model's logits differ from the checkpoint's by more than rounding; or the disk is full.
@@ -365,7 +365,7 @@ def merge_checkpoint(
         with whole_folder(out) as partial:
             merged.save_pretrained(str(partial))
             load_tokenizer(folder).save_pretrained(partial)
-            write_json(partial / "biomerge.json", rendering)
+            write_manifest(partial, manifest)
             shutil.rmtree(out, ignore_errors=True)
     except OSError as error:
         raise ModelError(

@@ -5,6 +5,7 @@ usage: backend_losses.py BACKEND PREPARED_BACKBONE OUT_DIR [ADAPTER_DIR]
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from biomerge_lib.unsloth_lora_ner import decoding_mode, import_backend, load_lora_model
@@ -16,9 +17,11 @@ import torch  # noqa: E402
 
 from biomerge_lib.ner_span import SpanCollator, encode_example  # noqa: E402
 from biomerge_lib.packing import PackedCollator  # noqa: E402
+from biomerge_lib.prompt_format import PromptFormat  # noqa: E402
 from biomerge_lib.readers import read_corpus  # noqa: E402
 from biomerge_lib.tokenizer import load_tokenizer  # noqa: E402
 
+START = PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512)
 tokenizer = load_tokenizer(prepared)
 settings = {
     "backend": backend,
@@ -36,7 +39,7 @@ if len(sys.argv) > 4:
     model.load_adapter(sys.argv[4], adapter_name="default", is_trainable=True)
 model.train()
 records = [record for record in read_corpus("sample")["train"] if len(record.text) < 120][:8]
-examples = [encode_example(r, tokenizer, offset_anchors="start", corpus_cue=False) for r in records]
+examples = [encode_example(r, tokenizer, START) for r in records]
 batch = {name: t.to(model.device) for name, t in SpanCollator(tokenizer.pad_token_id)(examples).items()}
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
@@ -51,7 +54,7 @@ def gradients(rows) -> tuple[float, dict[str, torch.Tensor]]:
 
 packed_gap = {}
 for anchors in ("none", "start"):
-    rows = [encode_example(r, tokenizer, offset_anchors=anchors, corpus_cue=False) for r in records]
+    rows = [encode_example(r, tokenizer, replace(START, offset_anchors=anchors)) for r in records]
     padded_loss, padded = gradients(SpanCollator(tokenizer.pad_token_id)(rows))
     packed_loss, packed = gradients(PackedCollator(tokenizer.pad_token_id)(rows))
     gaps = [float((packed[name] - gradient).abs().max()) for name, gradient in padded.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"
 
+from biomerge_lib.manifest import Manifest
+from biomerge_lib.prompt_format import PromptFormat, Rendering
 from biomerge_lib.records import Record
 from biomerge_lib.runs import quiet_libraries
 
@@ -22,6 +25,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ASPIRIN = Record(
     text="Aspirin can trigger asthma attacks .", spans=((0, 7), (20, 34)), doc_id="example", dataset="example"
 )
+START = PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512)
+MANIFEST = Manifest(prompt_format=START, max_new_tokens=64)
+
+
+def render(text: str, style: str, cue: str | None = None) -> Rendering:
+    """A text as one style writes it."""
+    prompt_format = replace(START, offset_anchors=style, corpus_cue=cue is not None)
+    return prompt_format.render(Record(text, (), "doc", "corpus", cue))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,10 +1,12 @@
 """What a grammar lets through: every gold answer, and never an answer that is not legal, whatever the model wants."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import xgrammar
+from conftest import START
 
 from biomerge_lib.answer_grammar import build_grammar
 from biomerge_lib.decoding import greedy_decode
@@ -15,7 +17,7 @@ from biomerge_lib.records import Record
 from biomerge_lib.spans import TAG, format_spans, parse_answer, read_parts
 
 TEXT = "Aspirin can trigger asthma ."
-RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 200}
+PROMPTS = replace(START, max_input_tokens=200)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def random_model(tiny_prepared):
 
 def test_a_random_model_answers_legally(random_model, tokenizer, sample_records):
     records = [record for record in sample_records["dev"] if len(record.text) < 150][:24]
-    prompts = build_prompts(records, tokenizer, **RENDERING)
+    prompts = build_prompts(records, tokenizer, PROMPTS)
     decode = {"max_new_tokens": 48, "batch_size": 8, "progress": None}
     free = greedy_decode(random_model, tokenizer, prompts, **decode)
     assert any(parse_answer(answer.text, 150).unreadable for answer in free)
@@ -146,7 +148,7 @@ def test_an_answer_cut_inside_a_span_leaves_that_span_out():
 
 def test_the_probabilities_of_spans_and_end_multiply_to_the_answers(random_model, tokenizer, sample_records):
     records = [record for record in sample_records["dev"] if len(record.text) < 150][:8]
-    prompts = build_prompts(records, tokenizer, **RENDERING)
+    prompts = build_prompts(records, tokenizer, PROMPTS)
     options = {"max_new_tokens": 64, "batch_size": 3, "progress": None, "constrained_decoding": "offsets"}
     answers = greedy_decode(random_model, tokenizer, prompts, **options)
     for answer in answers:
@@ -162,7 +164,7 @@ def test_the_probabilities_of_spans_and_end_multiply_to_the_answers(random_model
 
 def test_log_probabilities_are_the_models(random_model, tokenizer, sample_records):
     """Against one forward pass over the whole answer."""
-    prompts = build_prompts(sample_records["dev"][:3], tokenizer, **RENDERING)
+    prompts = build_prompts(sample_records["dev"][:3], tokenizer, PROMPTS)
     answers = greedy_decode(random_model, tokenizer, prompts, max_new_tokens=8, batch_size=3, progress=None)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt.prompt_ids + answer.token_ids])

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ASPIRIN
+from conftest import ASPIRIN, MANIFEST, START
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from biomerge_lib import backbones
 from biomerge_lib.backbones import backbone_sha256, build_tokenizer, prepare_backbone
 from biomerge_lib.errors import ModelError
+from biomerge_lib.manifest import Manifest, read_manifest
 from biomerge_lib.prompt import encode
 from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
 from biomerge_lib.unsloth_lora_ner import load_adapter, load_causal_lm, load_lora_model, merge_checkpoint
@@ -152,9 +153,9 @@ def test_a_checkpoint_of_a_backbone_with_other_weights_is_refused(tiny_prepared,
 def test_the_merged_model_is_a_plain_llama_equal_to_the_adapter(
     tiny_prepared, tokenizer, checkpoint, tmp_path
 ):
-    ids = encode(ASPIRIN, tokenizer, offset_anchors="start", corpus_cue=False).prompt_ids
+    ids = encode(ASPIRIN, tokenizer, START).prompt_ids
     check = merge_checkpoint(
-        tiny_prepared, checkpoint, tmp_path / "merged", dtype="float32", rendering={"x": 1}, probe_ids=ids
+        tiny_prepared, checkpoint, tmp_path / "merged", dtype="float32", manifest=MANIFEST, probe_ids=ids
     )
     assert check.max_logit_difference < 1e-3 and check.argmax_agreement == 1.0
     adapter = load_adapter(tiny_prepared, checkpoint, dtype="float32")
@@ -167,13 +168,13 @@ def test_the_merged_model_is_a_plain_llama_equal_to_the_adapter(
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert not any("token_head" in name for name, _ in merged.named_parameters())
-    assert json.loads((tmp_path / "merged/biomerge.json").read_text()) == {"x": 1}
+    assert Manifest.of(read_manifest(tmp_path / "merged"), where=tmp_path) == MANIFEST
     assert len(load_tokenizer(tmp_path / "merged")) == len(tokenizer)
 
 
 def test_one_merged_row_is_the_weight_plus_the_scaled_product(tiny_prepared, tokenizer, checkpoint, tmp_path):
     merge_checkpoint(
-        tiny_prepared, checkpoint, tmp_path / "m", dtype="float32", rendering={}, probe_ids=[1, 2, 3]
+        tiny_prepared, checkpoint, tmp_path / "m", dtype="float32", manifest=MANIFEST, probe_ids=[1, 2, 3]
     )
     adapter = load_adapter(tiny_prepared, checkpoint, dtype="float32")
     layer = adapter.base_model.model.model.layers[1].mlp.up_proj
@@ -194,7 +195,12 @@ def test_no_space_for_the_merged_model_keeps_the_earlier_one(
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
     with pytest.raises(ModelError, match="No space left on device"):
         merge_checkpoint(
-            tiny_prepared, checkpoint, tmp_path / "merged", dtype="float32", rendering={}, probe_ids=[1, 2]
+            tiny_prepared,
+            checkpoint,
+            tmp_path / "merged",
+            dtype="float32",
+            manifest=MANIFEST,
+            probe_ids=[1, 2],
         )
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["keep"]
     assert not (tmp_path / "merged.partial").exists()
@@ -207,7 +213,7 @@ def test_a_folder_that_is_no_adapter_is_named(tiny_prepared, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_merge_that_loses_the_adapter_is_refused(tiny_prepared, checkpoint, tmp_path, monkeypatch, dtype):
-    settings = {"dtype": dtype, "rendering": {}, "probe_ids": [1, 2, 3, 4]}
+    settings = {"dtype": dtype, "manifest": MANIFEST, "probe_ids": [1, 2, 3, 4]}
     check = merge_checkpoint(tiny_prepared, checkpoint, tmp_path / "merged", **settings)
     assert check.relative_change < (1e-4 if dtype == "float32" else 0.2)
     monkeypatch.setattr("peft.LoraModel.merge_and_unload", lambda model: model.unload())

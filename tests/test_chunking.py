@@ -1,9 +1,10 @@
 """Texts over the limits are cut, answered in pieces and mapped back without losing or moving a single span."""
 
 import random
+from dataclasses import replace
 
 import pytest
-from conftest import ASPIRIN
+from conftest import ASPIRIN, START, render
 
 from biomerge_lib.errors import DataError
 from biomerge_lib.predictions import RawAnswer, build_prompts, collect_predictions
@@ -16,7 +17,7 @@ from biomerge_lib.prompt import (
     merge_chunks,
     split_record,
 )
-from biomerge_lib.prompt_format import ANCHOR_STYLES, find_words, prompt_bytes, render
+from biomerge_lib.prompt_format import ANCHOR_STYLES, PromptFormat, find_words
 from biomerge_lib.records import Record
 
 # Combining marks, emoji with joiners, Greek, CJK, non-breaking and other spaces, tabs, line breaks, hyphens.
@@ -72,13 +73,12 @@ def answers_of_a_perfect_model(prompts, tokenizer) -> list[RawAnswer]:
 @pytest.mark.parametrize("style", ANCHOR_STYLES)
 @pytest.mark.parametrize(("inputs", "targets"), [(160, 48), (300, 64)])
 def test_training_chunks_hold_every_gold_span_once(tokenizer, sample_records, style, inputs, targets):
+    prompt_format = PromptFormat(offset_anchors=style, corpus_cue=True, max_input_tokens=inputs)
     for record in (document(sample_records), random_record(1, 300), random_record(2, 300)):
         chunks = split_record(
             record,
             tokenizer,
-            offset_anchors=style,
-            corpus_cue=True,
-            max_input_tokens=inputs,
+            prompt_format,
             max_target_tokens=targets,
         )
         assert len(chunks) > 5
@@ -88,15 +88,15 @@ def test_training_chunks_hold_every_gold_span_once(tokenizer, sample_records, st
         assert find_cut_spans(record, chunks) == []
         for chunk in chunks:
             assert chunk.record.text == record.text[chunk.offset :][: len(chunk.record.text)]
-            encoding = encode(chunk.record, tokenizer, offset_anchors=style, corpus_cue=True)
+            encoding = encode(chunk.record, tokenizer, prompt_format)
             assert len(encoding.prompt_ids) <= inputs and len(encoding.completion_ids) <= targets
 
 
 @pytest.mark.parametrize("style", ANCHOR_STYLES)
 def test_evaluation_maps_every_answer_back_and_counts_the_mentions_it_cuts(tokenizer, sample_records, style):
     for record in (document(sample_records), *(random_record(seed, 200) for seed in range(5))):
-        rendering = {"offset_anchors": style, "corpus_cue": False, "max_input_tokens": 150}
-        prompts = build_prompts([record], tokenizer, **rendering)
+        prompt_format = replace(START, offset_anchors=style, max_input_tokens=150)
+        prompts = build_prompts([record], tokenizer, prompt_format)
         chunks = [prompt.chunk for prompt in prompts]
         assert len(chunks) > 5 and all(len(prompt.prompt_ids) <= 150 for prompt in prompts)
         [prediction] = collect_predictions([record], prompts, answers_of_a_perfect_model(prompts, tokenizer))
@@ -109,18 +109,18 @@ def test_evaluation_maps_every_answer_back_and_counts_the_mentions_it_cuts(token
 def test_some_mentions_are_cut_in_evaluation_and_none_in_training(tokenizer):
     text = " ".join(["word"] * 400)
     record = Record(text, tuple((start, start + 49) for start in range(0, len(text) - 49, 50)), "d", "x")
-    rendering = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 100}
-    blind = split_record(record, tokenizer, **rendering)
+    prompt_format = replace(START, max_input_tokens=100)
+    blind = split_record(record, tokenizer, prompt_format)
     assert len(find_cut_spans(record, blind)) > 0
-    assert find_cut_spans(record, split_record(record, tokenizer, **rendering, max_target_tokens=64)) == []
+    assert find_cut_spans(record, split_record(record, tokenizer, prompt_format, max_target_tokens=64)) == []
 
 
 def test_the_cuts_of_evaluation_do_not_depend_on_the_gold(tokenizer, sample_records):
     record = document(sample_records)
     blank = Record(record.text, (), record.doc_id, record.dataset)
-    rendering = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 100}
+    prompt_format = replace(START, max_input_tokens=100)
     offsets = [
-        [chunk.offset for chunk in split_record(one, tokenizer, **rendering)] for one in (record, blank)
+        [chunk.offset for chunk in split_record(one, tokenizer, prompt_format)] for one in (record, blank)
     ]
     assert offsets[0] == offsets[1]
 
@@ -130,9 +130,7 @@ def test_a_document_is_cut_after_its_sentences_where_it_can_be(tokenizer, sample
     chunks = split_record(
         record,
         tokenizer,
-        offset_anchors="start",
-        corpus_cue=False,
-        max_input_tokens=400,
+        replace(START, max_input_tokens=400),
         max_target_tokens=128,
     )
     ends = [chunk.record.text.rstrip()[-1] for chunk in chunks[:-1]]
@@ -142,30 +140,30 @@ def test_a_document_is_cut_after_its_sentences_where_it_can_be(tokenizer, sample
 def test_a_chunk_keeps_its_records_name_and_cue_and_its_prompt_is_the_one_that_is_trained(tokenizer):
     base = random_record(3, 120)
     record = Record(base.text, base.spans, "d7", "odd", cue="any")
-    rendering = {"offset_anchors": "start", "corpus_cue": True}
-    prompts = build_prompts([record], tokenizer, **rendering, max_input_tokens=150)
+    prompt_format = replace(START, corpus_cue=True, max_input_tokens=150)
+    prompts = build_prompts([record], tokenizer, prompt_format)
     assert len(prompts) > 3
     for prompt in prompts:
         chunk = prompt.chunk.record
         assert (chunk.doc_id, chunk.dataset, chunk.cue) == ("d7", "odd", "any")
-        assert prompt.prompt_ids == encode(chunk, tokenizer, **rendering).prompt_ids
+        assert prompt.prompt_ids == encode(chunk, tokenizer, prompt_format).prompt_ids
         assert tokenizer.decode(prompt.prompt_ids).startswith("<NER> any | 0 ")
 
 
 def test_white_space_at_a_chunks_end_is_not_in_its_prompt():
     for style in ANCHOR_STYLES:
-        assert render("Aspirin can \n", offset_anchors=style) == render("Aspirin can", offset_anchors=style)
+        assert render("Aspirin can \n", style) == render("Aspirin can", style)
 
 
 def test_what_cannot_be_cut_is_refused_with_its_place(tokenizer):
-    rendering = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 30}
+    prompt_format = replace(START, max_input_tokens=30)
     word = Record("ACGT" * 60, (), "gene7", "odd")
     with pytest.raises(DataError, match=r"odd/gene7: .* cannot be cut .* Raise max_input_tokens \(30\)"):
-        split_record(word, tokenizer, **rendering)
+        split_record(word, tokenizer, prompt_format)
     mention = Record("a long mention " * 20, ((0, 299),), "d8", "odd")
     with pytest.raises(DataError, match="odd/d8"):
-        split_record(mention, tokenizer, **rendering, max_target_tokens=20)
-    assert len(split_record(mention, tokenizer, **rendering)) > 3  # evaluation does not know the gold
+        split_record(mention, tokenizer, prompt_format, max_target_tokens=20)
+    assert len(split_record(mention, tokenizer, prompt_format)) > 3  # evaluation does not know the gold
 
 
 @pytest.mark.parametrize("style", ANCHOR_STYLES)
@@ -177,14 +175,13 @@ def test_a_batch_is_tokenised_as_its_records_are(tokenizer, sample_records, styl
         Record("No entity", (), "d", "x"),
         Record(ASPIRIN.text, ASPIRIN.spans, "d", "x", cue="any"),
     ]
-    rendering = {"offset_anchors": style, "corpus_cue": corpus_cue}
-    one_by_one = [encode(record, tokenizer, **rendering) for record in records]
-    assert encode_many(records, tokenizer, **rendering) == one_by_one
-    assert encode_many([], tokenizer, **rendering) == []
+    prompt_format = replace(START, offset_anchors=style, corpus_cue=corpus_cue)
+    one_by_one = [encode(record, tokenizer, prompt_format) for record in records]
+    assert encode_many(records, tokenizer, prompt_format) == one_by_one
+    assert encode_many([], tokenizer, prompt_format) == []
     for record, encoding in zip(records, one_by_one, strict=True):
         lengths = len(encoding.prompt_ids), len(encoding.completion_ids)
-        assert count_tokens(record, tokenizer, **rendering) == lengths
-        cue = (record.cue or record.dataset) if corpus_cue else None
-        rendered = render(record.text, offset_anchors=style, cue=cue).prompt
-        bound = prompt_bytes(record.text, offset_anchors=style, cue=cue)
+        assert count_tokens(record, tokenizer, prompt_format) == lengths
+        bound = prompt_format.most_bytes(record)
+        rendered = prompt_format.render(record).prompt
         assert len(rendered.encode()) <= bound and lengths[0] <= bound + 4

@@ -1,6 +1,7 @@
 """Splits stream, draws repeat, cues reach the prompt, and tokenised data are read again only when nothing changed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import ASPIRIN
@@ -11,20 +12,22 @@ from biomerge_lib.errors import DataError
 from biomerge_lib.ner_span import (
     build_dataset,
     cue_record,
+    describe_model,
     encode_example,
     hash_split,
     iter_examples,
     iter_split,
-    model_rendering,
     read_split,
     stream_dataset,
     train_datasets,
 )
-from biomerge_lib.prompt import cue_of
+from biomerge_lib.prompt_format import PromptFormat
 from biomerge_lib.records import Record, parse_record, read_records, write_records
 from biomerge_lib.token_cache import hash_records, hash_tokenizer
 
-RENDERING = {"offset_anchors": "start", "corpus_cue": True, "max_input_tokens": 300, "max_target_tokens": 64}
+PROMPTS = PromptFormat(offset_anchors="start", corpus_cue=True, max_input_tokens=300)
+PLAIN = replace(PROMPTS, corpus_cue=False)
+EXAMPLES = {"prompt_format": PROMPTS, "max_target_tokens": 64}
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +71,10 @@ def test_a_split_is_read_as_it_is_asked_for_and_a_bad_line_stops_it(tmp_path):
 
 
 def test_a_records_cue_comes_from_its_line_or_its_corpus():
-    assert cue_of(ASPIRIN, corpus_cue=True) == "example" and cue_of(ASPIRIN, corpus_cue=False) is None
+    assert PROMPTS.cue(ASPIRIN) == "example" and PLAIN.cue(ASPIRIN) is None
     line = json.dumps(json.loads(ASPIRIN.to_json()) | {"cue": "bc5cdr"})
     named = parse_record(line, "here:1")
-    assert cue_of(named, corpus_cue=True) == "bc5cdr" and named.dataset == "example"
+    assert PROMPTS.cue(named) == "bc5cdr" and named.dataset == "example"
     assert json.loads(named.to_json())["cue"] == "bc5cdr" and "cue" not in ASPIRIN.to_json()
     with pytest.raises(DataError, match="here:1: cue must be a name"):
         parse_record(line.replace('"bc5cdr"', "7"), "here:1")
@@ -83,12 +86,12 @@ def test_unseen_corpora_get_the_default_cue(tmp_path):
     write_records(tmp_path / "dev.jsonl", [ASPIRIN, mine, other])
     assert train_datasets(tmp_path) == {"example"}
     records = read_split(tmp_path, "dev", default_cue="any")
-    assert [cue_of(record, corpus_cue=True) for record in records] == ["example", "any", "mine"]
+    assert [PROMPTS.cue(record) for record in records] == ["example", "any", "mine"]
     assert [record.dataset for record in records] == ["example", "mine", "other"]
     assert [record.cue for record in read_split(tmp_path, "dev")] == [None, None, "mine"]
     # Another model's corpora, where the data have a train split of their own.
     records = read_split(tmp_path, "dev", default_cue="any", trained=["mine"])
-    assert [cue_of(record, corpus_cue=True) for record in records] == ["any", "mine", "mine"]
+    assert [PROMPTS.cue(record) for record in records] == ["any", "mine", "mine"]
     named = hash_split(tmp_path, "dev", default_cue="any")
     assert named == hash_split(tmp_path, "dev", default_cue="any", trained=["example"])
     assert named != hash_split(tmp_path, "dev", default_cue="any", trained=["mine"])
@@ -101,7 +104,7 @@ def test_a_run_trains_and_is_scored_with_the_cues_its_parameters_ask_for(tiny_pa
     write_records(tmp_path / "train.jsonl", mine)
     write_records(tmp_path / "dev.jsonl", [ASPIRIN, *mine[:3]])
     parameters = tiny_parameters(data_dir=str(tmp_path), corpus_cue=True, eval_limit=None, subsample=1.0)
-    assert model_rendering(parameters)["cues"] == ["mine"]
+    assert describe_model(parameters).cues == ["mine"]
     cued = read_records(parameters)
     assert {record.cue for record in cued["train"]} == {None, "any"}
     assert 5 < sum(record.cue == "any" for record in cued["train"]) < 40
@@ -132,10 +135,10 @@ def test_some_training_records_learn_the_default_cue_and_always_the_same_ones(da
 
 def test_a_data_set_is_its_records_examples_one_by_one(tokenizer, data_dir):
     records = [record for record in read_split(data_dir, "train") if len(record.text) < 150]
-    dataset = build_dataset(records, tokenizer, **RENDERING)
+    dataset = build_dataset(records, tokenizer, **EXAMPLES)
     assert len(dataset) == len(records) == 395
     for record, example in zip(records, dataset, strict=True):
-        expected = encode_example(record, tokenizer, offset_anchors="start", corpus_cue=True)
+        expected = encode_example(record, tokenizer, PROMPTS)
         assert {name: example[name] for name in expected} == expected
         assert example["length"] == len(expected["input_ids"])
         assert example["prompt_length"] == expected["labels"].count(-100)
@@ -143,34 +146,34 @@ def test_a_data_set_is_its_records_examples_one_by_one(tokenizer, data_dir):
 
 def test_memory_cache_and_stream_hold_the_same_examples(tokenizer, data_dir, tmp_path):
     records = read_split(data_dir, "train")
-    in_memory = list(build_dataset(records, tokenizer, **RENDERING))
+    in_memory = list(build_dataset(records, tokenizer, **EXAMPLES))
     assert len(in_memory) > len(records)  # some are chunked
-    assert list(build_dataset(records, tokenizer, cache_dir=tmp_path, **RENDERING)) == in_memory
-    assert list(stream_dataset(data_dir, "train", tokenizer, rendering=RENDERING)) == in_memory
+    assert list(build_dataset(records, tokenizer, cache_dir=tmp_path, **EXAMPLES)) == in_memory
+    assert list(stream_dataset(data_dir, "train", tokenizer, **EXAMPLES)) == in_memory
     streamed = build_dataset(
         iter_split(data_dir, "train"),
         tokenizer,
         cache_dir=tmp_path / "b",
         data_hash=hash_split(data_dir, "train"),
-        **RENDERING,
+        **EXAMPLES,
     )
-    assert list(streamed) == in_memory == list(iter_examples(records, tokenizer, **RENDERING))
+    assert list(streamed) == in_memory == list(iter_examples(records, tokenizer, **EXAMPLES))
 
 
 def test_tokenised_data_are_read_again_only_when_nothing_changed(tokenizer, data_dir, tmp_path, monkeypatch):
     records = read_split(data_dir, "dev")
 
     def files_after(records, **changed) -> int:
-        build_dataset(records, tokenizer, cache_dir=tmp_path, **{**RENDERING, **changed})
+        build_dataset(records, tokenizer, cache_dir=tmp_path, **(EXAMPLES | changed))
         return len(list(tmp_path.iterdir()))
 
     assert [files_after(records), files_after(records)] == [1, 1]
-    monkeypatch.setattr("biomerge_lib.ner_span.encode_many", lambda *a, **k: pytest.fail("tokenised again"))
-    assert len(build_dataset(records, tokenizer, cache_dir=tmp_path, **RENDERING)) >= len(records)
+    monkeypatch.setattr("biomerge_lib.prompt.encode_many", lambda *a, **k: pytest.fail("tokenised again"))
+    assert len(build_dataset(records, tokenizer, cache_dir=tmp_path, **EXAMPLES)) >= len(records)
     monkeypatch.undo()
     assert files_after(records[:-1]) == 2
-    assert files_after(records, offset_anchors="none") == 3
-    assert files_after(records, corpus_cue=False) == 4
+    assert files_after(records, prompt_format=replace(PROMPTS, offset_anchors="none")) == 3
+    assert files_after(records, prompt_format=PLAIN) == 4
     assert files_after(records, max_target_tokens=48) == 5
     changed = Record(records[0].text, ((0, 3),), records[0].doc_id, records[0].dataset)
     assert files_after([changed, *records[1:]]) == 6
@@ -181,7 +184,7 @@ def test_tokenised_data_are_read_again_only_when_nothing_changed(tokenizer, data
 def test_an_interrupted_write_leaves_nothing_behind(tokenizer, data_dir, tmp_path):
     word = Record("ACGT" * 400, (), "gene", "x")
     with pytest.raises(DataError, match="cannot be cut"):
-        build_dataset([*read_split(data_dir, "dev"), word], tokenizer, cache_dir=tmp_path, **RENDERING)
+        build_dataset([*read_split(data_dir, "dev"), word], tokenizer, cache_dir=tmp_path, **EXAMPLES)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from conftest import START
 from tiny_vllm import (
     KEY,
     MODEL_ID,
@@ -31,26 +32,27 @@ from tiny_vllm import (
 from biomerge_lib.answer_grammar import build_grammar
 from biomerge_lib.errors import DataError, ModelError, ParameterError, ServerError
 from biomerge_lib.eval_vllm import (
-    choose_rendering,
+    choose_asking,
     evaluate_split,
     main,
-    read_model_folder,
 )
 from biomerge_lib.files import fingerprint_weights
 from biomerge_lib.guarded_process import find_group_members
+from biomerge_lib.manifest import read_model_folder
 from biomerge_lib.ner_metrics import score_predictions
 from biomerge_lib.parameters import compose_parameters
 from biomerge_lib.parity import check_parity
 from biomerge_lib.partial_answers import PartialAnswers
 from biomerge_lib.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.predictions import RawAnswer, build_prompts, read_predictions
-from biomerge_lib.prompt_format import GONE_STYLES, render
-from biomerge_lib.ready_models import read_rendering
+from biomerge_lib.prompt_format import GONE_STYLES
+from biomerge_lib.ready_models import read_adapter
 from biomerge_lib.records import write_records
 from biomerge_lib.vllm_client import find_served_model
 from biomerge_lib.vllm_server import VllmServer, installed_vllm, open_server, read_log_tail
 
-RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 128}
+PROMPTS = replace(START, max_input_tokens=128)
+ASKED = asdict(PROMPTS) | {"max_new_tokens": 32}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def evaluate(tokenizer, tmp_path):
             "model_id": MODEL_ID,
             "api_key": KEY,
             "concurrency": 4,
-            **RENDERING,
+            "prompt_format": PROMPTS,
             **options,
         }
         return evaluate_split(
@@ -83,7 +85,7 @@ def evaluate(tokenizer, tmp_path):
 
 
 def prompt_ids_of(tokenizer, records):
-    prompts = build_prompts(records, tokenizer, **RENDERING)
+    prompts = build_prompts(records, tokenizer, PROMPTS)
     return [tuple(prompt.prompt_ids) for prompt in prompts]
 
 
@@ -108,7 +110,7 @@ def test_the_request_is_greedy_and_in_token_ids(evaluate, tokenizer):
     with FakeServer(tokenizer) as server:
         evaluate(server, records=make_records(1))
     text = "<NER> 0 Aspirin 8 can 12 trigger 20 asthma 27 attacks 35 ."
-    assert render(make_records(1)[0].text, offset_anchors="start").prompt == text
+    assert PROMPTS.render(make_records(1)[0]).prompt == text
     assert server.bodies == [
         {
             "model": MODEL_ID,
@@ -173,7 +175,9 @@ def test_answers_are_token_ids_without_eos(evaluate, tokenizer):
 def test_a_long_record_is_chunked_and_mapped_back(evaluate, tokenizer):
     record = replace(make_records(1)[0], text="Aspirin " * 24 + "Aspirin", spans=())
     with FakeServer(tokenizer) as server:
-        prediction = evaluate(server, records=[record], max_input_tokens=64).predictions[0]
+        prediction = evaluate(
+            server, records=[record], prompt_format=replace(PROMPTS, max_input_tokens=64)
+        ).predictions[0]
     assert server.requests == len(prediction.answers) > 1
     assert all(record.text[start:end] == "Aspirin" for start, end in prediction.pred)
     assert len(prediction.pred) == server.requests
@@ -381,7 +385,7 @@ def test_a_running_server_is_used_and_checked(model_folder, tokenizer, monkeypat
 @pytest.fixture
 def model_folder(tmp_path):
     folder = make_model_folder(tmp_path / "runs" / MODEL_ID / "merged")
-    note = {**RENDERING, "max_new_tokens": 32, "backbone": "tiny"}
+    note = ASKED | {"backbone": "tiny"}
     (folder / "biomerge.json").write_text(json.dumps(note))
     write_records(tmp_path / "data" / "dev.jsonl", make_records())
     return folder
@@ -415,7 +419,7 @@ def test_the_command_line_asks_unseen_corpora_with_the_default_cue(model_folder,
     records = make_records(2)
     write_records(tmp_path / "data" / "dev.jsonl", [records[0], replace(records[1], dataset="unseen")])
     arguments = ["--data_dir", str(tmp_path / "data"), "--api-key-env", "KEY_OF_THE_TEST"]
-    note = {**RENDERING, "max_new_tokens": 32, "corpus_cue": True}
+    note = ASKED | {"corpus_cue": True}
     with FakeServer(tokenizer) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("KEY_OF_THE_TEST", KEY)
         server.root = str(model_folder)
@@ -455,11 +459,11 @@ def test_user_errors_end_with_code_2(
 
 def test_a_flag_wins_over_the_run_and_is_warned_about(capsys):
     stored = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512, "max_new_tokens": 64}
-    chosen = choose_rendering(stored, {"offset_anchors": "none", "max_new_tokens": None}, where="runs/a")
+    chosen = choose_asking(stored, {"offset_anchors": "none", "max_new_tokens": None}, where="runs/a")
     assert chosen == {**stored, "offset_anchors": "none"}
     assert capsys.readouterr().err == "warning: --offset-anchors none, but runs/a says start.\n"
     with pytest.raises(ParameterError, match=r"does not say max_new_tokens .* give --max-new-tokens"):
-        choose_rendering({"offset_anchors": "none", "corpus_cue": True, "max_input_tokens": 9}, {}, where="x")
+        choose_asking({"offset_anchors": "none", "corpus_cue": True, "max_input_tokens": 9}, {}, where="x")
 
 
 def test_a_run_folder_gives_its_merged_model_and_rendering(tmp_path):
@@ -473,8 +477,9 @@ def test_a_run_folder_gives_its_merged_model_and_rendering(tmp_path):
     expected = {"offset_anchors": "none", "corpus_cue": False, "max_input_tokens": 768, "max_new_tokens": 200}
     assert read_model_folder(run) == (merged, expected)
     assert read_model_folder(merged) == (merged, {})
-    (merged / "biomerge.json").write_text(json.dumps({**expected, "max_new_tokens": 64, "backbone": "tiny"}))
-    assert read_model_folder(run) == read_model_folder(merged) == (merged, {**expected, "max_new_tokens": 64})
+    said = expected | {"max_new_tokens": 64, "backbone": "tiny"}
+    (merged / "biomerge.json").write_text(json.dumps(said))
+    assert read_model_folder(run) == read_model_folder(merged) == (merged, said)
 
 
 @pytest.mark.parametrize("style", GONE_STYLES)
@@ -485,11 +490,11 @@ def test_a_model_of_a_removed_anchor_style_is_refused_where_it_is_read(tmp_path,
     (tmp_path / "parameters.yaml").write_text(json.dumps(values))
     with pytest.raises(ParameterError, match=rf"parameters\.yaml: offset_anchors='{style}': {says}"):
         read_model_folder(tmp_path)
-    (merged / "biomerge.json").write_text(json.dumps(RENDERING | {"offset_anchors": style}))
+    (merged / "biomerge.json").write_text(json.dumps(ASKED | {"offset_anchors": style}))
     for folder, read in (
         (tmp_path, read_model_folder),
         (merged, read_model_folder),
-        (merged, read_rendering),
+        (merged, read_adapter),
     ):
         with pytest.raises(ModelError, match=rf"biomerge\.json: {says}"):
             read(folder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ASPIRIN
+from conftest import ASPIRIN, START
 
 from biomerge_lib.ner_span import SpanCollator, encode_example
 from biomerge_lib.prompt import IGNORE
@@ -31,7 +31,7 @@ def batch(tokenizer):
         Record("Nausea and TNF-α .", ((0, 6), (11, 16)), "d", "x"),
         Record("None .", (), "d", "x"),
     ]
-    examples = [encode_example(r, tokenizer, offset_anchors="start", corpus_cue=False) for r in records]
+    examples = [encode_example(r, tokenizer, START) for r in records]
     return SpanCollator(tokenizer.pad_token_id)(examples)
 
 

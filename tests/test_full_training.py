@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import ASPIRIN
+from conftest import ASPIRIN, MANIFEST, START
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -27,7 +27,7 @@ CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "
 @pytest.fixture
 def batch(tokenizer):
     """A packed row of the same sentence twice."""
-    example = encode_example(ASPIRIN, tokenizer, offset_anchors="start", corpus_cue=False)
+    example = encode_example(ASPIRIN, tokenizer, START)
     return PackedCollator(tokenizer.pad_token_id)([example, example])
 
 
@@ -112,10 +112,8 @@ def test_a_stopped_training_resumes_to_the_same_weights_and_is_kept_as_one_model
     )
 
     best = best_checkpoint(whole, metrics)
-    prompts = build_prompts(
-        trainer.records["dev"], tokenizer, offset_anchors="start", corpus_cue=False, max_input_tokens=512
-    )
-    merging = {"rendering": {"x": 1}, "probe_ids": prompts[0].prompt_ids}
+    prompts = build_prompts(trainer.records["dev"], tokenizer, START)
+    merging = {"manifest": MANIFEST, "probe_ids": prompts[0].prompt_ids}
     check = merge_checkpoint(tiny_prepared, best, tmp_path / "merged", dtype="float32", **merging)
     assert check.max_logit_difference == 0 and check.same_answer
     answers = [
@@ -154,7 +152,7 @@ def test_a_merge_that_loses_the_training_is_refused(make_trainer, tiny_prepared,
             tmp_path / "checkpoint",
             tmp_path / "out",
             dtype="float32",
-            rendering={},
+            manifest=MANIFEST,
             probe_ids=[1, 2, 3],
         )
 

@@ -1,7 +1,10 @@
 """Greedy decoding gives proper tag strings, whatever the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import START
 
 from biomerge_lib.decoding import greedy_decode, read_answer
 from biomerge_lib.graphed_decoding import GraphedDecoder, can_graph
@@ -16,7 +19,7 @@ RECORDS = [
     Record("Nausea followed .", ((0, 6),), "d2", "x"),
     Record("Nothing was found .", (), "d3", "x"),
 ]
-RENDERING = {"offset_anchors": "start", "corpus_cue": False}
+PROMPTS = replace(START, max_input_tokens=200)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def trained(tiny_prepared, tokenizer):
         max_length=256,
         seed=1,
     )
-    batch = SpanCollator(tokenizer.pad_token_id)([encode_example(r, tokenizer, **RENDERING) for r in RECORDS])
+    batch = SpanCollator(tokenizer.pad_token_id)([encode_example(r, tokenizer, START) for r in RECORDS])
     model.requires_grad_(True)  # LoRA alone cannot move a random backbone far enough
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
@@ -49,7 +52,7 @@ def trained(tiny_prepared, tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_trained_model_writes_its_sentences_spans(trained, tokenizer, batch_size):
-    prompts = build_prompts(RECORDS, tokenizer, **RENDERING, max_input_tokens=200)
+    prompts = build_prompts(RECORDS, tokenizer, PROMPTS)
     answers = greedy_decode(
         trained, tokenizer, prompts, max_new_tokens=40, batch_size=batch_size, progress=None
     )
@@ -62,13 +65,13 @@ def test_a_trained_model_writes_its_sentences_spans(trained, tokenizer, batch_si
 
 def test_decoding_leaves_the_model_in_training_mode(trained, tokenizer):
     trained.train()
-    prompts = build_prompts(RECORDS[:1], tokenizer, **RENDERING, max_input_tokens=200)
+    prompts = build_prompts(RECORDS[:1], tokenizer, PROMPTS)
     greedy_decode(trained, tokenizer, prompts, max_new_tokens=4, batch_size=1, progress=None)
     assert trained.training
 
 
 def test_an_answer_without_eos_is_reported_as_cut(trained, tokenizer):
-    prompts = build_prompts(RECORDS[:1], tokenizer, **RENDERING, max_input_tokens=200)
+    prompts = build_prompts(RECORDS[:1], tokenizer, PROMPTS)
     [answer] = greedy_decode(trained, tokenizer, prompts, max_new_tokens=3, batch_size=1, progress=None)
     assert answer.finish == "length" and len(answer.token_ids) == 3
 
@@ -84,7 +87,7 @@ def test_chunks_are_answered_apart_and_mapped_back(trained, tokenizer):
     gold = ((0, 7), (20, 34), (37, 43))
     assert [text[start:end] for start, end in gold] == ["Aspirin", "asthma attacks", "Nausea"]
     record = Record(text, gold, "long", "x")
-    prompts = build_prompts([record], tokenizer, **RENDERING, max_input_tokens=60)
+    prompts = build_prompts([record], tokenizer, replace(START, max_input_tokens=60))
     assert len(prompts) > 1
     answers = [read_answer([], tokenizer) for _ in prompts]
     shifted = [
@@ -121,7 +124,7 @@ def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, token
     """As on a GPU, launch by launch: the same cache and attention, used for batch after batch."""
     aspirin, nausea, nothing = RECORDS
     records = [nausea, aspirin, nothing, nausea, nausea, nothing, nausea]
-    prompts = build_prompts(records, tokenizer, **RENDERING, max_input_tokens=200)
+    prompts = build_prompts(records, tokenizer, PROMPTS)
     arguments = {"max_new_tokens": 40, "batch_size": 3, "progress": None}
     expected = greedy_decode(trained, tokenizer, prompts, **arguments)
     monkeypatch.setattr("biomerge_lib.graphed_decoding.can_graph", lambda model: True)
@@ -146,7 +149,7 @@ def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, token
 
 
 def test_a_batch_is_left_when_enough_rows_have_ended(trained, tokenizer):
-    prompts = build_prompts(RECORDS, tokenizer, **RENDERING, max_input_tokens=200)
+    prompts = build_prompts(RECORDS, tokenizer, PROMPTS)
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     rows = torch.tensor([[0] * (longest - len(p.prompt_ids)) + p.prompt_ids for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p.prompt_ids)) + [1] * len(p.prompt_ids) for p in prompts])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASPIRIN
+from conftest import ASPIRIN, MANIFEST, START
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,11 +92,9 @@ def test_a_family_trains_packed_as_padded_and_merges(make_parameters, family, ar
     assert len(adapted) == 2 * len(layers)
     assert set(json.loads((checkpoint / "adapter_config.json").read_text())["target_modules"]) == layers
     backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
-    prompt_ids = encode(
-        ASPIRIN, load_tokenizer(backbone), offset_anchors="start", corpus_cue=False
-    ).prompt_ids
+    prompt_ids = encode(ASPIRIN, load_tokenizer(backbone), START).prompt_ids
     check = merge_checkpoint(
-        backbone, checkpoint, run / "merged", dtype="float32", rendering={}, probe_ids=prompt_ids
+        backbone, checkpoint, run / "merged", dtype="float32", manifest=MANIFEST, probe_ids=prompt_ids
     )
     assert check.same_answer and check.max_logit_difference < 1e-4
     assert type(load_causal_lm(run / "merged", dtype="float32")).__name__ == architecture

@@ -1,8 +1,10 @@
 """Packed rows: the same losses and gradients as padded batches, and no sentence that sees another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import ASPIRIN
+from conftest import ASPIRIN, START
 
 from biomerge_lib.ner_span import SpanCollator, encode_example
 from biomerge_lib.packing import PackedCollator, unpack_rows
@@ -29,7 +31,7 @@ RECORDS = [
 
 
 def encode_all(tokenizer, anchors="start"):
-    return [encode_example(r, tokenizer, offset_anchors=anchors, corpus_cue=False) for r in RECORDS]
+    return [encode_example(r, tokenizer, replace(START, offset_anchors=anchors)) for r in RECORDS]
 
 
 def test_a_packed_row_by_hand():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import MANIFEST, START
 
 from biomerge_lib import predict, ready_models
 from biomerge_lib.__main__ import EXAMPLES, build_parser, main
@@ -20,7 +21,7 @@ from biomerge_lib.tagger import Part, Tagger
 from biomerge_lib.texts import Text, iter_texts
 from biomerge_lib.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
 
-RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512, "max_new_tokens": 64}
+NOTE = MANIFEST.as_said() | {"backbone": "tiny"}
 TEXT = "Aspirin-induced asthma (AIA).\r\n\r\nβ-blockers\tmay harm\u2028too; 5-HT𝛼 rose."
 SPANS = [(0, 7), (16, 22), (24, 27), (33, 43), (58, 63)]
 TAGGED = [Tagged("d 1", TEXT, SPANS), Tagged("d 2", "Nothing here.", [])]
@@ -36,7 +37,7 @@ def tagger(tokenizer):
         words = [prompt.chunk.record.text.split()[0] for prompt in prompts]
         return [RawAnswer([], f" 0-{len(word)}", "eos") for word in words]
 
-    return Tagger(tokenizer, RENDERING, None, answer, at_once=4), asked
+    return Tagger(tokenizer, START, None, answer, at_once=4), asked
 
 
 def test_spans_of_the_example_are_its_mentions():
@@ -223,7 +224,7 @@ def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeyp
             raise KeyboardInterrupt
         return [RawAnswer([], " 0-7", "eos") for _ in prompts]
 
-    broken = Tagger(tokenizer, RENDERING, None, answer)
+    broken = Tagger(tokenizer, START, None, answer)
     monkeypatch.setattr("biomerge_lib.tagger.load_tagger", lambda **_: broken)
     (tmp_path / "long.txt").write_text("Aspirin helps.\n" * 50)
     command = ["predict", "--file", str(tmp_path / "long.txt"), "--out"]
@@ -314,17 +315,17 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
         main(["predict", "x"])
 
 
-def test_a_cue_must_be_one_that_the_model_knows(tmp_path):
-    stored = {"corpus_cue": True, "cues": ["bc5cdr", "anatem"], "default_cue": "any"}
-    (tmp_path / "biomerge.json").write_text(json.dumps(stored))
-    assert ready_models.choose_cues(stored, None, tmp_path)["default_cue"] == "any"
-    assert ready_models.choose_cues(stored, "anatem", tmp_path)["default_cue"] == "anatem"
+def test_a_cue_must_be_one_that_the_model_knows():
+    known = {"cues": ["bc5cdr", "anatem"], "default_cue": "any"}
+    manifest = replace(MANIFEST, prompt_format=replace(START, corpus_cue=True), **known)
+    assert manifest.cue_options()["default_cue"] == "any"
+    assert manifest.cue_options("anatem")["default_cue"] == "anatem"
     with pytest.raises(
         ParameterError, match=r"cue=anatme is none of anatem, any, bc5cdr\. Did you mean 'anatem'"
     ):
-        ready_models.choose_cues(stored, "anatme", tmp_path)
+        manifest.cue_options("anatme")
     with pytest.raises(ParameterError, match="without corpus cues"):
-        ready_models.choose_cues({"corpus_cue": False}, "anatem", tmp_path)
+        MANIFEST.cue_options("anatem")
 
 
 def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_path, monkeypatch):
@@ -339,13 +340,13 @@ def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_p
     )
     adapter = tmp_path / "mine"
     model.save_pretrained(adapter)
-    (adapter / "biomerge.json").write_text(json.dumps({"backbone": "tiny", **RENDERING}))
+    (adapter / "biomerge.json").write_text(json.dumps(NOTE))
     folder = ready_models.merge_for_use(adapter)
     assert folder.parent == tmp_path / "cache/models" and (folder / "model.safetensors").is_file()
     made = (folder / "config.json").stat().st_mtime_ns
     assert ready_models.merge_for_use(adapter) == folder
     assert (folder / "config.json").stat().st_mtime_ns == made
-    (adapter / "biomerge.json").write_text(json.dumps({"backbone": "tiny", **RENDERING, "max_new_tokens": 9}))
+    (adapter / "biomerge.json").write_text(json.dumps(NOTE | {"max_new_tokens": 9}))
     assert ready_models.merge_for_use(adapter) != folder
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(ready_models.ModelError, match=r"adapter_config\.json missing"):

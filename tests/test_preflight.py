@@ -4,10 +4,12 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import START
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.corpora import write_corpus
@@ -81,14 +83,14 @@ def test_every_count_is_what_training_meets(check, tokenizer, data_dir):
     limits = {"max_input_tokens": 150, "max_target_tokens": 40, "max_new_tokens": 48}
     numbers = check(**limits, offset_anchors="start").numbers
     records = {split: read_split(data_dir, split) for split in ("train", "dev")}
-    rendering = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 150}
-    dataset = build_dataset(records["train"], tokenizer, **rendering, max_target_tokens=40)
-    prompts = build_prompts(records["dev"], tokenizer, **rendering)
+    prompt_format = replace(START, max_input_tokens=150)
+    dataset = build_dataset(records["train"], tokenizer, prompt_format, max_target_tokens=40)
+    prompts = build_prompts(records["dev"], tokenizer, prompt_format)
     assert numbers["train_records"] == 448 and numbers["train_mentions"] == 1091
     assert numbers["train_empty_share"] == 0.1741
     assert numbers["train_examples"] == len(dataset) > 448
     whole = build_dataset(
-        records["train"], tokenizer, **{**rendering, "max_input_tokens": 9999}, max_target_tokens=9999
+        records["train"], tokenizer, replace(START, max_input_tokens=9999), max_target_tokens=9999
     )
     assert numbers["train_tokens_per_epoch"] == sum(whole["length"])
     assert numbers["train_long_prompts"] == sum(length > 150 for length in whole["prompt_length"]) > 0

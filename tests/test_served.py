@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import START
 from shared_corpora import skip_but_fail_in_ci
 from test_answer_grammar import assert_legal
 from tiny_vllm import save_tokenizer_files
@@ -27,7 +29,7 @@ from biomerge_lib.tokenizer import save_tokenizer
 from biomerge_lib.vllm_server import VllmServer
 
 pytestmark = pytest.mark.integration
-RENDERING = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 256}
+PROMPTS = replace(START, max_input_tokens=256)
 NEW_TOKENS = 40
 
 
@@ -47,10 +49,7 @@ def model(tiny_prepared, tokenizer, sample_records):
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(tiny_prepared, dtype=torch.float32)
-    examples = [
-        encode_example(record, tokenizer, offset_anchors="start", corpus_cue=False)
-        for record in short(sample_records["train"], 32)
-    ]
+    examples = [encode_example(record, tokenizer, START) for record in short(sample_records["train"], 32)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     collate = SpanCollator(tokenizer.pad_token_id)
     torch.manual_seed(0)
@@ -76,7 +75,7 @@ def served_folder(model, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def decode(model, tokenizer, records):
     def run(constraint="off"):
-        prompts = build_prompts(records, tokenizer, **RENDERING)
+        prompts = build_prompts(records, tokenizer, PROMPTS)
         options = {"max_new_tokens": NEW_TOKENS, "batch_size": 8, "progress": None}
         answers = greedy_decode(model, tokenizer, prompts, constrained_decoding=constraint, **options)
         return collect_predictions(records, prompts, answers, constrained=constraint != "off")
@@ -109,7 +108,13 @@ def server(served_folder, tmp_path_factory):
 @pytest.fixture
 def ask(records, plain, tmp_path):
     def run(server, tokenizer=plain, **options):
-        options = {"max_new_tokens": NEW_TOKENS, "split": "dev", "progress": None, **RENDERING, **options}
+        options = {
+            "max_new_tokens": NEW_TOKENS,
+            "split": "dev",
+            "progress": None,
+            "prompt_format": PROMPTS,
+            **options,
+        }
         address = {"base_url": server.base_url, "model_id": server.model_id, "api_key": server.api_key}
         out = tmp_path / "predictions.jsonl"
         return evaluate_split(records, tokenizer, out=out, **address, **options).predictions
@@ -126,7 +131,7 @@ def flat(steps):
 
 
 def test_vllm_answers_as_transformers_does(server, ask, greedy, plain, tokenizer, records):
-    assert build_prompts(records, plain, **RENDERING) == build_prompts(records, tokenizer, **RENDERING)
+    assert build_prompts(records, plain, PROMPTS) == build_prompts(records, tokenizer, PROMPTS)
     served = ask(server)
     parity = compare(greedy, served, plain)
     assert (parity.passed, parity.differences) == (True, [])
@@ -199,7 +204,7 @@ def test_a_bfloat16_server_is_named_whatever_it_claims(ask, greedy, plain, serve
 def test_predict_asks_a_server_as_it_asks_the_model(
     server, served_folder, records, monkeypatch, tmp_path, capsys
 ):
-    write_json(served_folder / "biomerge.json", {**RENDERING, "max_new_tokens": NEW_TOKENS})
+    write_json(served_folder / "biomerge.json", asdict(PROMPTS) | {"max_new_tokens": NEW_TOKENS})
     monkeypatch.setenv("VLLM_API_KEY", server.api_key)
     documents = ["\n".join(record.text for record in records[start : start + 8]) for start in (0, 8, 16)]
     served = predict(documents, model=served_folder, base_url=server.base_url.removesuffix("/v1"))

@@ -1,6 +1,7 @@
 """Raw texts get offsets of their own characters, whatever the model was shown."""
 
 import pytest
+from conftest import START
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.display import bracket
@@ -28,8 +29,7 @@ def test_offsets_are_those_of_the_whole_document(tokenizer):
         seen.extend(prompt.chunk.record.text for prompt in prompts)
         return [RawAnswer([], " 0-7 ; 900-901", "eos") for _ in prompts]
 
-    rendering = {"offset_anchors": "start", "corpus_cue": False, "max_input_tokens": 512}
-    tagger = Tagger(tokenizer, rendering, None, answer)
+    tagger = Tagger(tokenizer, START, None, answer)
     text = "Aspirin works.\n\nHeparin, too."
     assert list(tagger.find_mentions([text, ""])) == [[(0, 7), (16, 23)], []]
     assert seen == ["Aspirin works .", "Heparin , too ."]

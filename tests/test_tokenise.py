@@ -1,13 +1,14 @@
 """The data module's tensors align: labels live on the answer and EOS only, word labels on each word's last token."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
-from conftest import ASPIRIN
+from conftest import ASPIRIN, START, render
 
 from biomerge_lib.ner_span import SpanCollator, build_dataset, encode_example
 from biomerge_lib.prompt import IGNORE, encode, merge_chunks, split_record, word_labels
-from biomerge_lib.prompt_format import ANCHOR_STYLES, render
+from biomerge_lib.prompt_format import ANCHOR_STYLES
 from biomerge_lib.records import Record
 
 B, I, O = 1, 2, 0  # noqa: E741
@@ -15,7 +16,7 @@ B, I, O = 1, 2, 0  # noqa: E741
 
 @pytest.mark.parametrize("style", ANCHOR_STYLES)
 def test_labels_are_the_answer_and_eos_and_nothing_else(tokenizer, style):
-    example = encode_example(ASPIRIN, tokenizer, offset_anchors=style, corpus_cue=False)
+    example = encode_example(ASPIRIN, tokenizer, replace(START, offset_anchors=style))
     tag = tokenizer.convert_tokens_to_ids("<TAG>")
     assert len(example["input_ids"]) == len(example["labels"]) == len(example["token_labels"])
     first = example["labels"].index(next(label for label in example["labels"] if label != IGNORE))
@@ -28,7 +29,7 @@ def test_labels_are_the_answer_and_eos_and_nothing_else(tokenizer, style):
 
 def test_plain_rendering_gives_known_tokens_and_labels(tokenizer):
     record = Record("a b", ((2, 3),), "d", "x")
-    example = encode_example(record, tokenizer, offset_anchors="none", corpus_cue=False)
+    example = encode_example(record, tokenizer, replace(START, offset_anchors="none"))
     tokens = tokenizer.convert_ids_to_tokens(example["input_ids"])
     assert tokens == ["<NER>", "Ġa", "Ġb", "<TAG>", "Ġ2", "-", "3", "</s>"]
     ids = tokenizer.convert_tokens_to_ids(["Ġ2", "-", "3", "</s>"])
@@ -38,8 +39,8 @@ def test_plain_rendering_gives_known_tokens_and_labels(tokenizer):
 
 @pytest.mark.parametrize("style", ANCHOR_STYLES)
 def test_word_labels_sit_on_the_last_token_of_each_word(tokenizer, style):
-    encoding = encode(ASPIRIN, tokenizer, offset_anchors=style, corpus_cue=False)
-    example = encode_example(ASPIRIN, tokenizer, offset_anchors=style, corpus_cue=False)
+    encoding = encode(ASPIRIN, tokenizer, replace(START, offset_anchors=style))
+    example = encode_example(ASPIRIN, tokenizer, replace(START, offset_anchors=style))
     labelled = [(i, label) for i, label in enumerate(example["token_labels"]) if label != IGNORE]
     assert [label for _, label in labelled] == [B, O, O, B, I, O]
     for (position, _), (start, end) in zip(labelled, encoding.words, strict=True):
@@ -51,14 +52,14 @@ def test_rendered_words_are_the_texts_words():
     text = "IL-2  gene\u00a0x , β-cells ."
     for style in ANCHOR_STYLES:
         for cue in (None, "jnlpba"):
-            rendering = render(text, offset_anchors=style, cue=cue)
+            rendering = render(text, style, cue)
             cut = [rendering.prompt[start:end] for start, end in rendering.rendered_words]
             assert cut == [text[start:end] for start, end in rendering.words]
-    assert render(text, offset_anchors="none").prompt == "<NER> " + text
+    assert render(text, "none").prompt == "<NER> " + text
 
 
 def test_renderings_are_spelled_as_documented():
-    spelled = {style: render("Aspirin can", offset_anchors=style).prompt for style in ANCHOR_STYLES}
+    spelled = {style: render("Aspirin can", style).prompt for style in ANCHOR_STYLES}
     assert spelled == {
         "none": "<NER> Aspirin can",
         "start": "<NER> 0 Aspirin 8 can",
@@ -73,7 +74,7 @@ def test_no_two_texts_have_the_same_prompt(style):
         first + " " * left + second + " " * right + third
         for first, left, second, right, third in product(words, gaps, words, gaps, words)
     }
-    assert len({render(text, offset_anchors=style).prompt for text in texts}) == len(texts) == 4**3 * 7**2
+    assert len({render(text, style).prompt for text in texts}) == len(texts) == 4**3 * 7**2
 
 
 @pytest.mark.parametrize("style", ["start", "echo_start"])
@@ -84,7 +85,7 @@ def test_words_keep_the_tokens_of_the_plain_sentence(tokenizer, sample_records, 
     ]
     for record in [*sample_records["dev"], *odd]:
         text = " ".join(record.text.split())
-        rendering = render(text, offset_anchors=style)
+        rendering = render(text, style)
         encoded = tokenizer(rendering.prompt, return_offsets_mapping=True)
         kept = [
             token
@@ -103,7 +104,7 @@ def test_word_labels_of_adjacent_and_inner_spans():
 
 def test_a_batch_is_padded_on_the_right_and_masked_by_length(tokenizer):
     records = [ASPIRIN, Record("No entity here at all in this longer sentence .", (), "d", "x")]
-    examples = [encode_example(r, tokenizer, offset_anchors="start", corpus_cue=False) for r in records]
+    examples = [encode_example(r, tokenizer, START) for r in records]
     batch = SpanCollator(tokenizer.pad_token_id)(examples)
     longest = max(len(example["input_ids"]) for example in examples)
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
@@ -119,20 +120,18 @@ def test_a_batch_is_padded_on_the_right_and_masked_by_length(tokenizer):
 
 
 def test_a_record_without_entity_is_answered_with_eos(tokenizer):
-    example = encode_example(
-        Record("No entity .", (), "d", "x"), tokenizer, offset_anchors="start", corpus_cue=False
-    )
+    example = encode_example(Record("No entity .", (), "d", "x"), tokenizer, START)
     assert [label for label in example["labels"] if label != IGNORE] == [tokenizer.eos_token_id]
 
 
 def test_long_records_are_cut_between_words_and_never_through_a_mention(tokenizer, sample_records):
     long = max(sample_records["train"], key=lambda record: len(record.text))
-    limits = {"max_input_tokens": 200, "max_target_tokens": 40}
-    chunks = split_record(long, tokenizer, offset_anchors="start", corpus_cue=False, **limits)
+    prompt_format = replace(START, max_input_tokens=200)
+    chunks = split_record(long, tokenizer, prompt_format, max_target_tokens=40)
     assert len(chunks) > 2
     assert "".join(chunk.record.text for chunk in chunks) == long.text
     assert merge_chunks(chunks, [chunk.record.spans for chunk in chunks]) == list(long.spans)
-    dataset = build_dataset([long], tokenizer, offset_anchors="start", corpus_cue=False, **limits)
+    dataset = build_dataset([long], tokenizer, prompt_format, max_target_tokens=40)
     assert len(dataset) == len(chunks)
     for example in dataset:
         assert sum(label == IGNORE for label in example["labels"]) <= 200

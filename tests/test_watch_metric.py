@@ -44,7 +44,7 @@ def test_each_sentences_answer_is_read_where_its_gold_stands(make_trainer, token
             rows.append((right[right != IGNORE].tolist(), said[right != IGNORE].tolist()))
     assert len(rows) == 6
     for (right, said), record in zip(rows, trainer.records["dev"], strict=True):
-        ids = encode(record, tokenizer, offset_anchors="echo_start", corpus_cue=False)
+        ids = encode(record, tokenizer, trainer.parameters.prompt_format)
         assert right == ids.completion_ids
         with torch.no_grad():
             logits = trainer.model(input_ids=torch.tensor([ids.prompt_ids + ids.completion_ids])).logits[0]

@@ -56,7 +56,7 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
     from transformers import TrainerCallback
 
     from biomerge_lib.decoding import greedy_decode
-    from biomerge_lib.ner_span import model_rendering
+    from biomerge_lib.ner_span import describe_model
     from biomerge_lib.parameters import check_parameters, compose_parameters
     from biomerge_lib.predictions import build_prompts
     from biomerge_lib.prompt import encode
@@ -120,22 +120,15 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
     resumed.train(resume_from_checkpoint=str(folder / "resumed" / middle))
 
     parameters_of = {n: p for n, p in whole.model.named_parameters() if p.requires_grad}
-    prompts = build_prompts(
-        records["dev"],
-        tokenizer,
-        offset_anchors="start",
-        corpus_cue=False,
-        max_input_tokens=512,
-    )
+    prompts = build_prompts(records["dev"], tokenizer, parameters.prompt_format)
     best = folder / "checkpoints" / metrics["best_checkpoint"]
-    rendering = {"offset_anchors": "start", "corpus_cue": False}
-    probe = encode(records["dev"][0], tokenizer, **rendering).prompt_ids
+    probe = encode(records["dev"][0], tokenizer, parameters.prompt_format).prompt_ids
     check = merge_checkpoint(
         prepared,
         best,
         folder / "merged",
         dtype="bfloat16",
-        rendering=model_rendering(parameters),
+        manifest=describe_model(parameters),
         probe_ids=probe,
     )
     merged = load_causal_lm(folder / "merged", dtype="bfloat16")
