@@ -132,15 +132,15 @@ def show_html(parts: Sequence[str]) -> HTML:
 def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]) -> Figure:
     """One panel for each title in ``curves``, with the named keys of the Trainer's log history against steps."""
     import matplotlib.pyplot as plt
+    import pandas as pd
 
+    log = pd.DataFrame(log_history)
     figure, axes = plt.subplots(
         1, len(curves), figsize=(5 * len(curves), 3.2), squeeze=False, layout="constrained"
     )
     for axis, (title, keys) in zip(axes[0], curves.items(), strict=True):
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=key)
+        for key in [key for key in keys if key in log]:
+            axis.plot("step", key, data=log.dropna(subset=key), marker="o", markersize=3, label=key)
         axis.set(title=title, xlabel="optimiser step")
         axis.grid(alpha=0.3)
         if axis.has_data():
@@ -151,16 +151,15 @@ def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]) -> Fi
 def plot_confidence(predictions: Sequence[Prediction]) -> Figure:
     """Two panels: precision and recall against the share of spans kept, and precision against probability."""
     import matplotlib.pyplot as plt
+    import pandas as pd
 
-    rows, bins = score_thresholds(predictions), calibrate(predictions)
+    rows, bins = pd.DataFrame(score_thresholds(predictions)), pd.DataFrame(calibrate(predictions))
     figure, (curve, calibration) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for name in ("precision", "recall", "ner_f1"):
-        curve.plot([row["coverage"] for row in rows], [row[name] for row in rows], label=name)
+        curve.plot("coverage", name, data=rows, label=name)
     curve.set(title="the most probable spans only", xlabel="coverage: share of the predicted spans kept")
     calibration.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
-    calibration.plot(
-        [row["probability"] for row in bins], [row["precision"] for row in bins], marker="o", label="tenths"
-    )
+    calibration.plot("probability", "precision", data=bins, marker="o", label="tenths")
     error = calibration_error(predictions)
     calibration.set(title=f"calibration error {error:.3f}", xlabel="mean probability", ylabel="precision")
     for axis in (curve, calibration):
