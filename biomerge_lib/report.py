@@ -85,7 +85,8 @@ def _tables(
 
     ranked, others = [run for run in runs if run.rank], [run for run in runs if not run.rank]
     link, code = Markup('<a href="{}">{}</a>'), Markup('<code title="{}">{}</code>')
-    notebooks = {run: Markup(" ").join(link.format(at, name) for name, at in links[run]) for run in runs}
+    linked = {run: Markup(" ").join(link.format(at, name) for name, at in links[run]) for run in runs}
+    notebooks = {run: found or "none kept" for run, found in linked.items()}
     agreement = values_table(ranked, AGREEMENT_COLUMNS)
     watched, greedy, again, vllm, _ = (agreement[name] for name in AGREEMENT_COLUMNS)
     agreement.insert(2, "watch metric", [run.watch_metric for run in ranked])

@@ -102,6 +102,7 @@ def test_finished_runs_are_ranked_by_greedy_dev_f1_and_no_others(tmp_path):
     assert "95 % interval 0.712–0.748" in page
     assert "3 finished, 1 failed, 1 partial" in page
     assert "OutOfMemoryError: &lt;b&gt;2 GiB&lt;/b&gt;" in page
+    assert page.count("<td>none kept</td>") == 2
     assert "was killed (started 2026-11-20T10:00:00+00:00)" in page
     assert "0.990" not in page
 
