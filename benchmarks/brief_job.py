@@ -27,8 +27,8 @@ from typing import Any
 
 from benchmarks.readiness import TOKENIZER_DIR
 from benchmarks.training_speed import find_backbone
-from biomerge_lib.files import write_json
-from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.core.files import write_json
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 
 REPORT = PROJECT_DIR / "reports" / "brief_job.json"
 CARD_GB = 48

@@ -23,11 +23,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from biomerge_lib.files import write_json
-from biomerge_lib.prompt_format import PromptFormat
-from biomerge_lib.readers import read_corpus
-from biomerge_lib.records import Record, write_records
-from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.core.files import write_json
+from biomerge_lib.core.prompt_format import PromptFormat
+from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.corpora.readers import read_corpus
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +63,7 @@ def load_libraries() -> tuple[float, PreTrainedTokenizerFast]:
     def load() -> PreTrainedTokenizerFast:
         import datasets  # noqa: F401
 
-        from biomerge_lib.tokenizer import load_tokenizer
+        from biomerge_lib.prompts.tokenizer import load_tokenizer
 
         return load_tokenizer(TOKENIZER)
 
@@ -72,8 +72,8 @@ def load_libraries() -> tuple[float, PreTrainedTokenizerFast]:
 
 def measure_conversion(corpora: str, folder: str) -> dict:
     """The corpora to tokenised train and dev sets, from nothing."""
-    from biomerge_lib.corpora import write_corpus
-    from biomerge_lib.ner_span import build_dataset, read_split
+    from biomerge_lib.corpora.conversion import write_corpus
+    from biomerge_lib.prompts.ner_span import build_dataset, read_split
 
     imports, tokenizer = load_libraries()
     cpu = time.process_time()
@@ -103,7 +103,7 @@ def measure_conversion(corpora: str, folder: str) -> dict:
 
 def measure_second_start(folder: str) -> dict:
     """The same train and dev sets again, in a new process: lines are checked, tokens come from the cache."""
-    from biomerge_lib.ner_span import build_dataset, read_split
+    from biomerge_lib.prompts.ner_span import build_dataset, read_split
 
     imports, tokenizer = load_libraries()
     cpu = time.process_time()
@@ -126,8 +126,8 @@ def measure_second_start(folder: str) -> dict:
 
 def measure_preflight(folder: str) -> dict:
     """Preflight on the same data, imports and all."""
-    from biomerge_lib.parameters import compose_parameters
-    from biomerge_lib.preflight import check_training
+    from biomerge_lib.core.parameters import compose_parameters
+    from biomerge_lib.training.preflight import check_training
 
     cpu = time.process_time()
     words = [f"data_dir={folder}", "eval_limit=null", "corpus_cue=true", f"tokenizer_dir={TOKENIZER}"]
@@ -138,7 +138,7 @@ def measure_preflight(folder: str) -> dict:
 
 def measure_stream(folder: str) -> dict:
     """A JSONL split tokenised as a stream into the cache."""
-    from biomerge_lib.ner_span import build_dataset, hash_split, iter_split
+    from biomerge_lib.prompts.ner_span import build_dataset, hash_split, iter_split
 
     _, tokenizer = load_libraries()
     cpu = time.process_time()
@@ -169,7 +169,7 @@ def measure_stream(folder: str) -> dict:
 
 def measure_reopened(folder: str) -> dict:
     """The same cache in a new process, and a thousand examples from all over it."""
-    from biomerge_lib.ner_span import build_dataset, hash_split, iter_split
+    from biomerge_lib.prompts.ner_span import build_dataset, hash_split, iter_split
 
     _, tokenizer = load_libraries()
     cpu = time.process_time()

@@ -18,21 +18,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from biomerge_lib.answer_grammar import CONSTRAINTS
-from biomerge_lib.confidence import calibration_error, choose_threshold
-from biomerge_lib.decoding import greedy_decode
+from biomerge_lib.core.files import file_sha256, write_json
+from biomerge_lib.core.prompt_format import find_words
+from biomerge_lib.decoding.answer_grammar import CONSTRAINTS
+from biomerge_lib.decoding.greedy import greedy_decode
+from biomerge_lib.decoding.predictions import Prediction, build_prompts, collect_predictions, keep_probable
+from biomerge_lib.decoding.vllm_server import VllmServer
 from biomerge_lib.eval_vllm import evaluate_split
-from biomerge_lib.files import file_sha256, write_json
-from biomerge_lib.manifest import ASKED_WITH, Manifest, read_model_folder
-from biomerge_lib.ner_metrics import score_predictions
-from biomerge_lib.ner_span import read_split
-from biomerge_lib.parity import check_parity
-from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions, keep_probable
-from biomerge_lib.prompt_format import find_words
-from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
-from biomerge_lib.tokenizer import load_tokenizer
-from biomerge_lib.unsloth_lora_ner import load_causal_lm
-from biomerge_lib.vllm_server import VllmServer
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
+from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
+from biomerge_lib.prompts.ner_span import read_split
+from biomerge_lib.prompts.tokenizer import load_tokenizer
+from biomerge_lib.scoring.confidence import calibration_error, choose_threshold
+from biomerge_lib.scoring.ner_metrics import score_predictions
+from biomerge_lib.scoring.parity import check_parity
 
 REPORT = PROJECT_DIR / "reports" / "decoding.json"
 COLUMNS = {

@@ -11,9 +11,9 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-from biomerge_lib.files import whole_file
-from biomerge_lib.parameters import compose_parameters
-from biomerge_lib.runs import PROJECT_DIR
+from biomerge_lib.core.files import whole_file
+from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.experiment.runs import PROJECT_DIR
 
 PARTS = 22
 

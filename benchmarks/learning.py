@@ -20,10 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.files import write_json
-from biomerge_lib.parameters import watch_metric_of
-from biomerge_lib.prompt_format import GONE_STYLES
-from biomerge_lib.runs import PROJECT_DIR, read_metrics
+from biomerge_lib.core.files import write_json
+from biomerge_lib.core.parameters import watch_metric_of
+from biomerge_lib.core.prompt_format import GONE_STYLES
+from biomerge_lib.experiment.runs import PROJECT_DIR, read_metrics
 
 REPORT = PROJECT_DIR / "reports" / "learning.json"
 COMMON = (

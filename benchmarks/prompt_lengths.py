@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.readiness import llama3_tokenizer
-from biomerge_lib.backbones import load_source_tokenizer
-from biomerge_lib.files import write_json
-from biomerge_lib.prompt import count_tokens
-from biomerge_lib.prompt_format import PromptFormat
-from biomerge_lib.readers import read_corpus
-from biomerge_lib.records import Record
-from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
-from biomerge_lib.tokenizer import add_biomerge_tokens, load_tokenizer
+from biomerge_lib.core.files import write_json
+from biomerge_lib.core.prompt_format import PromptFormat
+from biomerge_lib.core.records import Record
+from biomerge_lib.corpora.readers import read_corpus
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.model.backbones import load_source_tokenizer
+from biomerge_lib.prompts.prompt import count_tokens
+from biomerge_lib.prompts.tokenizer import add_biomerge_tokens, load_tokenizer
 
 CORPORA = ("bc5cdr_iob", "bc2gm_iob", "jnlpba_iob", "anatem_iob")
 STYLES = ("start", "echo_start")

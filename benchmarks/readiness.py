@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.files import write_json
-from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.core.files import write_json
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -71,7 +71,7 @@ def llama3_tokenizer():
 
 def build_tokenizer(backbone: str) -> None:
     """Save the tokenizer with BioMerge's five tokens as 01_tokenizer would for a backbone of the hub."""
-    from biomerge_lib.tokenizer import add_biomerge_tokens, save_tokenizer
+    from biomerge_lib.prompts.tokenizer import add_biomerge_tokens, save_tokenizer
 
     tokenizer = llama3_tokenizer()
     add_biomerge_tokens(tokenizer)
@@ -84,8 +84,8 @@ def build_backbone(folder: Path, shape: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from biomerge_lib.backbones import VOCABULARY_MULTIPLE
-    from biomerge_lib.tokenizer import load_tokenizer
+    from biomerge_lib.model.backbones import VOCABULARY_MULTIPLE
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(TOKENIZER_DIR)
     rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

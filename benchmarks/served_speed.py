@@ -23,21 +23,21 @@ from typing import Any, cast
 
 from benchmarks.decoding import table
 from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
-from biomerge_lib.decoding import greedy_decode
+from biomerge_lib.apply.ready_models import SHIPPED, merge_for_use
+from biomerge_lib.core.files import file_sha256, write_json
+from biomerge_lib.core.prompt_format import PromptFormat
+from biomerge_lib.core.records import Record
+from biomerge_lib.decoding.greedy import greedy_decode
+from biomerge_lib.decoding.predictions import Prediction, build_prompts, collect_predictions
+from biomerge_lib.decoding.vllm_client import served_names
+from biomerge_lib.decoding.vllm_server import EXECUTION, VllmServer
 from biomerge_lib.eval_vllm import evaluate_split
-from biomerge_lib.files import file_sha256, write_json
-from biomerge_lib.manifest import Manifest, read_manifest
-from biomerge_lib.ner_metrics import score_predictions
-from biomerge_lib.ner_span import read_split
-from biomerge_lib.parity import check_parity
-from biomerge_lib.plain_tokenizer import load_plain_tokenizer
-from biomerge_lib.predictions import Prediction, build_prompts, collect_predictions
-from biomerge_lib.prompt_format import PromptFormat
-from biomerge_lib.ready_models import SHIPPED, merge_for_use
-from biomerge_lib.records import Record
-from biomerge_lib.runs import PROJECT_DIR, provenance, quiet_libraries
-from biomerge_lib.vllm_client import served_names
-from biomerge_lib.vllm_server import EXECUTION, VllmServer
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.prompts.manifest import Manifest, read_manifest
+from biomerge_lib.prompts.ner_span import read_split
+from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
+from biomerge_lib.scoring.ner_metrics import score_predictions
+from biomerge_lib.scoring.parity import check_parity
 
 REPORT = PROJECT_DIR / "reports" / "served_speed.json"
 RANDOM = Manifest(
@@ -119,8 +119,8 @@ def decode(
     """The same with transformers: its F1 means nothing for random weights."""
     import torch
 
-    from biomerge_lib.tokenizer import load_tokenizer
-    from biomerge_lib.unsloth_lora_ner import load_causal_lm
+    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
     prompts = build_prompts(records, tokenizer, manifest.prompt_format)

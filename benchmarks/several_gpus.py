@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.readiness import TOKENIZER_DIR, read_log
 from benchmarks.training_speed import find_backbone
-from biomerge_lib.files import write_json
-from biomerge_lib.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.core.files import write_json
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 
 REPORT = PROJECT_DIR / "reports" / "several_gpus.json"
 STEP = 32  # sentences

@@ -17,14 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from biomerge_lib.adapter_export import write_scores
-from biomerge_lib.files import file_sha256
-from biomerge_lib.ner_metrics import bootstrap_f1, score_spans
-from biomerge_lib.readers import read_corpus
-from biomerge_lib.ready_models import SHIPPED
-from biomerge_lib.records import Record
-from biomerge_lib.runs import provenance, quiet_libraries
-from biomerge_lib.tagger import Tagger, load_tagger
+from biomerge_lib.apply.adapter_export import write_scores
+from biomerge_lib.apply.ready_models import SHIPPED
+from biomerge_lib.apply.tagger import Tagger, load_tagger
+from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.records import Record
+from biomerge_lib.corpora.readers import read_corpus
+from biomerge_lib.experiment.runs import provenance, quiet_libraries
+from biomerge_lib.scoring.ner_metrics import bootstrap_f1, score_spans
 
 OWN = "its own domain"
 # Corpus in --corpora, the entity types asked for (None: all), punctuation set apart, what the row is.

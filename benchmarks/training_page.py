@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training_peers import PEERS
-from biomerge_lib.files import write_json
-from biomerge_lib.runs import PROJECT_DIR
+from biomerge_lib.core.files import write_json
+from biomerge_lib.experiment.runs import PROJECT_DIR
 
 CHANGES = PROJECT_DIR / "benchmarks" / "training_speed_log.md"
 CORPUS_SIZES = (1_000, 4_560, 32_000)  # a small corpus, BC5CDR's training sentences, the union's

@@ -22,8 +22,8 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from biomerge_lib.prompt import IGNORE
-from biomerge_lib.unsloth_lora_ner import LINEAR_LAYERS
+from biomerge_lib.model.unsloth_lora_ner import LINEAR_LAYERS
+from biomerge_lib.prompts.prompt import IGNORE
 
 if TYPE_CHECKING:
     import torch

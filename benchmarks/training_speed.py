@@ -46,7 +46,7 @@ from typing import IO, Any, cast
 
 from benchmarks.training_page import add_runs
 from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer
-from biomerge_lib.runs import PROJECT_DIR, provenance
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 
 REPORT = PROJECT_DIR / "reports" / "training_speed.json"
 OURS: dict[str, dict[str, Any]] = {  # parameters of this project
@@ -200,9 +200,9 @@ def measure_way(way: str, options: dict[str, Any]) -> None:
         import unsloth  # noqa: F401
     import torch
 
-    import biomerge_lib.training  # noqa: F401
-    from biomerge_lib.ner_span import read_split
-    from biomerge_lib.tokenizer import load_tokenizer
+    import biomerge_lib.training.trainer  # noqa: F401
+    from biomerge_lib.prompts.ner_span import read_split
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
 
     torch.set_float32_matmul_precision("high")
     tokenizer = load_tokenizer(Path(options["backbone"]))
@@ -304,7 +304,7 @@ def count_compilations(trainer) -> int:
 
 
 def our_parameters(way: str, options: dict[str, Any], **changes: Any):
-    from biomerge_lib.parameters import check_parameters, compose_parameters
+    from biomerge_lib.core.parameters import check_parameters, compose_parameters
 
     values = compose_parameters(["model=smollm2_135m", f"runtime={options['runtime']}"]).model_dump()
     values |= {
@@ -325,14 +325,14 @@ def our_parameters(way: str, options: dict[str, Any], **changes: Any):
 
 
 def load_ours(way: str, options: dict[str, Any]):
-    from biomerge_lib.training import build_model
+    from biomerge_lib.training.trainer import build_model
 
     return build_model(our_parameters(way, options), options["backbone"])
 
 
 def build_ours(way: str, model, tokenizer, records, options: dict[str, Any]):
     """This project's Trainer, as 03_train builds it, without evaluation and checkpoints; and what it has seen."""
-    from biomerge_lib.training import build_trainer
+    from biomerge_lib.training.trainer import build_trainer
 
     parameters = our_parameters(
         way,
@@ -358,8 +358,8 @@ def build_ours(way: str, model, tokenizer, records, options: dict[str, Any]):
 
 def build_peer_trainer(way: str, model, tokenizer, records, options: dict[str, Any]):
     """A peer's Trainer on the same token ids and labels, and what it has seen."""
-    from biomerge_lib.ner_span import build_dataset
-    from biomerge_lib.prompt_format import PromptFormat
+    from biomerge_lib.core.prompt_format import PromptFormat
+    from biomerge_lib.prompts.ner_span import build_dataset
 
     dataset = build_dataset(
         records,

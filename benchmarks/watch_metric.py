@@ -28,17 +28,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from biomerge_lib.backbones import prepare_backbone
-from biomerge_lib.decoding import greedy_decode
-from biomerge_lib.errors import DataError
-from biomerge_lib.files import file_sha256, write_json
-from biomerge_lib.ner_metrics import score_predictions
-from biomerge_lib.ner_span import read_split, scoring_options
-from biomerge_lib.parameters import Parameters
-from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.runs import PROJECT_DIR, load_run_parameters, provenance, quiet_libraries, read_metrics
-from biomerge_lib.tokenizer import load_tokenizer
-from biomerge_lib.unsloth_lora_ner import load_adapter
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import file_sha256, write_json
+from biomerge_lib.core.parameters import Parameters
+from biomerge_lib.decoding.greedy import greedy_decode
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
+from biomerge_lib.experiment.runs import (
+    PROJECT_DIR,
+    load_run_parameters,
+    provenance,
+    quiet_libraries,
+    read_metrics,
+)
+from biomerge_lib.model.backbones import prepare_backbone
+from biomerge_lib.model.unsloth_lora_ner import load_adapter
+from biomerge_lib.prompts.ner_span import read_split, scoring_options
+from biomerge_lib.prompts.tokenizer import load_tokenizer
+from biomerge_lib.scoring.ner_metrics import score_predictions
 
 REPORT = PROJECT_DIR / "reports" / "watch_metric.json"
 WATCHED = {
@@ -95,7 +101,7 @@ def score_checkpoint(
     parameters: Parameters,
 ) -> dict[str, float]:
     """Greedy F1 on the ``chosen`` records and on all of them, with the seconds of each."""
-    from biomerge_lib.span_loss import read_trained_rows_in_place
+    from biomerge_lib.model.span_loss import read_trained_rows_in_place
 
     model = cast(Any, load_adapter(backbone, checkpoint, dtype=parameters.dtype))
     read_trained_rows_in_place(model.get_base_model())  # as in training; PEFT's own way cannot be graphed

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
-from biomerge_lib.errors import BioMergeError
-from biomerge_lib.jobs import INTERRUPTED, RunInterrupted, kept_path
-from biomerge_lib.parameters import Parameters, compose_parameters
+from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
 
 EXAMPLES = {
     "run": [
@@ -204,8 +204,8 @@ def _epilog(examples: Sequence[str]) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from biomerge_lib.runs import quiet_libraries
-    from biomerge_lib.tracking import run_tracked_notebook
+    from biomerge_lib.experiment.runs import quiet_libraries
+    from biomerge_lib.experiment.tracking import run_tracked_notebook
 
     quiet_libraries()
     print(kept_path(run_tracked_notebook(options.notebook, options.overrides)))
@@ -214,7 +214,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _parameters(options: argparse.Namespace) -> int:
     if options.markdown:
-        from biomerge_lib.parameter_page import parameters_as_markdown
+        from biomerge_lib.report.parameter_page import parameters_as_markdown
 
         print(parameters_as_markdown(), end="")
         return 0
@@ -225,7 +225,7 @@ def _parameters(options: argparse.Namespace) -> int:
 
 
 def _preflight(options: argparse.Namespace) -> int:
-    from biomerge_lib.preflight import PreflightError, check_training
+    from biomerge_lib.training.preflight import PreflightError, check_training
 
     try:
         print(check_training(compose_parameters(options.overrides)))
@@ -236,8 +236,8 @@ def _preflight(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from biomerge_lib.report import write_report
-    from biomerge_lib.runs import quiet_libraries
+    from biomerge_lib.experiment.runs import quiet_libraries
+    from biomerge_lib.report.page import write_report
 
     quiet_libraries()
     print(write_report(options.runs, options.out))
@@ -245,8 +245,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from biomerge_lib.published import REPORTS_DIR, folder_of_reports, publish_run, write_results
-    from biomerge_lib.runs import PROJECT_DIR
+    from biomerge_lib.experiment.runs import PROJECT_DIR
+    from biomerge_lib.report.published import REPORTS_DIR, folder_of_reports, publish_run, write_results
 
     reports = folder_of_reports(options.into) if options.into else REPORTS_DIR
     for folder in options.runs:
@@ -256,7 +256,7 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _replaced(options: argparse.Namespace) -> int:
-    from biomerge_lib.replaced import list_replaced, remove_replaced
+    from biomerge_lib.experiment.replaced import list_replaced, remove_replaced
 
     remove_replaced(Path(options.runs_dir), options.remove)
     for name, size in (found := list_replaced(Path(options.runs_dir))).items():
@@ -266,8 +266,8 @@ def _replaced(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from biomerge_lib import sweeps
-    from biomerge_lib.runs import quiet_libraries
+    from biomerge_lib.experiment import sweeps
+    from biomerge_lib.experiment.runs import quiet_libraries
 
     quiet_libraries()
     sweep = sweeps.read_sweep(options.file, options.overrides)
@@ -291,20 +291,20 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from biomerge_lib.predict_command import predict_texts
+    from biomerge_lib.apply.predict_command import predict_texts
 
     return predict_texts(options)
 
 
 def _export_adapter(options: argparse.Namespace) -> int:
-    from biomerge_lib.adapter_export import export_adapter
+    from biomerge_lib.apply.adapter_export import export_adapter
 
     print(export_adapter(options.run, options.out))
     return 0
 
 
 def _wandb_sync(options: argparse.Namespace) -> int:
-    from biomerge_lib.tracking import sync_run
+    from biomerge_lib.experiment.tracking import sync_run
 
     for folder in options.runs:
         sync_run(Path(folder).resolve())

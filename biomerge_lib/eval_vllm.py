@@ -20,24 +20,24 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from biomerge_lib.answer_grammar import CONSTRAINTS
-from biomerge_lib.errors import BioMergeError, DataError, ParameterError, ServerError
-from biomerge_lib.files import file_sha256, fingerprint_weights, write_json
-from biomerge_lib.manifest import ASKED_WITH, Manifest, read_model_folder
-from biomerge_lib.ner_metrics import score_predictions
-from biomerge_lib.ner_span import cue_record, read_split
-from biomerge_lib.partial_answers import PartialAnswers
-from biomerge_lib.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
-from biomerge_lib.predictions import (
+from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, ServerError
+from biomerge_lib.core.files import file_sha256, fingerprint_weights, write_json
+from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat
+from biomerge_lib.core.records import SPLITS, Record
+from biomerge_lib.decoding.answer_grammar import CONSTRAINTS
+from biomerge_lib.decoding.partial_answers import PartialAnswers
+from biomerge_lib.decoding.predictions import (
     Prediction,
     RawAnswer,
     build_prompts,
     collect_predictions,
     write_predictions,
 )
-from biomerge_lib.prompt_format import ANCHOR_STYLES, PromptFormat
-from biomerge_lib.records import SPLITS, Record
-from biomerge_lib.vllm_client import GreedyClient, complete_url, find_served_model, served_names
+from biomerge_lib.decoding.vllm_client import GreedyClient, complete_url, find_served_model, served_names
+from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
+from biomerge_lib.prompts.ner_span import cue_record, read_split
+from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
+from biomerge_lib.scoring.ner_metrics import score_predictions
 
 EXAMPLES = """examples:
   VLLM_API_KEY=... python -m vllm.entrypoints.openai.api_server --model runs/my-run/merged \\

@@ -8,18 +8,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from biomerge_lib.unsloth_lora_ner import decoding_mode, import_backend, load_lora_model
+from biomerge_lib.model.unsloth_lora_ner import decoding_mode, import_backend, load_lora_model
 
 backend, prepared, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 import_backend(backend)
 
 import torch  # noqa: E402
 
-from biomerge_lib.ner_span import SpanCollator, encode_example  # noqa: E402
-from biomerge_lib.packing import PackedCollator  # noqa: E402
-from biomerge_lib.prompt_format import PromptFormat  # noqa: E402
-from biomerge_lib.readers import read_corpus  # noqa: E402
-from biomerge_lib.tokenizer import load_tokenizer  # noqa: E402
+from biomerge_lib.core.prompt_format import PromptFormat  # noqa: E402
+from biomerge_lib.corpora.readers import read_corpus  # noqa: E402
+from biomerge_lib.model.packing import PackedCollator  # noqa: E402
+from biomerge_lib.prompts.ner_span import SpanCollator, encode_example  # noqa: E402
+from biomerge_lib.prompts.tokenizer import load_tokenizer  # noqa: E402
 
 START = PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512)
 tokenizer = load_tokenizer(prepared)

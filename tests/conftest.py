@@ -14,10 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"
 
-from biomerge_lib.manifest import Manifest
-from biomerge_lib.prompt_format import PromptFormat, Rendering
-from biomerge_lib.records import Record
-from biomerge_lib.runs import quiet_libraries
+from biomerge_lib.core.prompt_format import PromptFormat, Rendering
+from biomerge_lib.core.records import Record
+from biomerge_lib.experiment.runs import quiet_libraries
+from biomerge_lib.prompts.manifest import Manifest
 
 quiet_libraries()
 # `make test &` in a script begins with interrupts ignored, which the processes that tests interrupt would inherit.
@@ -49,7 +49,7 @@ def plain_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from biomerge_lib.readers import read_corpus
+    from biomerge_lib.corpora.readers import read_corpus
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,7 +92,7 @@ def tiny_backbone(plain_tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_prepared(tiny_backbone, tmp_path_factory) -> Path:
     """The tiny backbone after 01_tokenizer and the embedding resize: what training loads."""
-    from biomerge_lib.backbones import build_tokenizer, prepare_backbone
+    from biomerge_lib.model.backbones import build_tokenizer, prepare_backbone
 
     folder = tmp_path_factory.mktemp("prepared")
     build_tokenizer(str(tiny_backbone), folder / "tok")
@@ -101,7 +101,7 @@ def tiny_prepared(tiny_backbone, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_prepared):
-    from biomerge_lib.tokenizer import load_tokenizer
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
 
     return load_tokenizer(tiny_prepared)
 
@@ -109,7 +109,7 @@ def tokenizer(tiny_prepared):
 @pytest.fixture
 def tiny_parameters(tmp_path):
     """Parameters of a run of seconds on the tiny backbone; a function that takes overrides."""
-    from biomerge_lib.parameters import check_parameters, compose_parameters
+    from biomerge_lib.core.parameters import check_parameters, compose_parameters
 
     def make(**overrides):
         values = compose_parameters([]).model_dump()
@@ -129,7 +129,7 @@ def tiny_parameters(tmp_path):
 
 @pytest.fixture(scope="session")
 def sample_records():
-    from biomerge_lib.readers import read_corpus
+    from biomerge_lib.corpora.readers import read_corpus
 
     return read_corpus("sample")
 

@@ -9,12 +9,12 @@ import yaml
 from safetensors.torch import load_file
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.adapter_export import export_adapter
-from biomerge_lib.backbones import backbone_sha256
-from biomerge_lib.errors import DataError
-from biomerge_lib.unsloth_lora_ner import load_adapter, load_lora_model
+from biomerge_lib.apply.adapter_export import export_adapter
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.model.backbones import backbone_sha256
+from biomerge_lib.model.unsloth_lora_ner import load_adapter, load_lora_model
 
-SHIPPED = Path(__file__).parent.parent / "biomerge_lib/adapters/bc5cdr-smollm2-135m"
+SHIPPED = Path(__file__).parent.parent / "biomerge_lib/apply/adapters/bc5cdr-smollm2-135m"
 
 
 @pytest.fixture

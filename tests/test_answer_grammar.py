@@ -8,13 +8,13 @@ import torch
 import xgrammar
 from conftest import START
 
-from biomerge_lib.answer_grammar import build_grammar
-from biomerge_lib.decoding import greedy_decode
-from biomerge_lib.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.prompt import Chunk
-from biomerge_lib.prompt_format import find_pieces
-from biomerge_lib.records import Record
-from biomerge_lib.spans import TAG, format_spans, parse_answer, read_parts
+from biomerge_lib.core.prompt_format import find_pieces
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import TAG, format_spans, parse_answer, read_parts
+from biomerge_lib.decoding.answer_grammar import build_grammar
+from biomerge_lib.decoding.greedy import greedy_decode
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
+from biomerge_lib.prompts.prompt import Chunk
 
 TEXT = "Aspirin can trigger asthma ."
 PROMPTS = replace(START, max_input_tokens=200)

@@ -11,13 +11,18 @@ import torch
 from conftest import ASPIRIN, MANIFEST, START
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from biomerge_lib import backbones
-from biomerge_lib.backbones import backbone_sha256, build_tokenizer, prepare_backbone
-from biomerge_lib.errors import ModelError
-from biomerge_lib.manifest import Manifest, read_manifest
-from biomerge_lib.prompt import encode
-from biomerge_lib.tokenizer import ADDED_TOKENS, load_tokenizer
-from biomerge_lib.unsloth_lora_ner import load_adapter, load_causal_lm, load_lora_model, merge_checkpoint
+from biomerge_lib.core.errors import ModelError
+from biomerge_lib.model import backbones
+from biomerge_lib.model.backbones import backbone_sha256, build_tokenizer, prepare_backbone
+from biomerge_lib.model.unsloth_lora_ner import (
+    load_adapter,
+    load_causal_lm,
+    load_lora_model,
+    merge_checkpoint,
+)
+from biomerge_lib.prompts.manifest import Manifest, read_manifest
+from biomerge_lib.prompts.prompt import encode
+from biomerge_lib.prompts.tokenizer import ADDED_TOKENS, load_tokenizer
 
 
 def test_the_five_tokens_are_added_once(tiny_backbone, tmp_path):

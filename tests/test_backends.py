@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from biomerge_lib.errors import ModelError
-from biomerge_lib.unsloth_lora_ner import UNSLOTH_VERSION, import_backend, refuse_narrow_card
+from biomerge_lib.core.errors import ModelError
+from biomerge_lib.model.unsloth_lora_ner import UNSLOTH_VERSION, import_backend, refuse_narrow_card
 
 SCRIPT = Path(__file__).with_name("backend_losses.py")
 
@@ -36,14 +36,14 @@ def test_only_the_pinned_unsloth_is_used(monkeypatch):
         "dependencies"
     ]
     assert f"unsloth=={UNSLOTH_VERSION}" in pins
-    monkeypatch.setattr("biomerge_lib.unsloth_lora_ner.version", lambda name: "2026.1.1")
+    monkeypatch.setattr("biomerge_lib.model.unsloth_lora_ner.version", lambda name: "2026.1.1")
     with pytest.raises(ModelError, match=rf"Unsloth 2026\.1\.1 is installed and {UNSLOTH_VERSION} is needed"):
         import_backend("unsloth")
 
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("biomerge_lib.unsloth_lora_ner.version", missing)
+    monkeypatch.setattr("biomerge_lib.model.unsloth_lora_ner.version", missing)
     with pytest.raises(ModelError, match="Unsloth is not installed"):
         import_backend("unsloth")
 

@@ -9,9 +9,9 @@ import pytest
 from benchmarks.join_qwen import join
 from benchmarks.learning import read_rows
 from benchmarks.training_speed import Stopwatch
-from biomerge_lib.prompt_format import GONE_STYLES
-from biomerge_lib.report_runs import collect_runs
-from biomerge_lib.runs import PROJECT_DIR
+from biomerge_lib.core.prompt_format import GONE_STYLES
+from biomerge_lib.experiment.runs import PROJECT_DIR
+from biomerge_lib.report.report_runs import collect_runs
 
 FILES = sorted((PROJECT_DIR / "benchmarks").glob("*.py"))
 PROGRAMS = [path.stem for path in FILES if "\ndef main(" in path.read_text(encoding="utf-8")]

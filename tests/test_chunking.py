@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 from conftest import ASPIRIN, START, render
 
-from biomerge_lib.errors import DataError
-from biomerge_lib.predictions import RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.prompt import (
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat, find_words
+from biomerge_lib.core.records import Record
+from biomerge_lib.decoding.predictions import RawAnswer, build_prompts, collect_predictions
+from biomerge_lib.prompts.prompt import (
     count_tokens,
     encode,
     encode_completion,
@@ -17,8 +19,6 @@ from biomerge_lib.prompt import (
     merge_chunks,
     split_record,
 )
-from biomerge_lib.prompt_format import ANCHOR_STYLES, PromptFormat, find_words
-from biomerge_lib.records import Record
 
 # Combining marks, emoji with joiners, Greek, CJK, non-breaking and other spaces, tabs, line breaks, hyphens.
 PIECES = [

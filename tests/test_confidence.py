@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 from test_ner_metrics import prediction
 
-from biomerge_lib.confidence import (
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.decoding.predictions import keep_probable, read_predictions, write_predictions
+from biomerge_lib.scoring.confidence import (
     calibrate,
     calibration_error,
     choose_threshold,
     score_threshold,
     score_thresholds,
 )
-from biomerge_lib.errors import DataError
-from biomerge_lib.ner_metrics import score_predictions
-from biomerge_lib.predictions import keep_probable, read_predictions, write_predictions
+from biomerge_lib.scoring.ner_metrics import score_predictions
 
 PREDICTIONS = [
     prediction(0, [(0, 7), (20, 34)], [(0, 7), (20, 26)], probabilities=[0.9, 0.3]),

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from shared_corpora import shared_corpus
 
-from biomerge_lib.corpora import write_corpus
-from biomerge_lib.data_card import (
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.records import Record, read_records, write_records
+from biomerge_lib.corpora.conversion import write_corpus
+from biomerge_lib.corpora.data_card import (
     conflict_table,
     data_card_table,
     leak_table,
@@ -19,10 +22,8 @@ from biomerge_lib.data_card import (
     union_table,
     unseen_share,
 )
-from biomerge_lib.draws import draw_sentences, draw_share, draw_splits
-from biomerge_lib.errors import DataError, ParameterError
-from biomerge_lib.files import file_sha256
-from biomerge_lib.leakage import (
+from biomerge_lib.corpora.draws import draw_sentences, draw_share, draw_splits
+from biomerge_lib.corpora.leakage import (
     check_documents,
     find_conflicts,
     find_duplicates,
@@ -30,10 +31,9 @@ from biomerge_lib.leakage import (
     key_of,
     normalise,
 )
-from biomerge_lib.records import Record, read_records, write_records
-from biomerge_lib.runs import run_notebook
-from biomerge_lib.union import build_union
-from biomerge_lib.union_report import write_union_report
+from biomerge_lib.corpora.union import build_union
+from biomerge_lib.experiment.runs import run_notebook
+from biomerge_lib.report.union_report import write_union_report
 
 # corpora/README.md: sentences / spans of train, devel and test.
 COUNTS = {
@@ -266,7 +266,11 @@ def test_a_conflict_about_a_text_with_a_unicode_line_separator_is_read_back(tmp_
 def test_no_jsonl_is_read_with_splitlines():
     """What is split so here are messages of programs and errors, notebooks' sources, and listings."""
     root = Path(__file__).parent.parent
-    places = [*root.glob("biomerge_lib/*.py"), *root.glob("benchmarks/*.py"), *root.glob("notebooks/*.ipynb")]
+    places = [
+        *root.glob("biomerge_lib/**/*.py"),
+        *root.glob("benchmarks/*.py"),
+        *root.glob("notebooks/*.ipynb"),
+    ]
     used = [line for path in places for line in path.read_text("utf-8").split("\n") if ".splitlines(" in line]
     assert used
     assert not [line for line in used if re.search(r"json\.loads\(line|jsonl|_stream", line)]

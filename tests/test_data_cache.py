@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 from conftest import ASPIRIN
 
-from biomerge_lib import token_cache
-from biomerge_lib.corpora import write_corpus
-from biomerge_lib.errors import DataError
-from biomerge_lib.ner_span import (
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.prompt_format import PromptFormat
+from biomerge_lib.core.records import Record, parse_record, read_records, write_records
+from biomerge_lib.corpora.conversion import write_corpus
+from biomerge_lib.prompts import token_cache
+from biomerge_lib.prompts.ner_span import (
     build_dataset,
     cue_record,
     describe_model,
@@ -21,9 +23,7 @@ from biomerge_lib.ner_span import (
     stream_dataset,
     train_datasets,
 )
-from biomerge_lib.prompt_format import PromptFormat
-from biomerge_lib.records import Record, parse_record, read_records, write_records
-from biomerge_lib.token_cache import hash_records, hash_tokenizer
+from biomerge_lib.prompts.token_cache import hash_records, hash_tokenizer
 
 PROMPTS = PromptFormat(offset_anchors="start", corpus_cue=True, max_input_tokens=300)
 PLAIN = replace(PROMPTS, corpus_cue=False)
@@ -98,7 +98,7 @@ def test_unseen_corpora_get_the_default_cue(tmp_path):
 
 
 def test_a_run_trains_and_is_scored_with_the_cues_its_parameters_ask_for(tiny_parameters, tmp_path):
-    from biomerge_lib.launch import read_records
+    from biomerge_lib.training.launch import read_records
 
     mine = [Record(f"word {n}", ((0, 4),), f"d{n}", "mine") for n in range(200)]
     write_records(tmp_path / "train.jsonl", mine)
@@ -168,7 +168,9 @@ def test_tokenised_data_are_read_again_only_when_nothing_changed(tokenizer, data
         return len(list(tmp_path.iterdir()))
 
     assert [files_after(records), files_after(records)] == [1, 1]
-    monkeypatch.setattr("biomerge_lib.prompt.encode_many", lambda *a, **k: pytest.fail("tokenised again"))
+    monkeypatch.setattr(
+        "biomerge_lib.prompts.prompt.encode_many", lambda *a, **k: pytest.fail("tokenised again")
+    )
     assert len(build_dataset(records, tokenizer, cache_dir=tmp_path, **EXAMPLES)) >= len(records)
     monkeypatch.undo()
     assert files_after(records[:-1]) == 2

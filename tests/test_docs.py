@@ -4,11 +4,12 @@ import ast
 import re
 from pathlib import Path
 
-from biomerge_lib.parameter_page import parameters_as_markdown
-from biomerge_lib.parameters import PARAMETER_NAMES
+from biomerge_lib.core.parameters import PARAMETER_NAMES
+from biomerge_lib.report.parameter_page import parameters_as_markdown
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted((ROOT / "biomerge_lib").glob("*.py"))
+LIBRARY = ROOT / "biomerge_lib"
+MODULES = sorted(LIBRARY.rglob("*.py"))
 # token_cache names its files after a hash of ner_span's source, among others; it calls nothing of it.
 HASHED_ONLY = {("token_cache", "ner_span")}
 
@@ -24,20 +25,54 @@ def test_the_parameters_page_is_what_the_command_writes():
     assert "| `subsample` | Share of the training documents" in written and "| number, > 0, ≤ 1 |" in written
 
 
+def rooms() -> dict[str, list[str]]:
+    """The rooms of the architecture page in its order, and the modules of each."""
+    sections = re.findall(r"^## (\w+)/\n(.*?)(?=^## |\Z)", page("architecture.md"), flags=re.M | re.S)
+    return {room: re.findall(r"^\| `(\w+)` \|", text, flags=re.M) for room, text in sections}
+
+
 def test_the_architecture_page_names_every_module_once():
-    named = re.findall(r"^\| `(\w+)` \|", page("architecture.md"), flags=re.M)
-    assert sorted(named) == [path.stem for path in MODULES if path.stem not in ("__init__", "__main__")]
+    named = sorted(f"{room}/{module}" for room, modules in rooms().items() for module in modules)
+    there = [path.relative_to(LIBRARY).with_suffix("").as_posix() for path in LIBRARY.glob("*/*.py")]
+    assert named == sorted(name for name in there if not name.endswith("__init__"))
+    assert sorted(path.stem for path in LIBRARY.glob("*.py")) == ["__init__", "__main__", "eval_vllm"]
 
 
 def test_imports_go_upstream():
-    """A module imports only modules that stand above it on the architecture page."""
-    order = re.findall(r"^\| `(\w+)` \|", page("architecture.md"), flags=re.M)
+    """A module imports only modules that stand above it on the architecture page: no room one above, in no circle."""
+    order = [(room, module) for room, modules in rooms().items() for module in modules]
     wrong: list[tuple[str, str]] = []
-    for name in order:
-        imported = _imports(ROOT / f"biomerge_lib/{name}.py")
-        above = order[: order.index(name)]
-        wrong += [(name, other) for other in sorted(imported) if other not in above]
+    for place, (room, module) in enumerate(order):
+        imported = _imports(LIBRARY / room / f"{module}.py")
+        wrong += [(module, other[1]) for other in sorted(imported) if other not in order[:place]]
     assert set(wrong) == HASHED_ONLY
+
+
+def test_the_picture_of_the_rooms_is_what_they_import():
+    """An arrow for each room that another one imports, but those that follow from others."""
+    drawn = set(re.findall(r"^  (\w+) --> (\w+)$", page("architecture.md"), flags=re.M))
+    edges = {
+        (room, other)
+        for room in rooms()
+        for path in (LIBRARY / room).glob("*.py")
+        for other, _ in _imports(path)
+        if other != room
+    }
+
+    def reached(room: str, arrows: set[tuple[str, str]]) -> set[str]:
+        found: set[str] = set()
+        todo = [room]
+        while todo:
+            for start, end in arrows:
+                if start == todo[0] and end not in found:
+                    found.add(end)
+                    todo.append(end)
+            del todo[0]
+        return found
+
+    assert drawn == {
+        (room, other) for room, other in edges if other not in reached(room, edges - {(room, other)})
+    }
 
 
 def test_every_quoted_message_is_one_that_the_code_raises():
@@ -54,11 +89,14 @@ def test_every_quoted_message_is_one_that_the_code_raises():
     assert not unknown
 
 
-def _imports(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
-    names = {node.module.split(".")[1] for node in found if node.module.startswith("biomerge_lib.")}
-    return names | {a.name for n in found if n.module == "biomerge_lib" for a in n.names if a.name[0] != "_"}
+def _imports(path: Path) -> set[tuple[str, str]]:
+    """The ``(room, module)`` that a module imports anywhere, under TYPE_CHECKING and within functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("biomerge_lib."):
+            _, room, *module = node.module.split(".")
+            found |= {(room, module[0])} if module else {(room, name.name) for name in node.names}
+    return found
 
 
 def _fixed_text(path: Path) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
@@ -116,7 +117,9 @@ def test_both_sets_train_and_serve_with_the_same_versions() -> None:
 def direct_imports() -> dict[str, set[str]]:
     """Top-level module -> the files that import it, for the library, the notebooks and the tests."""
     sources = {
-        path: path.read_text() for folder in ("biomerge_lib", "tests") for path in ROOT.glob(f"{folder}/*.py")
+        path: path.read_text()
+        for folder in ("biomerge_lib", "tests")
+        for path in ROOT.glob(f"{folder}/**/*.py")
     }
     for path in ROOT.glob("notebooks/*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
@@ -129,7 +132,7 @@ def direct_imports() -> dict[str, set[str]]:
                 names = [str(node.module)]
             for name in names:
                 found.setdefault(name.split(".")[0], set()).add(path.name)
-    own = {path.stem for path in ROOT.glob("tests/*.py")} | {"benchmarks", "biomerge_lib", "tests"}
+    own = {path.stem for path in ROOT.glob("tests/**/*.py")} | {"benchmarks", "biomerge_lib", "tests"}
     return {name: files for name, files in found.items() if name not in sys.stdlib_module_names | own}
 
 
@@ -374,3 +377,21 @@ def test_shell_scripts_parse_and_pass_shellcheck(script: Path) -> None:
 
 def test_the_shell_scripts_were_found() -> None:
     assert {"setup_env.sh", "run_local_debug.sh", "run"} <= {path.name for path in SHELL_SCRIPTS}
+
+
+@pytest.mark.integration
+def test_a_wheel_has_every_room_and_what_lies_in_it(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "biomerge_lib", tmp_path / "biomerge_lib", ignore=ignored)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tmp_path)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("biomerge_lib/")}
+    there = {
+        path.relative_to(tmp_path).as_posix()
+        for path in (tmp_path / "biomerge_lib").rglob("*")
+        if path.is_file()
+    }
+    assert packed == there and len({name.split("/")[1] for name in there}) == 13

@@ -29,27 +29,27 @@ from tiny_vllm import (
     save_tokenizer_files,
 )
 
-from biomerge_lib.answer_grammar import build_grammar
-from biomerge_lib.errors import DataError, ModelError, ParameterError, ServerError
+from biomerge_lib.apply.ready_models import read_adapter
+from biomerge_lib.core.errors import DataError, ModelError, ParameterError, ServerError
+from biomerge_lib.core.files import fingerprint_weights
+from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.core.prompt_format import GONE_STYLES
+from biomerge_lib.core.records import write_records
+from biomerge_lib.decoding.answer_grammar import build_grammar
+from biomerge_lib.decoding.partial_answers import PartialAnswers
+from biomerge_lib.decoding.predictions import RawAnswer, build_prompts, read_predictions
+from biomerge_lib.decoding.vllm_client import find_served_model
+from biomerge_lib.decoding.vllm_server import VllmServer, installed_vllm, open_server, read_log_tail
 from biomerge_lib.eval_vllm import (
     choose_asking,
     evaluate_split,
     main,
 )
-from biomerge_lib.files import fingerprint_weights
-from biomerge_lib.guarded_process import find_group_members
-from biomerge_lib.manifest import read_model_folder
-from biomerge_lib.ner_metrics import score_predictions
-from biomerge_lib.parameters import compose_parameters
-from biomerge_lib.parity import check_parity
-from biomerge_lib.partial_answers import PartialAnswers
-from biomerge_lib.plain_tokenizer import load_plain_tokenizer
-from biomerge_lib.predictions import RawAnswer, build_prompts, read_predictions
-from biomerge_lib.prompt_format import GONE_STYLES
-from biomerge_lib.ready_models import read_adapter
-from biomerge_lib.records import write_records
-from biomerge_lib.vllm_client import find_served_model
-from biomerge_lib.vllm_server import VllmServer, installed_vllm, open_server, read_log_tail
+from biomerge_lib.experiment.guarded_process import find_group_members
+from biomerge_lib.prompts.manifest import read_model_folder
+from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
+from biomerge_lib.scoring.ner_metrics import score_predictions
+from biomerge_lib.scoring.parity import check_parity
 
 PROMPTS = replace(START, max_input_tokens=128)
 ASKED = asdict(PROMPTS) | {"max_new_tokens": 32}
@@ -696,7 +696,7 @@ def test_a_killed_notebook_leaves_no_server(tmp_path):
     model = make_model_folder(tmp_path / MODEL_ID / "merged")
     python = make_stub_python(tmp_path / "stub")
     program = (
-        "import sys, time; from biomerge_lib.vllm_server import VllmServer\n"
+        "import sys, time; from biomerge_lib.decoding.vllm_server import VllmServer\n"
         f"s = VllmServer({str(model)!r}, dtype='float32', log_path={str(tmp_path / 'log')!r}, max_model_len=64, "
         f"python={python!r}).start()\nprint(s._process.group, flush=True); time.sleep(600)"
     )

@@ -11,11 +11,11 @@ import nbformat
 import pytest
 import yaml
 
-from biomerge_lib import execution, runs
-from biomerge_lib.errors import BioMergeError, DataError, ParameterError
-from biomerge_lib.execution import NotebookFailed, execute_notebook
-from biomerge_lib.parameters import compose_parameters
-from biomerge_lib.runs import run_notebook
+from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError
+from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.experiment import execution, runs
+from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
+from biomerge_lib.experiment.runs import run_notebook
 
 pytestmark = pytest.mark.integration
 

@@ -4,8 +4,16 @@ import hashlib
 
 import pytest
 
-from biomerge_lib.errors import DataError
-from biomerge_lib.files import file_sha256, locked, remember, whole_file, whole_folder, write_json, write_text
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import (
+    file_sha256,
+    locked,
+    remember,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 
 def test_what_fails_leaves_the_old_file_and_says_how_far_it_came(tmp_path):

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ASPIRIN, START
 
-from biomerge_lib.ner_span import SpanCollator, encode_example
-from biomerge_lib.prompt import IGNORE
-from biomerge_lib.records import Record
-from biomerge_lib.tokenizer import ADDED_TOKENS
-from biomerge_lib.unsloth_lora_ner import LINEAR_LAYERS, load_lora_model
+from biomerge_lib.core.records import Record
+from biomerge_lib.model.unsloth_lora_ner import LINEAR_LAYERS, load_lora_model
+from biomerge_lib.prompts.ner_span import SpanCollator, encode_example
+from biomerge_lib.prompts.prompt import IGNORE
+from biomerge_lib.prompts.tokenizer import ADDED_TOKENS
 
 OPTIONS = {
     "backend": "peft",

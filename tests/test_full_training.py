@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.checkpoints import best_checkpoint, find_damage
-from biomerge_lib.decoding import greedy_decode
-from biomerge_lib.errors import ModelError, ParameterError
-from biomerge_lib.graphed_decoding import GraphedDecoder
-from biomerge_lib.ner_span import encode_example
-from biomerge_lib.packing import PackedCollator
-from biomerge_lib.predictions import build_prompts
-from biomerge_lib.training import build_model, build_trainer, train
-from biomerge_lib.unsloth_lora_ner import load_causal_lm, merge_checkpoint
+from biomerge_lib.core.errors import ModelError, ParameterError
+from biomerge_lib.decoding.graphed_decoding import GraphedDecoder
+from biomerge_lib.decoding.greedy import greedy_decode
+from biomerge_lib.decoding.predictions import build_prompts
+from biomerge_lib.experiment.checkpoints import best_checkpoint, find_damage
+from biomerge_lib.model.packing import PackedCollator
+from biomerge_lib.model.unsloth_lora_ner import load_causal_lm, merge_checkpoint
+from biomerge_lib.prompts.ner_span import encode_example
+from biomerge_lib.training.trainer import build_model, build_trainer, train
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import START
 
-from biomerge_lib.decoding import greedy_decode, read_answer
-from biomerge_lib.graphed_decoding import GraphedDecoder, can_graph
-from biomerge_lib.ner_span import SpanCollator, encode_example
-from biomerge_lib.predictions import build_prompts, collect_predictions
-from biomerge_lib.records import Record
-from biomerge_lib.spans import format_spans, parse_spans
-from biomerge_lib.unsloth_lora_ner import decoding_mode, load_lora_model
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import format_spans, parse_spans
+from biomerge_lib.decoding.graphed_decoding import GraphedDecoder, can_graph
+from biomerge_lib.decoding.greedy import greedy_decode, read_answer
+from biomerge_lib.decoding.predictions import build_prompts, collect_predictions
+from biomerge_lib.model.unsloth_lora_ner import decoding_mode, load_lora_model
+from biomerge_lib.prompts.ner_span import SpanCollator, encode_example
 
 RECORDS = [
     Record("Aspirin can trigger asthma attacks .", ((0, 7), (20, 34)), "d1", "x"),
@@ -127,8 +127,10 @@ def test_decoding_with_a_static_cache_writes_what_generate_writes(trained, token
     prompts = build_prompts(records, tokenizer, PROMPTS)
     arguments = {"max_new_tokens": 40, "batch_size": 3, "progress": None}
     expected = greedy_decode(trained, tokenizer, prompts, **arguments)
-    monkeypatch.setattr("biomerge_lib.graphed_decoding.can_graph", lambda model: True)
-    monkeypatch.setattr("biomerge_lib.decoding.SHARE_LEFT", 3)  # one of three is left to the next round
+    monkeypatch.setattr("biomerge_lib.decoding.graphed_decoding.can_graph", lambda model: True)
+    monkeypatch.setattr(
+        "biomerge_lib.decoding.greedy.SHARE_LEFT", 3
+    )  # one of three is left to the next round
     rounds = []
     decode = GraphedDecoder.decode
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from biomerge_lib import jobs, training
-from biomerge_lib.errors import BioMergeError
+from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.experiment import jobs
+from biomerge_lib.training import trainer as training
 
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
 

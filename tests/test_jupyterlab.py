@@ -15,8 +15,8 @@ import pytest
 from conftest import notebook_cells
 from shared_corpora import skip_but_fail_in_ci
 
-from biomerge_lib.backbones import build_tokenizer
-from biomerge_lib.guarded_process import GuardedProcess
+from biomerge_lib.experiment.guarded_process import GuardedProcess
+from biomerge_lib.model.backbones import build_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parent.parent

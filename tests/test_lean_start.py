@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import notebook_cells
 from transformers import AutoTokenizer
 
-from biomerge_lib.tokenizer import load_tokenizer
+from biomerge_lib.prompts.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,9 @@ def imported_by(program: str, *names: str) -> list[str]:
 
 
 def test_a_tokenizer_needs_neither_generation_nor_what_comes_with_it(tiny_prepared):
-    program = f"from biomerge_lib.tokenizer import load_tokenizer; load_tokenizer({str(tiny_prepared)!r})"
+    program = (
+        f"from biomerge_lib.prompts.tokenizer import load_tokenizer; load_tokenizer({str(tiny_prepared)!r})"
+    )
     dear = ("scipy", "sklearn", "sympy", "torchao", "transformers.generation.utils")
     assert imported_by(program, "transformers", *dear) == ["transformers"]
 
@@ -44,8 +46,8 @@ def test_it_is_the_one_that_transformers_would_choose(tiny_prepared):
 def test_a_model_is_loaded_without_packages_for_others_which_can_still_be_imported(tiny_prepared):
     folder = str(tiny_prepared)
     program = (
-        "from biomerge_lib.tokenizer import load_tokenizer\n"
-        "from biomerge_lib.unsloth_lora_ner import load_causal_lm\n"
+        "from biomerge_lib.prompts.tokenizer import load_tokenizer\n"
+        "from biomerge_lib.model.unsloth_lora_ner import load_causal_lm\n"
         f"load_tokenizer({folder!r}); load_causal_lm({folder!r}, dtype='float32')\n"
         "import sys; assert 'sklearn' not in sys.modules; import sklearn"
     )

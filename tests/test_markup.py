@@ -11,15 +11,15 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_report import glue, make_run
 
-from biomerge_lib import adapter_export
-from biomerge_lib.markup import INERT, code_in_markdown, escaped, in_markdown
-from biomerge_lib.parameters import compose_parameters
-from biomerge_lib.predictions import Prediction, write_predictions
-from biomerge_lib.published import results_table
-from biomerge_lib.records import Record, write_records
-from biomerge_lib.report import show_value, write_report
-from biomerge_lib.report_runs import collect_runs, runs_table
-from biomerge_lib.union_report import write_union_report
+from biomerge_lib.apply import adapter_export
+from biomerge_lib.core.markup import INERT, code_in_markdown, escaped, in_markdown
+from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.decoding.predictions import Prediction, write_predictions
+from biomerge_lib.report.page import show_value, write_report
+from biomerge_lib.report.published import results_table
+from biomerge_lib.report.report_runs import collect_runs, runs_table
+from biomerge_lib.report.union_report import write_union_report
 
 EVIL = "<img src=x onerror=alert(1)>|`$a$`[b](http://c) *d*"
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from biomerge_lib.ner_metrics import (
+from biomerge_lib.core.records import Record
+from biomerge_lib.decoding.predictions import Prediction, read_predictions, write_predictions
+from biomerge_lib.scoring.ner_metrics import (
     bootstrap_f1,
     find_errors,
     score_by_length,
@@ -13,8 +15,6 @@ from biomerge_lib.ner_metrics import (
     score_spans,
     score_word_labels,
 )
-from biomerge_lib.predictions import Prediction, read_predictions, write_predictions
-from biomerge_lib.records import Record
 
 
 def prediction(index, gold, pred, text="Aspirin can trigger asthma attacks .", **fields):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from biomerge_lib.predictions import Prediction
+from biomerge_lib.decoding.predictions import Prediction
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 STAGES = ["01_tokenizer", "02_data", "03_train", "04_greedy_dev", "05_vllm_eval", "06_report"]

@@ -9,14 +9,14 @@ from conftest import ASPIRIN, MANIFEST, START
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from biomerge_lib.backbones import build_tokenizer, prepare_backbone
-from biomerge_lib.checkpoints import best_checkpoint
-from biomerge_lib.errors import ModelError
-from biomerge_lib.launch import train_run
-from biomerge_lib.prompt import encode
-from biomerge_lib.records import write_records
-from biomerge_lib.tokenizer import load_tokenizer
-from biomerge_lib.unsloth_lora_ner import choose_lora_layers, load_causal_lm, merge_checkpoint
+from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.records import write_records
+from biomerge_lib.experiment.checkpoints import best_checkpoint
+from biomerge_lib.model.backbones import build_tokenizer, prepare_backbone
+from biomerge_lib.model.unsloth_lora_ner import choose_lora_layers, load_causal_lm, merge_checkpoint
+from biomerge_lib.prompts.prompt import encode
+from biomerge_lib.prompts.tokenizer import load_tokenizer
+from biomerge_lib.training.launch import train_run
 
 SHAPE = {
     "hidden_size": 32,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import ASPIRIN, START
 
-from biomerge_lib.ner_span import SpanCollator, encode_example
-from biomerge_lib.packing import PackedCollator, unpack_rows
-from biomerge_lib.prompt import IGNORE
-from biomerge_lib.records import Record
-from biomerge_lib.unsloth_lora_ner import load_lora_model
+from biomerge_lib.core.records import Record
+from biomerge_lib.model.packing import PackedCollator, unpack_rows
+from biomerge_lib.model.unsloth_lora_ner import load_lora_model
+from biomerge_lib.prompts.ner_span import SpanCollator, encode_example
+from biomerge_lib.prompts.prompt import IGNORE
 
 OPTIONS = {
     "backend": "peft",

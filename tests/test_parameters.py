@@ -7,8 +7,8 @@ import pytest
 import yaml
 from conftest import notebook_cells
 
-from biomerge_lib.errors import ParameterError
-from biomerge_lib.parameters import (
+from biomerge_lib.core.errors import ParameterError
+from biomerge_lib.core.parameters import (
     PARAMETER_NAMES,
     PARAMETERS_DIR,
     Parameters,

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 from conftest import MANIFEST, START
 
-from biomerge_lib import predict, ready_models
+from biomerge_lib import predict
 from biomerge_lib.__main__ import EXAMPLES, build_parser, main
-from biomerge_lib.documents import ReadCounts, read_spans
-from biomerge_lib.errors import DataError, ParameterError
-from biomerge_lib.predictions import RawAnswer
-from biomerge_lib.readers import read_iob
-from biomerge_lib.readers_standoff import read_brat
-from biomerge_lib.records import iter_records
-from biomerge_lib.tagger import Part, Tagger
-from biomerge_lib.texts import Text, iter_texts
-from biomerge_lib.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
+from biomerge_lib.apply import ready_models
+from biomerge_lib.apply.tagger import Part, Tagger
+from biomerge_lib.apply.texts import Text, iter_texts
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.records import iter_records
+from biomerge_lib.corpora.documents import ReadCounts, read_spans
+from biomerge_lib.corpora.readers import read_iob
+from biomerge_lib.corpora.readers_standoff import read_brat
+from biomerge_lib.corpora.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
+from biomerge_lib.decoding.predictions import RawAnswer
 
 NOTE = MANIFEST.as_said() | {"backbone": "tiny"}
 TEXT = "Aspirin-induced asthma (AIA).\r\n\r\nβ-blockers\tmay harm\u2028too; 5-HT𝛼 rose."
@@ -225,7 +226,7 @@ def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeyp
         return [RawAnswer([], " 0-7", "eos") for _ in prompts]
 
     broken = Tagger(tokenizer, START, None, answer)
-    monkeypatch.setattr("biomerge_lib.tagger.load_tagger", lambda **_: broken)
+    monkeypatch.setattr("biomerge_lib.apply.tagger.load_tagger", lambda **_: broken)
     (tmp_path / "long.txt").write_text("Aspirin helps.\n" * 50)
     command = ["predict", "--file", str(tmp_path / "long.txt"), "--out"]
     assert main(command[:-1]) == 130
@@ -251,7 +252,7 @@ def test_a_word_without_end_is_no_end(tagger, caplog):
 
 
 def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("biomerge_lib.tagger.load_tagger", lambda **_: tagger[0])
+    monkeypatch.setattr("biomerge_lib.apply.tagger.load_tagger", lambda **_: tagger[0])
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("Aspirin works.")
     arguments = ["predict", "Heparin.", "--file", str(tmp_path / "in")]
@@ -310,7 +311,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def fail(options):
         Path("/no/such/file").read_text()
 
-    monkeypatch.setattr("biomerge_lib.predict_command.predict_texts", fail)
+    monkeypatch.setattr("biomerge_lib.apply.predict_command.predict_texts", fail)
     with pytest.raises(FileNotFoundError):
         main(["predict", "x"])
 
@@ -331,7 +332,7 @@ def test_a_cue_must_be_one_that_the_model_knows():
 def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
-    from biomerge_lib.unsloth_lora_ner import load_causal_lm
+    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
 
     monkeypatch.setenv("BIOMERGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ready_models, "_prepare", lambda backbone: tiny_prepared)
@@ -368,6 +369,6 @@ def test_an_interrupt_is_said_in_a_word(monkeypatch, capsys):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("biomerge_lib.predict_command.predict_texts", interrupt)
+    monkeypatch.setattr("biomerge_lib.apply.predict_command.predict_texts", interrupt)
     assert main(["predict", "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

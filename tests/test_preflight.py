@@ -12,13 +12,13 @@ import pytest
 from conftest import START
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.corpora import write_corpus
-from biomerge_lib.errors import BioMergeError, DataError, ModelError
-from biomerge_lib.ner_span import build_dataset, read_split
-from biomerge_lib.predictions import build_prompts
-from biomerge_lib.preflight import PreflightError, check_training, count_steps
-from biomerge_lib.prompt import encode_completion
-from biomerge_lib.records import Record, write_records
+from biomerge_lib.core.errors import BioMergeError, DataError, ModelError
+from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.corpora.conversion import write_corpus
+from biomerge_lib.decoding.predictions import build_prompts
+from biomerge_lib.prompts.ner_span import build_dataset, read_split
+from biomerge_lib.prompts.prompt import encode_completion
+from biomerge_lib.training.preflight import PreflightError, check_training, count_steps
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +235,12 @@ def test_literal_tokens_in_the_texts_are_noted(check, tmp_path):
 
 
 def test_a_gpu_setting_on_a_cpu_is_noted(check, monkeypatch):
-    monkeypatch.setattr("biomerge_lib.preflight.device_name", lambda: "x86_64 CPU, 2 cores")
+    monkeypatch.setattr("biomerge_lib.training.preflight.device_name", lambda: "x86_64 CPU, 2 cores")
     assert says(check(dtype="bfloat16"), "device") == (
         "note: no GPU here (x86_64 CPU, 2 cores), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
     )
     assert says(check(dtype="float32"), "device") == ""
-    monkeypatch.setattr("biomerge_lib.preflight.device_name", lambda: "1 x NVIDIA H200")
+    monkeypatch.setattr("biomerge_lib.training.preflight.device_name", lambda: "1 x NVIDIA H200")
     assert says(check(dtype="bfloat16"), "device") == ""
 
 

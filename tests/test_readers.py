@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from shared_corpora import shared_corpus
 
-from biomerge_lib.documents import Document, Mention, ReadCounts, read_spans
-from biomerge_lib.errors import DataError, ParameterError
-from biomerge_lib.readers import Corpus, find_source, find_splits, read_corpus, read_iob, read_split
-from biomerge_lib.records import Record, write_records
-from biomerge_lib.sentences import find_document, find_lines, find_sentences, join_cut, split_document
-from biomerge_lib.sources import split_of
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.corpora.documents import Document, Mention, ReadCounts, read_spans
+from biomerge_lib.corpora.readers import Corpus, find_source, find_splits, read_corpus, read_iob, read_split
+from biomerge_lib.corpora.sentences import find_document, find_lines, find_sentences, join_cut, split_document
+from biomerge_lib.corpora.sources import split_of
 
 GOOD_IOB = "Aspirin\tB-Chemical\nhelps\tO\n\nNo\tO\n"
 SPLITS = {"train": "train", "devel": "dev", "test": "test"}

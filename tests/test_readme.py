@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.errors import DataError
-from biomerge_lib.parameters import NOT_IDENTITY, PARAMETER_NAMES, compose_parameters
-from biomerge_lib.published import BEGIN, END, folder_of_reports, publish_run, results_table, write_results
-from biomerge_lib.runs import find_notebook
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETER_NAMES, compose_parameters
+from biomerge_lib.experiment.runs import find_notebook
+from biomerge_lib.report.published import (
+    BEGIN,
+    END,
+    folder_of_reports,
+    publish_run,
+    results_table,
+    write_results,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

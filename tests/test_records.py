@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from biomerge_lib.errors import DataError
-from biomerge_lib.records import Record, read_records, write_records
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.records import Record, read_records, write_records
 
 GOOD = {
     "task": "NER",

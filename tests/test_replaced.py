@@ -6,14 +6,14 @@ import pytest
 import yaml
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.errors import DataError, ParameterError
-from biomerge_lib.parameters import compose_parameters
-from biomerge_lib.published import results_table
-from biomerge_lib.records import Record, write_records
-from biomerge_lib.replaced import list_replaced, remove_replaced
-from biomerge_lib.report import read_answers, write_page
-from biomerge_lib.report_runs import collect_runs
-from biomerge_lib.runs import Run, current_stages, prepare_run_folder, read_metrics
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.experiment.replaced import list_replaced, remove_replaced
+from biomerge_lib.experiment.runs import Run, current_stages, prepare_run_folder, read_metrics
+from biomerge_lib.report.page import read_answers, write_page
+from biomerge_lib.report.published import results_table
+from biomerge_lib.report.report_runs import collect_runs
 
 SCORES = {"greedy_dev_ner_f1": 0.5, "greedy_dev_ner_f1_low": 0.4, "greedy_dev_ner_f1_high": 0.6}
 

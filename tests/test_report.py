@@ -13,16 +13,16 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from biomerge_lib import report_notebooks
 from biomerge_lib.__main__ import main
-from biomerge_lib.display import highlight, highlight_errors
-from biomerge_lib.errors import DataError
-from biomerge_lib.predictions import Prediction, write_predictions
-from biomerge_lib.report import read_answers, write_page, write_report
-from biomerge_lib.report_figures import as_svg, draw_scores, draw_sweep
-from biomerge_lib.report_notebooks import link_notebooks
-from biomerge_lib.report_runs import collect_runs, runs_table
-from biomerge_lib.spans import parse_spans
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.spans import parse_spans
+from biomerge_lib.decoding.predictions import Prediction, write_predictions
+from biomerge_lib.report import report_notebooks
+from biomerge_lib.report.display import highlight, highlight_errors
+from biomerge_lib.report.page import read_answers, write_page, write_report
+from biomerge_lib.report.report_figures import as_svg, draw_scores, draw_sweep
+from biomerge_lib.report.report_notebooks import link_notebooks
+from biomerge_lib.report.report_runs import collect_runs, runs_table
 
 ASPIRIN = "Aspirin can trigger asthma attacks in sensitive patients ."
 PROVENANCE = {

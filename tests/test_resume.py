@@ -14,9 +14,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from biomerge_lib.checkpoints import find_damage, find_resumable_checkpoint
-from biomerge_lib.records import write_records
-from biomerge_lib.training_order import StepSampler
+from biomerge_lib.core.records import write_records
+from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_checkpoint
+from biomerge_lib.training.training_order import StepSampler
 
 SCRIPT = Path(__file__).with_name("train_tiny.py")
 DEEPSPEED = SCRIPT.parents[1] / "parameters" / "deepspeed"
@@ -26,7 +26,7 @@ CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "
 @pytest.fixture
 def make_run(tiny_backbone, tiny_parameters, sample_records, tmp_path):
     """A run folder on 24 short sentences, ready to train in a process of its own."""
-    from biomerge_lib.backbones import build_tokenizer
+    from biomerge_lib.model.backbones import build_tokenizer
 
     build_tokenizer(str(tiny_backbone), tmp_path / "tok")
     short = [record for record in sample_records["train"] if len(record.text) < 90 and record.spans]

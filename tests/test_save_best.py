@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from biomerge_lib.backbones import backbone_sha256
-from biomerge_lib.errors import DataError, ModelError
-from biomerge_lib.training import (
+from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.model.backbones import backbone_sha256
+from biomerge_lib.training.trainer import (
     NerTrainer,
     build_model,
     build_trainer,
@@ -59,7 +59,7 @@ def test_only_the_best_checkpoint_remains(make_trainer, monkeypatch):
         return metrics
 
     monkeypatch.setattr(NerTrainer, "evaluate", rising)
-    monkeypatch.setattr("biomerge_lib.training.evaluate_greedily", lambda trainer, prefix: {})
+    monkeypatch.setattr("biomerge_lib.training.trainer.evaluate_greedily", lambda trainer, prefix: {})
     trainer = make_trainer()
     trainer.train()
     kept = [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")]
@@ -80,7 +80,7 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(make_trainer, monke
         return metrics
 
     monkeypatch.setattr(NerTrainer, "evaluate", falling)
-    monkeypatch.setattr("biomerge_lib.training.evaluate_greedily", lambda trainer, prefix: {})
+    monkeypatch.setattr("biomerge_lib.training.trainer.evaluate_greedily", lambda trainer, prefix: {})
     trainer = make_trainer()
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")

@@ -14,19 +14,19 @@ from tiny_vllm import save_tokenizer_files
 
 from biomerge_lib import eval_vllm, predict
 from biomerge_lib.__main__ import main
-from biomerge_lib.decoding import greedy_decode
-from biomerge_lib.errors import ServerError
+from biomerge_lib.core.errors import ServerError
+from biomerge_lib.core.files import write_json
+from biomerge_lib.core.records import parse_record
+from biomerge_lib.core.spans import TAG, format_spans
+from biomerge_lib.decoding.greedy import greedy_decode
+from biomerge_lib.decoding.predictions import build_prompts, collect_predictions
+from biomerge_lib.decoding.vllm_server import VllmServer
 from biomerge_lib.eval_vllm import evaluate_split
-from biomerge_lib.files import write_json
-from biomerge_lib.guarded_process import find_group_members
-from biomerge_lib.ner_span import SpanCollator, encode_example
-from biomerge_lib.parity import NEAR_TIE, check_parity
-from biomerge_lib.plain_tokenizer import load_plain_tokenizer
-from biomerge_lib.predictions import build_prompts, collect_predictions
-from biomerge_lib.records import parse_record
-from biomerge_lib.spans import TAG, format_spans
-from biomerge_lib.tokenizer import save_tokenizer
-from biomerge_lib.vllm_server import VllmServer
+from biomerge_lib.experiment.guarded_process import find_group_members
+from biomerge_lib.prompts.ner_span import SpanCollator, encode_example
+from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
+from biomerge_lib.prompts.tokenizer import save_tokenizer
+from biomerge_lib.scoring.parity import NEAR_TIE, check_parity
 
 pytestmark = pytest.mark.integration
 PROMPTS = replace(START, max_input_tokens=256)

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from biomerge_lib.spans import format_spans, parse_answer, parse_spans, snap_to_words
+from biomerge_lib.core.spans import format_spans, parse_answer, parse_spans, snap_to_words
 
 
 def test_a_span_string_is_sorted_and_without_duplicates():

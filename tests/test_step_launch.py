@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from biomerge_lib.errors import BioMergeError, ModelError, ParameterError
-from biomerge_lib.launch import take_gpu
-from biomerge_lib.training import build_collator, choose_launch, training_arguments
+from biomerge_lib.core.errors import BioMergeError, ModelError, ParameterError
+from biomerge_lib.training.launch import take_gpu
+from biomerge_lib.training.trainer import build_collator, choose_launch, training_arguments
 
 SMALL, LARGE = 135_000_000, 8_000_000_000
 

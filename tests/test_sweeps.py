@@ -6,10 +6,16 @@ from itertools import product
 import pytest
 import yaml
 
-from biomerge_lib import sweeps
-from biomerge_lib.errors import ParameterError
-from biomerge_lib.parameters import compose_parameters
-from biomerge_lib.sweeps import describe_ranking, pending_points, rank_points, read_point, read_sweep
+from biomerge_lib.core.errors import ParameterError
+from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.experiment import sweeps
+from biomerge_lib.experiment.sweeps import (
+    describe_ranking,
+    pending_points,
+    rank_points,
+    read_point,
+    read_sweep,
+)
 
 SHIPPED = "parameters/sweep/lora_ner_span.yaml"
 

@@ -4,9 +4,9 @@ import pytest
 from conftest import START
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.display import bracket
-from biomerge_lib.predictions import RawAnswer
-from biomerge_lib.tagger import Tagger, find_pieces, map_back
+from biomerge_lib.apply.tagger import Tagger, find_pieces, map_back
+from biomerge_lib.decoding.predictions import RawAnswer
+from biomerge_lib.report.display import bracket
 
 
 @pytest.mark.parametrize("sentence", ["asthma attacks.", "N-acetyl (5-HT), β-blocker_2!", "x"])

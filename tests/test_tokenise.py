@@ -6,10 +6,10 @@ from itertools import product
 import pytest
 from conftest import ASPIRIN, START, render
 
-from biomerge_lib.ner_span import SpanCollator, build_dataset, encode_example
-from biomerge_lib.prompt import IGNORE, encode, merge_chunks, split_record, word_labels
-from biomerge_lib.prompt_format import ANCHOR_STYLES
-from biomerge_lib.records import Record
+from biomerge_lib.core.prompt_format import ANCHOR_STYLES
+from biomerge_lib.core.records import Record
+from biomerge_lib.prompts.ner_span import SpanCollator, build_dataset, encode_example
+from biomerge_lib.prompts.prompt import IGNORE, encode, merge_chunks, split_record, word_labels
 
 B, I, O = 1, 2, 0  # noqa: E741
 

@@ -11,13 +11,13 @@ from transformers import EvalPrediction
 
 from benchmarks import watch_metric
 from benchmarks.readiness import read_log
-from biomerge_lib.backbones import build_tokenizer
-from biomerge_lib.launch import train_run
-from biomerge_lib.parameters import watch_metric_of
-from biomerge_lib.prompt import IGNORE, encode
-from biomerge_lib.records import write_records
-from biomerge_lib.runs import Run, load_run_parameters, prepare_run_folder
-from biomerge_lib.training import build_model, build_trainer, rows_of
+from biomerge_lib.core.parameters import watch_metric_of
+from biomerge_lib.core.records import write_records
+from biomerge_lib.experiment.runs import Run, load_run_parameters, prepare_run_folder
+from biomerge_lib.model.backbones import build_tokenizer
+from biomerge_lib.prompts.prompt import IGNORE, encode
+from biomerge_lib.training.launch import train_run
+from biomerge_lib.training.trainer import build_model, build_trainer, rows_of
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from biomerge_lib.records import Record
-from biomerge_lib.tokenizer import ADDED_TOKENS
+from biomerge_lib.core.records import Record
+from biomerge_lib.prompts.tokenizer import ADDED_TOKENS
 
 KEY = "a-key"
 MODEL_ID = "tiny-run"

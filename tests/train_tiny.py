@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from biomerge_lib import launch, training
-from biomerge_lib.runs import load_run_parameters, quiet_libraries
+from biomerge_lib.experiment.runs import load_run_parameters, quiet_libraries
+from biomerge_lib.training import launch
+from biomerge_lib.training import trainer as training
 
 
 class Kill(TrainerCallback):

@@ -146,8 +146,8 @@ def copy_project(target: Path) -> Path:
 
 def prepare_data(project: Path, backbone: Path, records: dict) -> list[str]:
     """A few short sentences and the tiny backbone in a project; the parameters of a run on them."""
-    from biomerge_lib.backbones import build_tokenizer, prepare_backbone
-    from biomerge_lib.records import write_records
+    from biomerge_lib.core.records import write_records
+    from biomerge_lib.model.backbones import build_tokenizer, prepare_backbone
 
     for split, number in (("train", 24), ("dev", 4), ("test", 4)):
         short = [record for record in records[split] if len(record.text) < 90 and record.spans]

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from biomerge_lib.parameters import compose_parameters
+from biomerge_lib.core.parameters import compose_parameters
 
 from .mini_cluster import with_light_training
 
@@ -33,7 +33,7 @@ def sweep_command(cluster, *words, expect=0):
 def light(cluster, tmp_path_factory):
     """An array's cost without training's."""
     finish = """import os
-from biomerge_lib.files import write_json
+from biomerge_lib.core.files import write_json
 
 write_json(run.checkpoints / "checkpoint-1/adapter_config.json", {})
 score = parameters.learning_rate * 100 + parameters.lora_rank / 100

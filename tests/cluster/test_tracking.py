@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from biomerge_lib import tracking
-from biomerge_lib.files import write_json
+from biomerge_lib.core.files import write_json
+from biomerge_lib.experiment import tracking
 
 from .fake_wandb import Server
 

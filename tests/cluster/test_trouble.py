@@ -15,7 +15,7 @@ BE_INTERRUPTED = """from biomerge_lib import jobs
 jobs.note_interrupted("checkpoint-1 of 2 steps")
 raise jobs.RunInterrupted("stopped")"""
 HANG = """import time
-from biomerge_lib.files import write_json
+from biomerge_lib.core.files import write_json
 
 write_json(run.checkpoints / "checkpoint-1/adapter_config.json", {})
 time.sleep(600)"""

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from biomerge_lib.runs import PROJECT_DIR, provenance
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 from tests.gpu.train_on_card import COMBINATIONS, name_of
 
 REPORT = PROJECT_DIR / "reports" / "gpu_tests.md"

@@ -55,15 +55,15 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
     import torch
     from transformers import TrainerCallback
 
-    from biomerge_lib.decoding import greedy_decode
-    from biomerge_lib.ner_span import describe_model
-    from biomerge_lib.parameters import check_parameters, compose_parameters
-    from biomerge_lib.predictions import build_prompts
-    from biomerge_lib.prompt import encode
-    from biomerge_lib.readers import read_corpus
-    from biomerge_lib.tokenizer import load_tokenizer
-    from biomerge_lib.training import build_model, build_trainer, train
-    from biomerge_lib.unsloth_lora_ner import load_causal_lm, merge_checkpoint
+    from biomerge_lib.core.parameters import check_parameters, compose_parameters
+    from biomerge_lib.corpora.readers import read_corpus
+    from biomerge_lib.decoding.greedy import greedy_decode
+    from biomerge_lib.decoding.predictions import build_prompts
+    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm, merge_checkpoint
+    from biomerge_lib.prompts.ner_span import describe_model
+    from biomerge_lib.prompts.prompt import encode
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
+    from biomerge_lib.training.trainer import build_model, build_trainer, train
 
     started = time.monotonic()
     folder.mkdir(parents=True)
@@ -157,8 +157,8 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
 
 def main() -> None:
     backend, prepared, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    from biomerge_lib.runs import quiet_libraries
-    from biomerge_lib.unsloth_lora_ner import import_backend
+    from biomerge_lib.experiment.runs import quiet_libraries
+    from biomerge_lib.model.unsloth_lora_ner import import_backend
 
     quiet_libraries()
     import_backend(backend)

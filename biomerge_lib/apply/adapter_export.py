@@ -1,0 +1,212 @@
+"""Knows how a finished run becomes an adapter folder to share: small weights, no machine paths, a model card.
+
+    runs/<run_id>/ --[export_adapter]--> OUT/{adapter_model.safetensors, adapter_config.json, biomerge.json, README.md}
+
+Knows nothing of decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import write_json
+from biomerge_lib.core.markup import code_in_markdown, in_markdown
+from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.records import SPLITS
+from biomerge_lib.experiment.checkpoints import best_checkpoint
+from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
+from biomerge_lib.model.backbones import BACKBONE_NOTE
+from biomerge_lib.prompts.manifest import ASKED_WITH, FILE, Manifest, read_manifest, write_manifest
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NOTES = Path(__file__).parent / "corpus_notes.yaml"
+# Between these lines of a model card stands what benchmarks/shipped_adapter.py measured.
+BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
+DECODERS = {"greedy": "transformers", "vllm": "vLLM"}
+# Where a run was made, not what it is.
+PLACES = {
+    "corpora",
+    "data_dir",
+    "runs_dir",
+    "run_id",
+    "existing_run",
+    "backbones_dir",
+    "tokenizer_dir",
+    "cache_dir",
+    "wandb_mode",
+    "wandb_project",
+}
+
+
+def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
+    """Write a run's best adapter to ``out``, in bfloat16 and without the token head (decoding does not use it).
+
+    ``biomerge.json`` names the backbone and how prompts are rendered; ``README.md`` is the model card.
+
+    Raises:
+        DataError: training has not finished, or trained all weights; or ``out`` holds other things.
+        ModelError: the best checkpoint is gone.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    run_folder, out = Path(run_folder), Path(out).resolve()  # the adapter is called as the folder
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / FILE).is_file())):
+        raise DataError(f"{out}: is there and holds no exported adapter; name another folder.")
+    parameters, metrics = load_run_parameters(run_folder), read_metrics(run_folder)
+    metrics |= {"stages": current_stages(metrics)}
+    stage = metrics.get("stages", {}).get("03_train", {})
+    if stage.get("status") != "finished":
+        raise DataError(f"{run_folder}: 03_train has not finished here; only finished runs are exported.")
+    if parameters.trainable == "all":
+        raise DataError(
+            f"{run_folder}: every weight was trained (trainable=all), so there is no adapter. Share "
+            f"{run_folder}/merged, the whole model."
+        )
+    checkpoint = best_checkpoint(run_folder, stage["metrics"])
+    backbone = (
+        Path(parameters.backbone).name if Path(parameters.backbone).is_absolute() else parameters.backbone
+    )
+    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": backbone, "modules_to_save": None}
+    weights = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in load_file(checkpoint / WEIGHTS).items()
+        if "token_head" not in name
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    write_json(out / CONFIG, config)
+    if (checkpoint / BACKBONE_NOTE).is_file():
+        shutil.copy(checkpoint / BACKBONE_NOTE, out)
+    asked = {name: getattr(parameters, name) for name in ASKED_WITH}
+    merged = run_folder / "merged"  # knows the cues
+    said = read_manifest(merged) | asked | {"backbone": backbone}
+    write_manifest(out, Manifest.of(said, where=merged))
+    size = (out / WEIGHTS).stat().st_size
+    card = build_card(out.name, parameters, metrics, backbone=backbone, megabytes=f"{size / 1e6:.1f}")
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def build_card(
+    name: str, parameters: Parameters, metrics: Mapping[str, Any], *, backbone: str, megabytes: str
+) -> str:
+    """The model card, from a run's parameters and ``metrics.json`` and from ``corpus_notes.yaml``."""
+    from jinja2 import Environment, FileSystemLoader
+
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True)
+    templates.filters |= {"text": in_markdown, "code": code_in_markdown}
+    stages = metrics["stages"]
+    known = yaml.safe_load(NOTES.read_text(encoding="utf-8"))
+    names = [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
+    notes = [known.get(corpus.rsplit("_", 1)[0]) or _unknown(corpus) for corpus in names]
+    scores = _scores(stages)
+    return templates.get_template("model_card.md.j2").render(
+        name=name,
+        run_id=metrics["run_id"],
+        p=parameters,
+        backbone=backbone,
+        megabytes=megabytes,
+        corpora=[note["title"] for note in notes],
+        entities=" and ".join(dict.fromkeys(note["entities"] for note in notes)),
+        notes=notes,
+        scores=scores,
+        has_test=any(row["split"] == "test" for row in scores),
+        out_of_text=stages["03_train"]["metrics"].get("greedy_dev_out_of_text_rate"),
+        data=metrics.get("data", {}),
+        training=stages["03_train"]["metrics"],
+        provenance=stages["03_train"]["provenance"],
+        commands=code_in_markdown("\n".join(_commands(name, parameters)), block=True),
+    )
+
+
+def write_scores(adapter: Path | str, report: Mapping[str, Any]) -> Path:
+    """Put what ``benchmarks/shipped_adapter.py`` measured beside the weights, and its table into the model card.
+
+    Raises:
+        DataError: the folder has no model card with a place for the table.
+    """
+    card = Path(adapter) / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if not text.count(BEGIN) == text.count(END) == 1:
+        raise DataError(f"{card}: no place for the scores ({BEGIN} ... {END}); export the adapter anew.")
+    before, rest = text.split(BEGIN)
+    write_json(Path(adapter) / "scores.json", dict(report))
+    card.write_text(f"{before}{BEGIN}\n{_score_table(report)}{END}{rest.split(END)[1]}", encoding="utf-8")
+    return card
+
+
+def _score_table(report: Mapping[str, Any]) -> str:
+    lines = [
+        "| dev of | what it is | sentences | precision | recall | F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        corpus = in_markdown(row["corpus"] + (f" ({', '.join(row['types'])})" if row["types"] else ""))
+        interval = f"**{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
+        share = f"{row['sentences']:,} of {row['of']:,}"
+        scores = f"{row['precision']:.3f} | {row['recall']:.3f} | {interval}"
+        lines.append(f"| {corpus} | {row['what']} | {share} | {scores} |")
+    seconds = sum(row["seconds"] for row in report["rows"])
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in report["rows"]))
+    command, device = code_in_markdown(report["command"]), in_markdown(report["device"])
+    made = f"{command}, commit {commits}, {device}, {seconds:,.0f} s."
+    return "\n".join([*lines, "", made, ""])
+
+
+def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a split and decoder; 04's measurement replaces the same one made at the end of 03."""
+    rows = {}
+    for metrics in (stages[name].get("metrics", {}) for name in sorted(stages)):
+        for decoder, title in DECODERS.items():
+            for split in SPLITS[1:]:
+                prefix = f"{decoder}_{split}_"
+                if f"{prefix}ner_f1" in metrics:
+                    row = {end: metrics[f"{prefix}ner_{end}"] for end in ("precision", "recall", "f1")}
+                    row |= {end: metrics[f"{prefix}ner_f1_{end}"] for end in ("low", "high")}
+                    row |= {"split": split, "decoder": title, "records": metrics[f"{prefix}records"]}
+                    rows[split, decoder] = row
+    return list(rows.values())
+
+
+def _commands(name: str, parameters: Parameters) -> list[str]:
+    corpora = ",".join(
+        corpus if corpus == "sample" else f"path/to/{Path(corpus).name}" for corpus in parameters.corpora
+    )
+    defaults = compose_parameters([])
+    values = {
+        field: value
+        for field, value in parameters.model_dump().items()
+        if value != getattr(defaults, field) and field not in PLACES
+    }
+    words = [f"{field}={_word(value)}" for field, value in values.items()]
+    data_dir = f"data_dir={parameters.data_dir}"
+    commands = [
+        ["run", "02_data", f"corpora=[{corpora}]", data_dir],
+        ["run", "03_train", data_dir, *words, f"run_id={name}"],
+        ["export-adapter", f"runs/{name}", name],
+    ]
+    return [shlex.join(["python", "-m", "biomerge_lib", *command]) for command in commands]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _unknown(corpus: str) -> dict[str, str]:
+    corpus = in_markdown(corpus)
+    return {
+        "title": corpus,
+        "entities": f"the entities annotated in {corpus}",
+        "source": "Not described in corpus_notes.yaml.",
+        "licence": "not known to BioMerge; find it out before you share this adapter.",
+    }

@@ -1,0 +1,134 @@
+"""Knows what ``python -m biomerge_lib predict`` does with its options; the library's way in is ``predict``.
+
+texts, files, folders --[texts]--> a tagger's answers --[writers]--> terminal, JSONL, CoNLL, BRAT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, tee
+from pathlib import Path
+from typing import TextIO
+
+from biomerge_lib.apply.texts import STDIN, Text, iter_texts
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.files import partial_of, whole_file
+from biomerge_lib.corpora.writers import Tagged, write_brat, write_iob, write_jsonl
+from biomerge_lib.experiment.runs import quiet_libraries
+from biomerge_lib.report.display import bracket
+
+FORMAT_OF_ENDING = {".jsonl": "jsonl", ".conll": "conll", ".iob": "conll", ".tsv": "conll"}
+LONG = 2_000  # characters that take long enough for a progress bar
+
+
+def predict_texts(options: Namespace) -> int:
+    """Run the command; all files are read once before the model is loaded, so that a broken one is named at once."""
+    quiet_libraries()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading weights, for half a second
+    if options.print_model_folder:
+        print(_find_folder(options))
+        return 0
+    kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
+    if kind == "brat" and not options.out:
+        raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
+    if kind != "brat" and options.out and os.path.isdir(options.out):
+        raise ParameterError(f"--out {options.out} is a folder: name a file in it, or say --format brat.")
+    if options.out and (read := _input_at(Path(options.out), options.file)):
+        raise ParameterError(f"--out {options.out} is an input (--file {read}): name another file.")
+    if options.batch_size < 1:
+        raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
+    for text in options.texts:
+        if os.path.exists(text):
+            raise ParameterError(f"{text} is there as a file or folder; to read it: predict --file {text}")
+    given = [Text(f"text-{number}", text) for number, text in enumerate(options.texts, 1) if text.strip()]
+    files = list(options.file)
+    if STDIN in files:  # can be read once
+        given += [text for path in files if path == STDIN for text in iter_texts([path])]
+        files = [path for path in files if path != STDIN]
+    characters = sum(len(text.text) for text in chain(given, iter_texts(files) if files else ()))
+    if not characters:
+        raise DataError(
+            'no text to read: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."'
+        )
+    texts = chain(given, iter_texts(files, name_empty=False) if files else ())
+    tagged = _tag(texts, characters, options)
+    if kind == "brat":
+        write_brat(tagged, options.out)
+    else:
+        with _open_out(options.out) as out:
+            _write(tagged, kind, out, spaced=not options.as_is)
+    return 0
+
+
+def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator[Tagged]:
+    from tqdm import tqdm
+
+    from biomerge_lib.apply.tagger import load_tagger
+
+    names = ("adapter", "model", "base_url", "cue", "batch_size")
+    tagger = load_tagger(**{name: getattr(options, name) for name in names})
+    texts, again = tee(texts)
+    interval = 0.5 if sys.stderr.isatty() else 30
+    bar = tqdm(
+        total=characters, desc="reading", unit=" characters", mininterval=interval, disable=characters < LONG
+    )
+    with bar:
+        parts = tagger.find_parts(
+            (text.text for text in again), spaced=not options.as_is, note=lambda count: bar.update(count)
+        )
+        text: Text | None = None
+        for part in parts:
+            text = text or next(texts)
+            spans = [(start - part.start, end - part.start) for start, end in part.spans]
+            yield Tagged(text.doc_id, text.text[part.start : part.end], spans, part.start, part.is_last)
+            if part.is_last:
+                text = None
+
+
+def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) -> None:
+    if kind == "jsonl":
+        write_jsonl(tagged, out)
+    elif kind == "conll":
+        write_iob(tagged, out, spaced=spaced)
+    else:
+        for text in tagged:
+            shown = bracket(text.text, text.spans, colour=out.isatty())
+            print(shown, file=out, end="\n" if text.is_last else "", flush=True)
+
+
+def _input_at(out: Path, files: Iterable[str]) -> str | None:
+    """The ``--file`` that ``out`` is, or lies in as a file that is there."""
+    places = [out.resolve(), out.resolve().parent] if out.is_file() else []
+    return next((path for path in files if path != STDIN and Path(path).resolve() in places), None)
+
+
+@contextmanager
+def _open_out(path: str | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears under its name when it is whole; until then it ends in ``.partial``."""
+    if path is None:
+        yield sys.stdout
+        return
+    partial = partial_of(path)
+    try:
+        with whole_file(path) as out:
+            yield out
+    except BaseException:  # interrupted, or a server that died
+        if partial.is_file() and partial.stat().st_size:
+            print(f"what was found so far is in {partial}", file=sys.stderr)
+        elif partial.is_file():
+            partial.unlink()
+        raise
+
+
+def _find_folder(options: Namespace) -> Path:
+    from biomerge_lib.apply.ready_models import SHIPPED, merge_for_use
+
+    if options.model:
+        from biomerge_lib.prompts.manifest import read_model_folder
+
+        return read_model_folder(Path(options.model))[0]
+    return merge_for_use(Path(options.adapter or SHIPPED))

@@ -1,0 +1,147 @@
+"""Knows which model answers: an adapter merged once into the user's cache folder, a run's model, or a vLLM server.
+
+    adapter folder --[merge_for_use]--> <cache>/models/<name>-<hash>/, a plain causal LM that vLLM serves, too
+
+The cache folder is ``$BIOMERGE_CACHE``, or ``biomerge`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. A merged SmolLM2-135M
+takes 540 MB there; deleting the folder is safe. Loading it takes neither PEFT nor the adapter (3 s on a CPU).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.core.files import file_sha256, locked
+from biomerge_lib.core.records import Record
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer
+from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest
+
+SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", FILE)
+Answerer = Callable[[list[Prompt]], list[RawAnswer]]
+log = logging.getLogger("biomerge")
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of BioMerge; not made here."""
+    if chosen := os.environ.get("BIOMERGE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "biomerge"
+
+
+def read_adapter(adapter: Path) -> Manifest:
+    """How an exported adapter's model is asked.
+
+    Raises:
+        DataError: its ``biomerge.json`` is missing.
+        ModelError: it is incomplete, or names an anchor style that is gone.
+    """
+    if not (adapter / FILE).is_file():
+        raise DataError(
+            f"{adapter / FILE}: no such file. `python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
+        )
+    return Manifest.of(read_manifest(adapter), where=adapter)
+
+
+def merge_for_use(adapter: Path) -> Path:
+    """The adapter and its backbone as one merged model, made on first use (some 10 s and 540 MB for SmolLM2-135M).
+
+    The folder's name holds a hash of the adapter, so that a changed one is merged anew.
+
+    Raises:
+        ModelError: the adapter or its backbone is missing, or the cache folder cannot be written.
+    """
+    missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
+    if missing:
+        raise ModelError(f"{adapter}: no exported adapter ({', '.join(missing)} missing).")
+    digest = file_sha256(*(adapter / name for name in ADAPTER_FILES))[:12]
+    folder = cache_dir() / "models" / f"{adapter.resolve().name}-{digest}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        with locked(folder.with_name(f".{folder.name}.lock")):  # another process may be making it
+            if not (folder / "config.json").is_file():
+                log.info("first use of %s: merging it into %s (once)", adapter.name, folder)
+                _merge(adapter, folder)
+    except OSError as error:
+        raise ModelError(
+            f"{folder}: cannot be written ({error.strerror}). Set BIOMERGE_CACHE to a folder with 1 GB free."
+        ) from error
+    return folder
+
+
+def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:
+    """A merged model's tokenizer, and transformers' greedy decoding with it, in float32."""
+    from biomerge_lib.decoding.greedy import greedy_decode
+    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
+
+    tokenizer, model = load_tokenizer(folder), load_causal_lm(folder, dtype="float32")
+
+    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
+        return greedy_decode(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=None
+        )
+
+    return tokenizer, answer
+
+
+def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any, Answerer]:
+    """A merged model's tokenizer, and a vLLM server that serves this model (key: ``$VLLM_API_KEY``).
+
+    Raises:
+        ServerError: no server there, or one that serves several models or refuses.
+    """
+    from biomerge_lib.decoding.vllm_client import GreedyClient, complete_url, find_served_model
+    from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
+
+    tokenizer = load_plain_tokenizer(folder)
+    url, api_key = complete_url(base_url), os.environ.get("VLLM_API_KEY") or "EMPTY"
+    client = GreedyClient(
+        base_url=url,
+        api_key=api_key,
+        model_id=find_served_model(url, api_key).id,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        concurrency=64,
+        request_seconds=120,
+        max_retries=5,
+    )
+
+    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
+        answers: dict[int, RawAnswer] = {}
+        client.answer_all(dict(enumerate(prompts)), answers.__setitem__)
+        return [answers[number] for number in range(len(prompts))]
+
+    return tokenizer, answer
+
+
+def _merge(adapter: Path, folder: Path) -> None:
+    from biomerge_lib.model.unsloth_lora_ner import merge_checkpoint
+    from biomerge_lib.prompts.prompt import encode
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
+
+    manifest = read_adapter(adapter)
+    backbone = _prepare(str(manifest.backbone))
+    probe = Record("Aspirin can trigger asthma attacks .", (), "probe", "probe")
+    probe_ids = encode(probe, load_tokenizer(backbone), manifest.prompt_format).prompt_ids
+    merge_checkpoint(backbone, adapter, folder, dtype="float32", manifest=manifest, probe_ids=probe_ids)
+
+
+def _prepare(backbone: str) -> Path:
+    """The prepared backbone: the project's where there is one, else one in the cache folder."""
+    from biomerge_lib.core.parameters import compose_parameters
+    from biomerge_lib.experiment.runs import PROJECT_DIR
+    from biomerge_lib.model.backbones import backbone_name, build_tokenizer, prepare_backbone
+
+    name = backbone_name(backbone)
+    prepared = PROJECT_DIR / compose_parameters([]).backbones_dir / name
+    if read_manifest(prepared).get("backbone") == backbone:
+        return prepared
+    tokenizer_dir = cache_dir() / "tokenizers" / name
+    build_tokenizer(backbone, tokenizer_dir)
+    return prepare_backbone(backbone, tokenizer_dir, cache_dir() / "backbones")

@@ -1,0 +1,230 @@
+"""Knows how raw texts get their mentions: sentences, words apart as in the corpora, a model's answers, offsets back.
+
+    texts --[iter_sentences, find_pieces]--> records --[prompts, greedy decoding | vLLM]--> spans of each text
+
+Knows nothing of files, gold spans or scores.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.apply.ready_models import (
+    SHIPPED,
+    ask_server,
+    decode_here,
+    merge_for_use,
+    read_adapter,
+)
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.prompt_format import PromptFormat, find_words
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import Span, is_inside
+from biomerge_lib.corpora.sentences import iter_sentences
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
+from biomerge_lib.prompts.manifest import Manifest, read_model_folder
+
+# No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL).
+_PIECE = re.compile(r"[^\W_]{1,60}|[^\w\s]|_")
+_SPACE = re.compile(r"\s*")
+# The first answers come soon: so many sentences are asked at first, then this times as many.
+FIRST, GROWTH = 4, 4
+log = logging.getLogger("biomerge")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The sorted spans between ``start`` and ``end`` of a text, as offsets in that text."""
+
+    start: int
+    end: int
+    spans: list[Span]
+    is_last: bool
+
+
+@dataclass(slots=True)
+class _Open:
+    """A text whose sentences are being answered; ``found`` are the spans since ``given``, its last part's end."""
+
+    text: str
+    found: set[Span] = field(default_factory=set)
+    waiting: int = 0
+    is_read: bool = False
+    answered: int = 0
+    given: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tagger:
+    """A model that can be asked: its tokenizer, its prompts, and who answers ``at_once`` of them."""
+
+    tokenizer: Any
+    prompt_format: PromptFormat
+    cues: dict[str, Any] | None
+    answer: Callable[[list[Prompt]], list[RawAnswer]]
+    at_once: int = 64
+
+    def find_mentions(
+        self, texts: Iterable[str], *, spaced: bool = True, note: Callable[[int], object] | None = None
+    ) -> Iterator[list[Span]]:
+        """The mentions of each text, in order, as sorted offsets in that text; see :meth:`find_parts`."""
+        spans: list[Span] = []
+        for part in self.find_parts(texts, spaced=spaced, note=note):
+            spans += part.spans
+            if part.is_last:
+                yield spans
+                spans = []
+
+    def find_parts(
+        self, texts: Iterable[str], *, spaced: bool = True, note: Callable[[int], object] | None = None
+    ) -> Iterator[Part]:
+        """The mentions of each text, in order, as far as they are known: a long text comes in many parts.
+
+        Sentences of many texts share a batch; after each batch, what it has answered is given out, and memory holds
+        no more texts than that. Parts end between sentences, and those of a text make up the whole of it. ``spaced``
+        sets punctuation apart for the model, as the corpora it was trained on have it; spans are mapped back either
+        way. Answers that point outside a sentence are left out. ``note`` is called with the number of characters that
+        each batch has answered.
+
+        Raises:
+            ServerError: a vLLM server cannot be reached or refuses.
+        """
+        queue: deque[_Open] = deque()
+        batch: list[tuple[_Open, Span]] = []
+        at_once = min(FIRST, self.at_once)
+        for text in texts:
+            queue.append(_Open(text))
+            for sentence in iter_sentences(text):
+                queue[-1].waiting += 1
+                batch.append((queue[-1], sentence))
+                if len(batch) == at_once:
+                    self._answer(batch, spaced, note)
+                    batch = []
+                    at_once = min(GROWTH * at_once, self.at_once)
+                    yield from _take_parts(queue)
+            queue[-1].is_read = True
+            yield from _take_parts(queue)
+        self._answer(batch, spaced, note)
+        yield from _take_parts(queue)
+
+    def _answer(
+        self, batch: Sequence[tuple[_Open, Span]], spaced: bool, note: Callable[[int], object] | None
+    ) -> None:
+        sentences = [item.text[start:end] for item, (start, end) in batch]
+        for (item, (start, end)), spans in zip(batch, self._ask(sentences, spaced), strict=True):
+            item.found |= {(first + start, last + start) for first, last in spans}
+            item.waiting -= 1
+            item.answered = end
+        if note and batch:
+            note(sum(map(len, sentences)))
+
+    def _ask(self, sentences: Sequence[str], spaced: bool) -> Iterator[list[Span]]:
+        pieces = [find_pieces(sentence, spaced=spaced) for sentence in sentences]
+        shown = [
+            " ".join(sentence[a:b] for a, b in words) if spaced else sentence
+            for sentence, words in zip(sentences, pieces, strict=True)
+        ]
+        records = [Record(text, (), "text", "text") for text in shown]
+        if self.cues:
+            from biomerge_lib.prompts.ner_span import cue_record
+
+            records = [cue_record(record, **self.cues) for record in records]
+        prompts = [prompt for index, record in enumerate(records) for prompt in self._prompts(index, record)]
+        predictions = collect_predictions(records, prompts, self.answer(prompts) if prompts else [])
+        for prediction, words in zip(predictions, pieces, strict=True):
+            inside = [span for span in prediction.pred if is_inside(span, len(prediction.text))]
+            found = [map_back(span, words) for span in inside] if spaced else inside
+            yield [(start, end) for start, end in found if start < end]
+
+    def _prompts(self, index: int, record: Record) -> list[Prompt]:
+        try:
+            prompts = build_prompts([record], self.tokenizer, self.prompt_format)
+        except DataError:  # only where punctuation stays at its words
+            limit = self.prompt_format.max_input_tokens
+            log.warning("a word over %d tokens is left out with its sentence: %r", limit, record.text[:60])
+            return []
+        return [replace(prompt, record_index=index) for prompt in prompts]
+
+
+def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
+    """What is known and not given yet: finished texts, which leave the queue, and the first part of the next one."""
+    while queue and queue[0].is_read and not queue[0].waiting:
+        item = queue.popleft()
+        yield Part(item.given, len(item.text), sorted(item.found), is_last=True)
+    if queue and queue[0].answered > queue[0].given:
+        item = queue[0]
+        space = _SPACE.match(item.text, item.answered)
+        end = space.end() if space else item.answered
+        yield Part(item.given, end, sorted(item.found), is_last=False)
+        item.given, item.found = end, set()
+
+
+def find_pieces(sentence: str, *, spaced: bool) -> list[Span]:
+    """The words that the model is shown; with ``spaced`` each sign of punctuation is one of its own.
+
+    >>> find_pieces("asthma attacks.", spaced=True)
+    [(0, 6), (7, 14), (14, 15)]
+    """
+    return [match.span() for match in _PIECE.finditer(sentence)] if spaced else find_words(sentence)
+
+
+def map_back(span: Span, pieces: Sequence[Span]) -> Span:
+    """A span of the pieces joined by single spaces, as a span of the sentence that they were found in.
+
+    >>> map_back((7, 14), [(0, 6), (7, 14), (14, 15)])
+    (7, 14)
+    >>> map_back((15, 16), [(0, 6), (7, 14), (14, 15)])
+    (14, 15)
+    """
+    start, end = span
+    sources: list[int] = []  # the sentence's character behind each shown one inside the span
+    position = 0
+    for first, last in pieces:
+        sources += range(first + max(0, start - position), first + max(0, min(end - position, last - first)))
+        position += last - first + 1
+        if position >= end:
+            break
+    # A span of nothing but the space between two pieces points at where they meet.
+    return (sources[0], sources[-1] + 1) if sources else (0, 0)
+
+
+def load_tagger(
+    *,
+    adapter: Path | str | None = None,
+    model: Path | str | None = None,
+    base_url: str | None = None,
+    cue: str | None = None,
+    batch_size: int = 16,
+) -> Tagger:
+    """The shipped adapter, another ``adapter`` folder, or a ``model`` (run folder or merged model).
+
+    With ``base_url`` a running vLLM server answers, and the folder only says how to ask it. ``cue`` names the corpus
+    whose annotation policy is wanted, for a model that knows several.
+
+    Raises:
+        DataError, ModelError: no model or adapter in the folder.
+        ParameterError: the model knows no such cue.
+        ServerError: the server cannot be reached.
+    """
+    if model is not None:
+        folder, said = read_model_folder(Path(model))
+        manifest = Manifest.of(said, where=folder)
+        cues = manifest.cue_options(cue)
+    else:
+        described = Path(adapter or SHIPPED)
+        manifest = read_adapter(described)
+        cues = manifest.cue_options(cue)
+        folder = merge_for_use(described)
+    new_tokens, prompt_format = manifest.max_new_tokens, manifest.prompt_format
+    if base_url:
+        tokenizer, answer = ask_server(folder, base_url, max_new_tokens=new_tokens)
+        return Tagger(tokenizer, prompt_format, cues, answer, at_once=512)
+    tokenizer, answer = decode_here(folder, max_new_tokens=new_tokens, batch_size=batch_size)
+    # Two batches at a time can be sorted by length; more would be lost to an interrupt.
+    return Tagger(tokenizer, prompt_format, cues, answer, at_once=2 * batch_size)

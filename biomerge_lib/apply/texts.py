@@ -1,0 +1,139 @@
+"""Knows the files that raw texts come from; knows nothing of models or spans.
+
+    .txt, a BRAT folder (.ann ignored), JSONL, PubTator --[iter_texts]--> (doc_id, text), one at a time
+
+Offsets count in the text as given here: a file's own characters, the title and abstract of PubTator joined by a line
+break, ``text`` of a JSONL line or what follows ``<NER> `` in the ``input`` of a record.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.records import NER_PREFIX
+from biomerge_lib.corpora.documents import ReadCounts
+from biomerge_lib.corpora.readers_standoff import read_pubtator, read_text
+
+STDIN = "-"
+ENDINGS = (".txt", ".jsonl", ".pubtator")
+NO_PROSE = (".json", ".csv", ".tsv", ".xml", ".html", ".ann", ".conll", ".iob")
+_PUBTATOR = re.compile(r"\s*[^|\t\n]+\|t\|")
+log = logging.getLogger("biomerge")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text and the name of its document."""
+
+    doc_id: str
+    text: str
+
+
+def iter_texts(paths: Iterable[Path | str], *, name_empty: bool = True) -> Iterator[Text]:
+    """The texts of files and folders in order; memory holds one file, or one line of JSONL.
+
+    ``-`` is one text from standard input. A folder gives its .txt, .jsonl and .pubtator files by name. A .txt that
+    begins with ``ID|t|`` is PubTator. Texts of nothing but white space are left out, with a warning
+    if ``name_empty``.
+
+    Raises:
+        DataError: a path or every text is missing, a file is binary, not UTF-8 or of a kind that is no prose (.csv), a
+            line is broken (``file:line``).
+    """
+    found = 0
+    for path in paths:
+        for text in _read_path(path):
+            found += 1
+            if text.text.strip():
+                yield text
+            elif name_empty:
+                log.warning("%s: document %r is empty and is left out", str(path), text.doc_id)
+    if not found:
+        raise DataError("there is no text in what was given.")
+
+
+def find_files(path: Path | str) -> list[Path]:
+    """The file itself, or the files of a folder that hold texts.
+
+    Raises:
+        DataError: no such path, a folder without texts, or a file of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+        if not files:
+            raise DataError(f"{path}: no {', '.join(ENDINGS)} file in this folder.")
+        return files
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder.")
+    return [path]
+
+
+def _read_path(path: Path | str) -> Iterator[Text]:
+    if str(path) == STDIN:
+        yield Text("stdin", _decode(sys.stdin.buffer.read(), "standard input"))
+        return
+    for file in find_files(path):
+        _refuse_other_bytes(file)
+        if file.suffix.lower() == ".jsonl":
+            yield from _read_jsonl(file)
+        elif file.suffix.lower() == ".pubtator" or _begins_pubtator(file):
+            for document in read_pubtator(file, ReadCounts()):
+                yield Text(document.doc_id, document.text)
+        elif file.suffix.lower() in NO_PROSE:
+            raise DataError(
+                f"{file}: {', '.join(ENDINGS)} are read. As plain text, all the same: --file - < {file}"
+            )
+        else:
+            yield Text(file.stem, read_text(file))
+
+
+def _read_jsonl(path: Path) -> Iterator[Text]:
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            line = _decode(raw, where)
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+                text = fields.get("text")
+                if text is None:
+                    text = fields["input"].removeprefix(NER_PREFIX)
+                doc_id = fields.get("doc_id", fields.get("id", f"{path.stem}-{number}"))
+            except (ValueError, KeyError, AttributeError):
+                raise DataError(
+                    f'{where}: expected an object with a text, {{"text": "...", "doc_id": "..."}} or the project\'s '
+                    f"record, found {line[:60]!r}."
+                ) from None
+            if not isinstance(text, str):
+                raise DataError(f"{where}: text must be a string.")
+            yield Text(str(doc_id), text)
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}).") from None
+
+
+def _refuse_other_bytes(path: Path) -> None:
+    with path.open("rb") as stream:
+        start = stream.read(1 << 16)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
+    if b"\0" in start:
+        raise DataError(f"{path}: a binary file; text (UTF-8) is needed.")
+
+
+def _begins_pubtator(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return bool(_PUBTATOR.match(stream.read(1 << 12).decode("utf-8-sig", errors="replace")))

@@ -1,0 +1,485 @@
+"""Knows every parameter's name, type and meaning, and where values come from; starts nothing.
+
+Values come from the YAML files in ``parameters/`` (composed by Hydra), from papermill (``-f``, ``-p``) or from
+a notebook's parameters cell. All of them end here, are checked once, and are frozen.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
+
+from biomerge_lib.core.errors import ParameterError, nearest
+from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat, check_style
+
+PARAMETERS_DIR = Path(__file__).resolve().parents[2] / "parameters"
+# What people call a parameter elsewhere (the brief's sweep, other trainers).
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "r": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "Dropout": "lora_dropout",
+    "epochs": "num_train_epochs",
+    "train_fraction": "subsample",
+    "base_model": "backbone",
+    "output_dir": "runs_dir",
+    "datamodule.params.root": "data_dir",
+    "training.output_dir": "runs_dir",
+}
+# How a trained model's answers are made and scored: 04 and 05 may set these; all else they take from the run.
+SCORING = frozenset(
+    [
+        "split",
+        "eval_limit",
+        "max_new_tokens",
+        "per_device_eval_batch_size",
+        "base_url",
+        "constrained_decoding",
+        "span_threshold",
+        "greedy_dtype",
+        "vllm_dtype",
+        "vllm_concurrency",
+    ]
+)
+# Where a run is kept, how it is watched and how it is scored do not change what is trained.
+NOT_IDENTITY = SCORING | frozenset(
+    [
+        "runs_dir",
+        "run_id",
+        "existing_run",
+        "backbones_dir",
+        "wandb_mode",
+        "wandb_project",
+        "num_workers",
+        "pin_memory",
+        "step_launch",
+        "row_tokens",
+        "logging_steps",
+        "corpora",
+        "entity_types",
+        "sentence_split",
+        "discontinuous",
+        "token_column",
+        "tag_column",
+        "split_shares",
+        "corpus_weights",
+        "max_per_corpus",
+        "drop_leaks",
+        "deduplicate",
+        "conflicts",
+        "cache_dir",
+    ]
+)
+
+
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_numbers(value: Any) -> Any:
+    parts = _split_commas(value)
+    return [float(part) for part in parts] if isinstance(value, str) else parts
+
+
+def _read_off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare off as false
+
+
+class Parameters(BaseModel):
+    """All parameters of a run; the values' defaults are those of ``parameters/`` with ``runtime=cpu_debug``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    corpora: Annotated[list[str], BeforeValidator(_split_commas)] = Field(
+        description="Corpus folders that 02_data converts; 'sample' is the bundled corpus"
+    )
+    entity_types: Annotated[list[str], BeforeValidator(_split_commas)] = Field(
+        description="Entity types that 02_data keeps, e.g. [Chemical]; [] = all"
+    )
+    sentence_split: Literal["segtok", "lines", "document"] = Field(
+        description="How 02_data cuts documents that come uncut"
+    )
+    discontinuous: Literal["skip", "cover"] = Field(
+        description="Mentions of several parts: leave out, or take from the first part's start to the last one's end"
+    )
+    token_column: int | str | None = Field(
+        description="Column of the tokens in token and tag files (number from 0, or name); null = the first"
+    )
+    tag_column: int | str | None = Field(
+        description="Column of the tags (number, -1 is the last, or name); null = the last"
+    )
+    split_shares: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
+        description="Shares of train, dev and test in the documents of a corpus without splits; [] = refuse such"
+    )
+    corpus_weights: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
+        description="Proportions of the corpora's training sentences, in the order of corpora; [] = all there is"
+    )
+    max_per_corpus: int | None = Field(
+        gt=0, description="Draw documents up to so many training sentences of each corpus; null = all"
+    )
+    drop_leaks: Literal["none", "train"] = Field(
+        description="train: sentences that also stand in dev or test are taken out of train"
+    )
+    deduplicate: bool = Field(description="Keep a training sentence with the same gold only once")
+    conflicts: Literal["keep", "first"] = Field(
+        description="One training sentence with different gold: keep all, or only the first corpus's (see corpora)"
+    )
+    data_dir: str = Field(min_length=1, description="Folder of train.jsonl, dev.jsonl and test.jsonl")
+    subsample: float = Field(gt=0, le=1, description="Share of the training documents, drawn with the seed")
+    eval_limit: int | None = Field(gt=0, description="Score at most this many records of a split; null = all")
+    offset_anchors: Annotated[Literal[ANCHOR_STYLES], BeforeValidator(check_style)] = Field(  # type: ignore[valid-type]
+        description="Which offsets the prompt shows beside each word"
+    )
+    corpus_cue: bool = Field(description="Name the record's corpus in the prompt")
+    default_cue: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,40}$",
+        description="The cue of a corpus that the training data lack: a trained corpus's name, or a name for 'any'",
+    )
+    cue_dropout: float = Field(
+        ge=0, lt=1, description="Share of the training records with default_cue, so that it is learnt"
+    )
+    max_input_tokens: int = Field(ge=16, description="Longest prompt in tokens; longer texts are chunked")
+    max_target_tokens: int = Field(ge=8, description="Longest target in tokens, EOS included")
+    max_new_tokens: int = Field(ge=8, description="Longest answer in tokens when decoding")
+    constrained_decoding: Annotated[Literal["off", "format", "offsets"], BeforeValidator(_read_off)] = Field(
+        "off",
+        description="What 04 and 05 let the model write: anything, spans, or spans at the text's words without overlap",
+    )
+    span_threshold: float | None = Field(
+        None, ge=0, le=1, description="04 and 05 drop predicted spans of a lower probability; null = keep all"
+    )
+    fast_metrics: bool = Field(description="Train a B/I/O token head; every evaluation gives its F1")
+    watch_metric: Literal["answer", "token_head", "greedy"] = Field(
+        description="Whose F1 is eval_ner_f1, which chooses the checkpoint: the teacher-forced answer's, the token "
+        "head's, or greedy decoding's"
+    )
+    head_loss_weight: float = Field(ge=0, description="Weight of the token head's loss")
+    run_test_eval: bool = Field(description="Score the test split with the best checkpoint after training")
+    split: Literal["train", "dev", "test"] = Field(description="The split that 04 and 05 score")
+    early_stopping_patience: int = Field(ge=1, description="Evaluations without improvement before stopping")
+    early_stopping_threshold: float = Field(ge=0, description="Smallest F1 gain that counts as improvement")
+    seed: int = Field(ge=0, description="Seed of sampling, initialisation, order and dropout")
+    cache_dir: str | None = Field(description="Folder of tokenised data; null = tokenise anew every time")
+    num_workers: int = Field(ge=0, description="Data loader processes")
+    pin_memory: bool = Field(description="Pin host memory in the data loader (CUDA)")
+
+    backbone: str = Field(
+        min_length=1, description="smollm2-135m, a model folder, a GGUF file, or a hub name"
+    )
+    tokenizer_dir: str = Field(min_length=1, description="Where 01_tokenizer saves the tokenizer")
+    backend: Literal["unsloth", "peft"] = Field(description="Who runs the LoRA layers")
+    trainable: Literal["lora", "all"] = Field(
+        description="What trains: LoRA, or every weight (backend=peft, and a tenth of LoRA's learning_rate)"
+    )
+    lora_rank: int = Field(ge=1, description="LoRA rank r")
+    lora_alpha: int = Field(ge=1, description="LoRA alpha; the update is scaled by alpha / r")
+    lora_dropout: float = Field(ge=0, lt=1, description="Dropout on the LoRA input")
+    learning_rate: float = Field(gt=0, lt=1, description="Peak learning rate of AdamW")
+
+    dtype: Literal["bfloat16", "float32"] = Field(
+        description="Type of the frozen weights and of the arithmetic (trained weights are float32)"
+    )
+    per_device_train_batch_size: int = Field(ge=1, description="Records a device and forward pass")
+    gradient_accumulation_steps: int = Field(ge=1, description="Forward passes an optimiser step")
+    per_device_eval_batch_size: int = Field(ge=1, description="Records a device when scoring and decoding")
+    num_train_epochs: float = Field(gt=0, description="Passes over the training data; may be a fraction")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        description="Shape of the learning rate over time"
+    )
+    warmup_ratio: float = Field(ge=0, lt=1, description="Share of the steps with a rising learning rate")
+    gradient_checkpointing: bool = Field(
+        description="Recompute activations: less memory, more time; with row_tokens=auto in as few layers as will do"
+    )
+    packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
+    row_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        description="Most tokens of a packed row, into which an optimiser step's sentences go; auto = what fits the GPU"
+    )
+    group_by_length: bool | None = Field(
+        description="Steps of sentences of similar length (less padding); null = where batches are padded"
+    )
+    step_launch: Literal["auto", "eager", "compiled", "graphed", "compiled_graphed"] = Field(
+        description="How a step reaches the GPU: kernel by kernel, with compiled layers, as a CUDA graph, or both"
+    )
+    logging_steps: int = Field(ge=1, description="Optimiser steps between logged losses")
+    eval_steps: int = Field(ge=1, description="Optimiser steps between evaluations of the watch metric")
+    save_steps: int = Field(ge=1, description="Optimiser steps between checkpoints")
+    save_total_limit: int = Field(ge=1, description="Checkpoints kept, the best one always among them")
+    num_processes: int = Field(ge=1, description="Training processes (GPUs) on this node")
+    deepspeed: str | None = Field(description="DeepSpeed file, or null")
+
+    wandb_mode: Literal["online", "offline", "disabled"] = Field(
+        description="How runs reach Weights & Biases"
+    )
+    wandb_project: str = Field(min_length=1, description="Weights & Biases project")
+    runs_dir: str = Field(min_length=1, description="Folder of all run folders")
+    run_id: str | None = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="Name of the run folder; null = from the parameters",
+    )
+    existing_run: Literal["resume", "replace"] = Field(
+        description="What 03 does with a run folder that exists: go on (or reuse it when finished), or start anew"
+    )
+    backbones_dir: str = Field(min_length=1, description="Folder of prepared backbones")
+    base_url: str | None = Field(
+        description="Address of a running vLLM server, e.g. http://127.0.0.1:8001/v1"
+    )
+    greedy_dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="Arithmetic of greedy decoding in 04; null = dtype"
+    )
+    vllm_dtype: Literal["bfloat16", "float32", "float16"] = Field(
+        description="Arithmetic of the server that 05 starts"
+    )
+    vllm_concurrency: int = Field(ge=1, description="Requests in flight at a time")
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Parameters:
+        problems = []
+        if self.corpus_weights and len(self.corpus_weights) != len(self.corpora):
+            problems.append(
+                f"corpus_weights has {len(self.corpus_weights)} values and corpora has {len(self.corpora)}: one each"
+            )
+        if len(self.split_shares) not in (0, 3):
+            problems.append("split_shares has three values, for train, dev and test, or none")
+        if self.max_new_tokens < self.max_target_tokens:
+            problems.append(
+                f"max_new_tokens={self.max_new_tokens} is below max_target_tokens={self.max_target_tokens}: "
+                "trained answers could not be decoded"
+            )
+        if self.fast_metrics and self.head_loss_weight == 0:
+            problems.append("fast_metrics=true with head_loss_weight=0 would score an untrained token head")
+        if self.watch_metric == "token_head" and not self.fast_metrics:
+            problems.append(
+                "watch_metric=token_head needs fast_metrics=true (there is no token head without)"
+            )
+        if self.save_steps % self.eval_steps:
+            problems.append(
+                f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}: the best checkpoint "
+                "could not be kept"
+            )
+        if self.deepspeed and not Path(self.deepspeed).is_file():
+            problems.append(f"deepspeed={self.deepspeed}: no such file")
+        if self.deepspeed and self.backend == "unsloth":
+            problems.append("deepspeed needs backend=peft (Unsloth trains on one device)")
+        if self.num_processes > 1 and self.backend == "unsloth":
+            problems.append("num_processes > 1 needs backend=peft (Unsloth trains on one device)")
+        if self.trainable == "all" and self.backend == "unsloth":
+            problems.append("trainable=all needs backend=peft (Unsloth is here for its LoRA layers)")
+        if self.trainable == "all" and self.deepspeed:
+            problems.append("trainable=all does not go with deepspeed: set deepspeed=null")
+        if "compiled" in self.step_launch and self.backend == "unsloth":
+            problems.append(f"step_launch={self.step_launch} needs backend=peft (Unsloth compiles by itself)")
+        graphed = "graphed" in self.step_launch
+        if graphed and not (self.packing and self.num_processes == 1):
+            problems.append(f"step_launch={self.step_launch} needs packing=true and num_processes=1")
+        if graphed and self.gradient_checkpointing:
+            problems.append(f"step_launch={self.step_launch} needs gradient_checkpointing=false")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """``run_id``, or a name derived from everything that changes what is trained."""
+        if self.run_id:
+            return self.run_id
+        identity = {name: value for name, value in self.model_dump().items() if name not in NOT_IDENTITY}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        data = Path(self.data_dir)
+        data_name = data.parent.name if data.name == "ner" else data.name
+        return f"{Path(self.backbone).name}-{data_name}-{self.offset_anchors}-{digest}"
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        return PromptFormat(
+            offset_anchors=self.offset_anchors,
+            corpus_cue=self.corpus_cue,
+            max_input_tokens=self.max_input_tokens,
+        )
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.runs_dir) / self.run_name
+
+
+def watch_metric_of(values: Mapping[str, Any]) -> str:
+    """The watch metric of a stored run; one older than the parameter watched its token head, or decoded greedily."""
+    return values.get("watch_metric") or ("token_head" if values.get("fast_metrics") else "greedy")
+
+
+PARAMETER_NAMES = frozenset(Parameters.model_fields)
+_GROUPS = frozenset(path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir())
+
+
+def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
+    """Compose ``parameters/`` with Hydra; ``overrides`` are ``group=choice`` and ``name=value``.
+
+    ``+name=value`` and ``--name value`` mean the same as ``name=value``.
+
+    Raises:
+        ParameterError: an unknown name or choice, a wrong type, a contradiction.
+    """
+    return check_parameters(_compose(tuple(_normalise_overrides(overrides))))
+
+
+def as_override(value: Any) -> str:
+    """A value as it stands behind ``name=``: ``null``, ``true``, ``[a,b]``, ``0.001``."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def override_names(overrides: Sequence[str]) -> frozenset[str]:
+    """The parameter names that overrides set directly (choices of a group are not among them)."""
+    names = {word.partition("=")[0] for word in _normalise_overrides(overrides)}
+    return frozenset(names & PARAMETER_NAMES)
+
+
+def check_parameters(values: Mapping[str, Any]) -> Parameters:
+    """Check a complete set of values.
+
+    Raises:
+        ParameterError: names every unknown name (with the nearest valid one), wrong type and contradiction.
+    """
+    check_names(values)
+    try:
+        return Parameters.model_validate(dict(values))
+    except ValidationError as error:
+        raise ParameterError(_explain(error)) from None
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ParameterError if a name is no parameter, naming the nearest valid one."""
+    unknown = [
+        f"unknown parameter {name!r}.{_suggest(name)}" for name in names if name not in PARAMETER_NAMES
+    ]
+    if unknown:
+        raise ParameterError(" ".join(unknown) + " `python -m biomerge_lib parameters` lists all.")
+
+
+def read_notebook_parameters(namespace: Mapping[str, Any]) -> tuple[Parameters, frozenset[str]]:
+    """The parameters of a running notebook, and the names that it or papermill set.
+
+    Reads the names assigned in the parameters cell (its first line begins ``# Parameters``) and in the cell that
+    papermill injected after it; what neither sets has the default of ``runtime=cpu_debug``.
+
+    Args:
+        namespace: the notebook's ``globals()``.
+
+    Raises:
+        ParameterError: as :func:`check_parameters`; or no parameters cell has run.
+    """
+    cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]
+    own = max((i for i, cell in enumerate(cells) if not _is_injected(cell)), default=None)
+    if own is None:
+        raise ParameterError(
+            "run the notebook's parameters cell first (its first line begins '# Parameters')."
+        )
+    # A cell executed again replaces its earlier version; an injected one counts only after the cell it follows.
+    cells = [cells[own], *(cell for cell in cells[own + 1 :] if _is_injected(cell))]
+    names = {name for cell in cells for name in _assigned_names(cell)}
+    check_names(sorted(names))
+    given = {name: namespace[name] for name in names}
+    return check_parameters({**_compose(()), **given}), frozenset(names)
+
+
+def notebook_parameter_names(notebook: Path | str) -> list[str]:
+    """The names in a notebook file's parameters cell, in order."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return [name for cell in tagged for name in _assigned_names("".join(cell["source"]))]
+
+
+def _compose(overrides: tuple[str, ...]) -> dict[str, Any]:
+    return dict(_compose_cached(overrides))
+
+
+@cache
+def _compose_cached(overrides: tuple[str, ...]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Hydra would take deepspeed=FILE for a choice of the folder parameters/deepspeed.
+    named_as_group = [word for word in overrides if word.partition("=")[0] in _GROUPS & PARAMETER_NAMES]
+    try:
+        with initialize_config_dir(str(PARAMETERS_DIR), version_base="1.3"):
+            config = compose("config", overrides=[word for word in overrides if word not in named_as_group])
+        OmegaConf.set_struct(config, False)
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group))
+        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ParameterError(str(error).strip().splitlines()[0]) from None
+
+
+def _normalise_overrides(overrides: Sequence[str]) -> list[str]:
+    words = list(overrides)
+    normalised = []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and "=" not in word:
+            if not words:
+                raise ParameterError(f"{word} has no value.")
+            word = f"{word}={words.pop(0)}"
+        word = word.lstrip("-+")
+        name, separator, _ = word.partition("=")
+        if not separator:
+            raise ParameterError(f"{word!r} is no override; write name=value or group=choice.")
+        if name in _GROUPS - PARAMETER_NAMES:
+            _check_choice(name, word.partition("=")[2])
+        else:
+            check_names([name])
+        normalised.append(word)
+    return normalised
+
+
+def _check_choice(group: str, choice: str) -> None:
+    choices = sorted(path.stem for path in (PARAMETERS_DIR / group).glob("*.yaml"))
+    if choice not in choices:
+        raise ParameterError(
+            f"unknown {group}={choice}.{nearest(choice, choices)} There are: {', '.join(choices)}."
+        )
+
+
+def _suggest(name: str) -> str:
+    if name in OTHER_NAMES:
+        return f" Did you mean {OTHER_NAMES[name]!r}?"
+    return nearest(name, PARAMETER_NAMES)
+
+
+def _is_injected(cell: str) -> bool:
+    return cell.lstrip().splitlines()[0].strip() == "# Parameters"
+
+
+def _assigned_names(source: str) -> list[str]:
+    targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"][:1])
+        message = item["msg"].removeprefix("Value error, ")
+        hint = ""
+        if isinstance(item["input"], str) and item["type"] in ("float_type", "int_type"):
+            hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if "e" in item["input"].lower() else ""
+        given = f"={item['input']!r}" if name and item["type"] != "missing" else ""
+        lines.append(f"{name}{given}: {message}{hint}" if name else message)
+    return "; ".join(lines)

@@ -1,0 +1,145 @@
+"""Knows the record, one JSON object a line; knows nothing of corpora, prompts or models.
+
+{"task": "NER", "input": "<NER> Aspirin can ...", "target": "<TAG> 0-7", "doc_id": "d1", "dataset": "bc5cdr"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import whole_file
+from biomerge_lib.core.spans import Span, format_spans, is_inside, parse_answer
+
+NER_PREFIX = "<NER> "
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sentence (or passage) with its gold spans.
+
+    ``spans`` are offsets in ``text``, the input without its ``<NER> `` prefix. ``doc_id`` names the
+    document inside ``dataset``: splitting and sampling go by document. ``cue`` names the annotation policy that is
+    wanted, where it is not the data set's own (the key ``cue`` of a JSONL line, which may be left out).
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    doc_id: str
+    dataset: str
+    cue: str | None = None
+
+    @property
+    def input(self) -> str:
+        return NER_PREFIX + self.text
+
+    @property
+    def target(self) -> str:
+        return format_spans(self.spans)
+
+    def to_json(self) -> str:
+        fields = {
+            "task": "NER",
+            "input": self.input,
+            "target": self.target,
+            "doc_id": self.doc_id,
+            "dataset": self.dataset,
+        }
+        if self.cue is not None:
+            fields["cue"] = self.cue
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def parse_record(line: str, where: str) -> Record:
+    """Read one JSONL line; ``where`` (``file:line``) goes into the error.
+
+    Raises:
+        DataError: not JSON, a key missing or of the wrong type, a span string that cannot be read,
+            an offset outside the text, or ``start >= end``.
+    """
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(fields).__name__}.")
+    for key in ("input", "target", "doc_id", "dataset"):
+        if not isinstance(fields.get(key), str):
+            problem = "is missing" if key not in fields else "must be a string"
+            raise DataError(
+                f"{where}: key {key!r} {problem}. A record has task, input, target, doc_id, dataset."
+            )
+    cue = fields.get("cue")
+    if cue is not None and not (isinstance(cue, str) and cue.strip()):
+        raise DataError(f"{where}: cue must be a name; leave the key out to use the data set's.")
+    if fields.get("task", "NER") != "NER":
+        raise DataError(f"{where}: task {fields['task']!r} is not 'NER'.")
+    if not fields["input"].startswith(NER_PREFIX):
+        raise DataError(f"{where}: input must begin with '<NER> '; it begins {fields['input'][:12]!r}.")
+    text = fields["input"][len(NER_PREFIX) :]
+    if not text.strip():
+        raise DataError(f"{where}: the text after '<NER> ' is empty.")
+    answer = parse_answer(fields["target"], len(text))
+    if answer.unreadable:
+        raise DataError(
+            f"{where}: cannot read {answer.unreadable[0]!r} in target; spans look like '0-7 ; 20-34'."
+        )
+    if answer.out_of_text:
+        start, end = answer.out_of_text[0]
+        raise DataError(f"{where}: span {start}-{end} is not inside the text of {len(text)} characters.")
+    return Record(
+        text=text, spans=tuple(answer.spans), doc_id=fields["doc_id"], dataset=fields["dataset"], cue=cue
+    )
+
+
+def iter_records(path: Path | str) -> Iterator[Record]:
+    """Read a JSONL file record by record, in order (memory does not grow with the file).
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, or a line is bad (named as ``file:line``).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. notebooks/02_data.ipynb writes it; or set data_dir.")
+    found = False
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line).") from None
+            if not line.strip():
+                continue
+            found = True
+            yield parse_record(line, where)
+    if not found:
+        raise DataError(f"{path}: the file has no records.")
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """All records of a JSONL file; the inverse of :func:`write_records`."""
+    return list(iter_records(path))
+
+
+def write_records(path: Path | str, records: Iterable[Record]) -> int:
+    """Write records as JSONL, atomically (a crash leaves the old file); return how many.
+
+    Raises:
+        DataError: a record's span is outside its text.
+    """
+    count = 0
+    with whole_file(path) as out:
+        for record in records:
+            for span in record.spans:
+                if not is_inside(span, len(record.text)):
+                    raise DataError(
+                        f"{record.dataset}/{record.doc_id}: span {span} is not inside {record.text!r}."
+                    )
+            out.write(record.to_json() + "\n")
+            count += 1
+    return count

@@ -1,0 +1,154 @@
+"""Knows how corpora become one data set: the three JSONL files and their data card. Knows nothing of formats.
+
+corpora --[readers]--> records --[union]--> {train,dev,test}.jsonl + data_card.json + conflicts.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import file_sha256, whole_file, write_json
+from biomerge_lib.core.records import SPLITS, Record, write_records
+from biomerge_lib.corpora.draws import draw_splits
+from biomerge_lib.corpora.readers import Corpus, find_source, read_corpus
+from biomerge_lib.corpora.union import SEED, Union, build_union
+
+
+def write_corpus(
+    sources: Sequence[str],
+    data_dir: Path | str,
+    *,
+    reading: Mapping[str, Any] | None = None,
+    split_shares: Sequence[float] = (),
+    seed: int = SEED,
+    **options: Any,
+) -> dict[str, Any]:
+    """Convert corpora to ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``; return (and write) the data card.
+
+    Also writes ``conflicts.jsonl``: the sentences that the corpora annotate differently.
+
+    Args:
+        sources: corpora as :func:`~biomerge_lib.corpora.readers.read_corpus` takes them; the first has priority.
+        reading: options of that function (``types``, ``sentence_split``, ``discontinuous``).
+        split_shares: of train, dev and test, for corpora that come without splits; drawn by document.
+        options: of :func:`~biomerge_lib.corpora.union.build_union`; without any the corpora are merged as they are.
+
+    Raises:
+        DataError: no source is named, one cannot be read or would be written over, or the union is refused; then
+            nothing is written.
+    """
+    if not sources:
+        raise DataError(
+            "no corpus named: set corpora=[folder, ...], or corpora=[sample] for the bundled one."
+        )
+    corpora: dict[str, Mapping[str, list[Record]]] = {}
+    card: dict[str, Any] = {"sources": {}, "splits": {}}
+    for source in sources:
+        corpus = _read(source, reading or {}, split_shares, seed)
+        name = corpus.source.name
+        if name in corpora:
+            raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
+        _refuse_overwriting(corpus, Path(data_dir))
+        corpora[name] = corpus
+        card["sources"][name] = {
+            "format": corpus.source.format,
+            "files": corpus.source.file_hashes(),
+            "reading": {split: counts.to_dict() for split, counts in corpus.counts.items()},
+            "splits": {split: describe_records(records) for split, records in corpus.items()},
+        }
+    union = build_union(corpora, seed=seed, **options)
+    data_dir = Path(data_dir)
+    for split in SPLITS:
+        records = [item.record for item in union.splits[split]]
+        path = data_dir / f"{split}.jsonl"
+        write_records(path, records)
+        datasets = sorted({record.dataset for corpus in corpora.values() for record in corpus[split]})
+        card["splits"][split] = {
+            **describe_records(records),
+            "datasets": {dataset: _sizes(records, dataset) for dataset in datasets},
+            "file": path.name,
+            "sha256": file_sha256(path),
+        }
+    card["union"] = {
+        "options": {**(reading or {}), "split_shares": list(split_shares), "seed": seed, **options},
+        **union.report,
+    }
+    write_conflicts(data_dir / "conflicts.jsonl", union)
+    write_json(data_dir / "data_card.json", card)
+    return card
+
+
+def write_conflicts(path: Path, union: Union) -> None:
+    """One sentence a line with what each corpus says about it: split, data set, document, target, kept or not."""
+    kept = {id(item) for items in union.splits.values() for item in items}
+    with whole_file(path) as out:
+        for group in union.conflicts:
+            versions = [
+                {
+                    "split": split,
+                    "dataset": item.record.dataset,
+                    "doc_id": item.record.doc_id,
+                    "text": item.record.text,
+                    "target": item.record.target,
+                    "kept": id(item) in kept,
+                }
+                for split, item in group
+            ]
+            out.write(json.dumps(versions, ensure_ascii=False) + "\n")
+
+
+def describe_records(records: Iterable[Record]) -> dict[str, Any]:
+    """Counts of a split: documents, sentences, spans, empty sentences, lengths in words and characters."""
+    records = list(records)
+    spans = [len(record.spans) for record in records]
+    words = [len(record.text.split()) for record in records]
+    return {
+        "documents": len({(record.dataset, record.doc_id) for record in records}),
+        "sentences": len(records),
+        "spans": sum(spans),
+        "empty_share": round(spans.count(0) / max(len(records), 1), 4),
+        "spans_per_sentence_max": max(spans, default=0),
+        "words_mean": round(statistics.fmean(words), 2) if words else 0,
+        "words_max": max(words, default=0),
+        "characters": sum(len(record.text) for record in records),
+    }
+
+
+def _read(source: str, reading: Mapping[str, Any], split_shares: Sequence[float], seed: int) -> Corpus:
+    """The corpus with its own splits, or, where it has none, with splits drawn by document."""
+    if not split_shares or not _has_no_splits(source):
+        return read_corpus(source, **reading)
+    whole = read_corpus(source, splits=("train",), **reading)
+    parts = draw_splits(whole["train"], split_shares, seed)
+    if not all(parts):
+        raise DataError(f"{whole.source.location}: too few documents for split_shares={list(split_shares)}.")
+    return Corpus(whole.source, dict(zip(SPLITS, parts, strict=True)), whole.counts)
+
+
+def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
+    written = {(data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
+    for path in (path for paths in corpus.source.files.values() for path in paths):
+        if path.resolve() in written:
+            raise DataError(
+                f"{path}: is read from corpus {corpus.source.name}, and would be written over. "
+                "Set another data_dir."
+            )
+
+
+def _has_no_splits(source: str) -> bool:
+    """Whether the source's names tell no split: then each split alone would be the same files."""
+    try:
+        files = [find_source(source, splits=(split,)).files[split] for split in SPLITS]
+    except (DataError, KeyError):
+        return False
+    return bool(files[0]) and files[0] == files[1] == files[2]
+
+
+def _sizes(records: Sequence[Record], dataset: str) -> dict[str, int]:
+    own = [record for record in records if record.dataset == dataset]
+    return {"sentences": len(own), "spans": sum(len(record.spans) for record in own)}

@@ -1,0 +1,114 @@
+"""Knows how a data card and its records read as tables; knows nothing of formats, tokens or models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biomerge_lib.core.records import Record
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
+    """Share of ``other``'s mentions whose text is no mention of ``train`` (compared in lower case)."""
+    seen = {record.text[start:end].lower() for record in train for start, end in record.spans}
+    mentions = [record.text[start:end].lower() for record in other for start, end in record.spans]
+    return sum(mention not in seen for mention in mentions) / max(len(mentions), 1)
+
+
+def data_card_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+    """The data card's counts as a table: one row a source and split."""
+    import pandas as pd
+
+    rows = [
+        {"dataset": dataset, "split": split, **counts}
+        for dataset, source in card["sources"].items()
+        for split, counts in source["splits"].items()
+    ]
+    return pd.DataFrame(rows).set_index(["dataset", "split"])
+
+
+def union_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+    """What each step of the union left of each corpus's training sentences: one row a step, one column a corpus."""
+    import pandas as pd
+
+    steps = card["union"]["steps"]
+    table = pd.DataFrame([step["left"] for step in steps], index=[step["step"] for step in steps])
+    table["all"] = table.sum(axis=1)
+    table["removed"] = [sum(step["removed"].values()) for step in steps]
+    return table
+
+
+def leak_table(card: Mapping[str, Any], when: str = "before") -> pandas.DataFrame:
+    """Which sentences train, dev and test share: one row a pair of corpora and splits. ``when``: before, after."""
+    import pandas as pd
+
+    counts = ["sentences", "verbatim", "short", "documents", "source_sentences"]
+    table = pd.DataFrame(card["union"]["leaks"][when], columns=["from", "into", *counts])
+    return table.astype(dict.fromkeys(["from", "into"], str) | dict.fromkeys(counts, int))
+
+
+def reading_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+    """What the readers found and did, one row a source and split: mentions left out, joined sentences, other units."""
+    import pandas as pd
+
+    rows = {
+        (dataset, split): {name: value for name, value in counts.items() if isinstance(value, int)}
+        for dataset, source in card["sources"].items()
+        for split, counts in source["reading"].items()
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index").fillna(0).astype(int)
+    return table.rename_axis(["dataset", "split"])
+
+
+def conflict_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+    """Sentences with different gold, before and after the union: in train alone, and in all splits."""
+    import pandas as pd
+
+    rows = {
+        (when, where): {name: found[name] for name in ("groups", "within", "across")}
+        for when, both in card["union"]["conflicts"].items()
+        for where, found in both.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["when", "where"])
+
+
+def read_conflicts(data_dir: Path | str) -> list[list[dict[str, Any]]]:
+    """The groups of ``conflicts.jsonl``: each the versions of one sentence."""
+    with (Path(data_dir) / "conflicts.jsonl").open("rb") as lines:  # str.splitlines would also cut at U+2028
+        return [json.loads(line) for line in lines]
+
+
+def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pandas.DataFrame:
+    """Share of each corpus's mentions whose string is a mention in each corpus's train (lower case), and in any.
+
+    One row a corpus of ``other``. What stands in the column ``any`` a dictionary could find.
+    """
+    import pandas as pd
+
+    seen: dict[str, set[str]] = {}
+    for dataset, mention in _mentions(train):
+        seen.setdefault(dataset, set()).add(mention)
+    anywhere = set().union(*seen.values()) if seen else set()
+    mentions: dict[str, list[str]] = {}
+    for dataset, mention in _mentions(other):
+        mentions.setdefault(dataset, []).append(mention)
+    rows = {
+        dataset: {
+            "mentions": len(found),
+            **{name: sum(m in strings for m in found) / len(found) for name, strings in seen.items()},
+            "any": sum(mention in anywhere for mention in found) / len(found),
+        }
+        for dataset, found in mentions.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
+
+
+def _mentions(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
+    for record in records:
+        for start, end in record.spans:
+            yield record.dataset, record.text[start:end].lower()

@@ -1,0 +1,162 @@
+"""Knows data sets in the hub's layout, streamed through ``datasets.load_dataset``; knows nothing of other formats.
+
+A row is a sentence (``tokens`` and ``ner_tags``: numbers named by ClassLabel, or the tags themselves) or a document
+(the ``bigbio_kb`` columns ``document_id``, ``passages`` and ``entities``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import Span
+from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
+from biomerge_lib.corpora.readers_iob import (
+    LOOKED_AT,
+    Column,
+    ParsedTag,
+    make_record,
+    parse_tag,
+    refuse_implausible,
+)
+
+TOKEN_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")
+DOCUMENT_COLUMNS = ("document_id", "doc_id", "docid", "pmid")  # "id" is a row number in most data sets
+
+
+def open_hub(name: str) -> Mapping[str, Any]:
+    """The data set's splits as streams; ``name`` is a folder or a hub name, with ``#CONFIG`` where it has several.
+
+    Raises:
+        DataError: it is not there, cannot be reached, or is not in a layout that ``datasets`` knows.
+    """
+    from datasets import load_dataset  # seconds to import
+
+    path, _, config = name.partition("#")
+    try:
+        return load_dataset(path, config or None, streaming=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"hub:{name}: datasets cannot load it ({reason}).") from error
+
+
+def read_hub(
+    stream: Any,
+    *,
+    where: str,
+    dataset: str,
+    split: str,
+    types: Collection[str] | None,
+    counts: ReadCounts,
+    token_column: Column = None,
+    tag_column: Column = None,
+) -> Iterator[Record | Document]:
+    """Read one split: sentences come as records, ``bigbio_kb`` rows as documents.
+
+    Raises:
+        DataError: the columns are missing, contradict each other or must be named, an unknown tag, or numbers without
+            names.
+    """
+    looked_at: list[str] = []
+    make_tags: Callable[[Any, str], list[ParsedTag]] | None = None
+    for number, row in enumerate(_rows(stream, where)):
+        at = f"{where} row {number}"
+        if "passages" in row and "entities" in row:
+            yield from _bigbio_documents(row, at)
+            continue
+        words_in = _column(row, "token_column", token_column, TOKEN_COLUMNS, at)
+        tags_in = _column(row, "tag_column", tag_column, TAG_COLUMNS, at)
+        if make_tags is None:
+            make_tags = _tag_maker(stream.features, tags_in)
+        tokens, tags = row[words_in] or [], make_tags(row[tags_in] or [], at)
+        if len(tokens) != len(tags):
+            raise DataError(f"{at}: {len(tokens)} {words_in} but {len(tags)} {tags_in}.")
+        words = [str(token).strip() for token in tokens]
+        if not all(words):
+            counts.blank_tokens += words.count("")
+            tags = [tag for tag, word in zip(tags, words, strict=True) if word]
+            words = [word for word in words if word]
+        document = next((str(row[name]) for name in DOCUMENT_COLUMNS if row.get(name)), None)
+        doc_id = document or f"{dataset}_{split}_s{number:05d}"
+        if token_column is None and len(looked_at) < LOOKED_AT:
+            looked_at += words
+        if words:
+            yield make_record(words, tags, doc_id, dataset, types=types, counts=counts)
+        else:
+            counts.empty_documents += 1
+    refuse_implausible(looked_at, where, "column " + " or ".join(TOKEN_COLUMNS))
+
+
+def _rows(stream: Any, where: str) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        for row in stream:
+            yield row
+            number += 1
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise DataError(f"{where} row {number}: datasets cannot read it ({reason}).") from error
+
+
+def _column(row: Mapping[str, Any], parameter: str, given: Column, names: Sequence[str], where: str) -> str:
+    names = names if given is None else [str(given)]
+    found = [name for name in names if name in row]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{where}: {' and '.join(found)} may be meant: set {parameter} to one of them.")
+    has = ", ".join(sorted(row)) or "none"
+    raise DataError(
+        f"{where}: no column {' or '.join(names)}; it has {has}. Set {parameter} to one of these names."
+    )
+
+
+def _tag_maker(features: Mapping[str, Any] | None, column: str) -> Callable[[Any, str], list[ParsedTag]]:
+    """Numbers or tags of a row as parsed tags; the names of numbers come from the column's ClassLabel."""
+    feature = (features or {}).get(column)
+    names = getattr(getattr(feature, "feature", None), "names", None)
+    known: dict[Any, ParsedTag] = {}
+
+    def parse(tag: Any, where: str) -> ParsedTag:
+        if isinstance(tag, str):
+            return parse_tag(tag, where)
+        if names is None:
+            hint = "declare a ClassLabel (dataset_info in the README.md)"
+            raise DataError(
+                f"{where}: {column} has numbers without names; {hint} or store the tags as strings."
+            )
+        if not 0 <= tag < len(names):
+            raise DataError(f"{where}: tag {tag} has no name; {column} names 0 to {len(names) - 1}.")
+        return parse_tag(names[tag], where)
+
+    def make_tags(tags: Sequence[Any], where: str) -> list[ParsedTag]:
+        for tag in tags:
+            if tag not in known:
+                known[tag] = parse(tag, where)
+        return [known[tag] for tag in tags]
+
+    return make_tags
+
+
+def _bigbio_documents(row: Mapping[str, Any], where: str) -> Iterator[Document]:
+    """The row's document, its passages at their offsets (what lies between them becomes one line break and spaces)."""
+    doc_id = str(row.get("document_id") or row.get("id"))
+    text = ""
+    for passage in row["passages"]:
+        for words, (start, _) in zip(passage["text"], passage["offsets"], strict=True):
+            if start < len(text):
+                raise DataError(f"{where}: the passage at {start} overlaps the one before.")
+            text += ("\n" + " " * (start - len(text) - 1) if start > len(text) else "") + words
+    mentions = []
+    for entity in row["entities"]:
+        parts: list[Span] = [(start, end) for start, end in entity["offsets"]]
+        if not parts:
+            raise DataError(f"{where}: an entity without offsets.")
+        mentions.append(Mention(tuple(parts), entity["type"] or UNTYPED, " ".join(entity["text"]), where))
+    yield Document(doc_id, text, tuple(mentions), where)

@@ -1,0 +1,268 @@
+"""Knows how a corpus is spelled and where its splits are; of the files it knows no more than the first line.
+
+A corpus is a folder with one file (or one sub-folder of files) for each of train, dev and test:
+
+    iob       .tsv .conll .iob .iob2 .bio .txt   token and tag on a line, a blank line between sentences
+    brat      .txt + .ann                        one pair a document
+    pubtator  .txt .pubtator                     ID|t|title, ID|a|abstract, mentions
+    bioc      .xml                               BioC collections
+    jsonl     .jsonl                             the project's own records
+    hub       .parquet .jsonl .json              a data set in the hub's layout
+
+The format is seen from the files; ``format:folder`` says it where a folder holds two (``pubtator:bc5cdr_original``).
+``hub:owner/name`` (with ``#config`` where it has several) is a data set of the hub. A file or sub-folder belongs to a
+split when its name holds one split's word: train/training, dev/devel/develop/development/val/valid/validation, test,
+each also with "set" (``CDR_TrainingSet.BioC.xml``, ``NCBItestset_corpus.txt``). One that names two splits (BioBERT's
+``train_dev.tsv``) holds the same sentences again and is left unread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.records import SPLITS
+from biomerge_lib.corpora.readers_hub import TOKEN_COLUMNS, open_hub
+from biomerge_lib.corpora.readers_iob import MARKERS, TAG
+
+SAMPLE = "sample"
+SAMPLE_DIR = Path(__file__).parent / "sample_corpus"
+ENDINGS = {
+    "iob": (".tsv", ".conll", ".iob", ".iob2", ".iobes", ".bio", ".txt"),
+    "brat": (".txt", ".ann"),
+    "pubtator": (".txt", ".pubtator"),
+    "bioc": (".xml",),
+    "jsonl": (".jsonl",),
+    "hub": (".parquet", ".jsonl", ".json"),
+}
+_SPLIT_WORDS = {
+    "train": r"train(?:ing)?",
+    "dev": r"dev(?:el(?:op(?:ment)?)?)?|val(?:id(?:ation)?)?",
+    "test": r"test(?:ing)?",
+}
+_SPLIT_PATTERNS = {
+    split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])|(?:{words})set(?![a-z])")
+    for split, words in _SPLIT_WORDS.items()
+}
+_PUBTATOR_START = re.compile(r"[^|\t]+\|t\|")
+_ABOUT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A corpus that was found and not yet read: ``files`` (or the hub's ``streams``) of each split.
+
+    ``unread`` are files and folders of the format that belong to no split, or to two.
+    """
+
+    name: str
+    format: str
+    location: str
+    files: Mapping[str, Sequence[Path]]
+    streams: Mapping[str, Any] = field(default_factory=dict)
+    unread: Sequence[Path] = ()
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of each split's file; of a split's folder, one over the names and hashes of its files."""
+        folder, hashes = Path(self.location), {}
+        for paths in filter(None, self.files.values()):
+            if len(paths) == 1:
+                name = paths[0].relative_to(folder if folder.is_dir() else folder.parent).as_posix()
+                hashes[name] = file_sha256(paths[0])
+            else:
+                lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
+                hashes[paths[0].parent.name + "/"] = hashlib.sha256(lines.encode()).hexdigest()
+        return hashes
+
+
+def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: str | None = None) -> Source:
+    """Find a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
+
+    With one name in ``splits`` the source may also be that split's file, or a folder whose names tell no split.
+
+    Raises:
+        DataError: there is no such folder or no known format, or a split has no file, or two.
+    """
+    name, forced = str(source), None
+    head, colon, rest = name.partition(":")
+    if colon and head in ENDINGS:
+        name, forced = rest, head
+    folder = SAMPLE_DIR if name == SAMPLE else Path(name).expanduser()
+    if forced == "hub" and not folder.is_dir():
+        repository, _, config = name.partition("#")
+        return _hub_source(
+            name, {}, splits, dataset or "_".join(filter(None, [Path(repository).name, config]))
+        )
+    if not folder.exists():
+        forms = f"a folder, FORMAT:folder ({', '.join(ENDINGS)}), hub:owner/name, or {SAMPLE}"
+        raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
+    kind = forced or _find_format(folder)
+    own_name = folder.stem if folder.is_file() else folder.resolve().name
+    dataset = dataset or (SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}"))
+    if kind == "hub":
+        files = {"": [path for path in _hub_files(folder) if path.suffix in ENDINGS["hub"]]}
+        return _hub_source(str(folder), files, splits, dataset)
+    candidates, unread = _find_candidates(folder, kind, splits, is_forced=forced is not None)
+    for split in splits:
+        if len(candidates[split]) != 1:
+            raise DataError(_explain_splits(folder, kind, split, candidates[split], unread))
+    files = {split: candidates[split][0] for split in splits}
+    return Source(dataset, kind, str(folder), files, unread=tuple(unread))
+
+
+def find_splits(folder: Path) -> dict[str, Path]:
+    """The file (or the folder of files) of each split in a corpus folder.
+
+    Raises:
+        DataError: as :func:`find_source`.
+    """
+    files = find_source(folder).files
+    return {split: paths[0] if len(paths) == 1 else paths[0].parent for split, paths in files.items()}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file or folder name tells; None where it tells none, or several.
+
+    >>> split_of("CDR_TrainingSet.BioC.xml"), split_of("valid.conll"), split_of("train_dev.tsv")
+    ('train', 'dev', None)
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    found = [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
+    return found[0] if len(found) == 1 else None
+
+
+def _find_format(folder: Path) -> str:
+    """The one format that the folder's files have."""
+    if folder.is_file():
+        places = [folder]
+    else:
+        entries = sorted(folder.iterdir())
+        if any(path.suffix == ".parquet" for path in _hub_files(folder)):
+            return "hub"
+        subfolders = [path for path in entries if path.is_dir() and split_of(path.name)]
+        places = [path for path in entries if path.is_file()]
+        places += [path for subfolder in subfolders for path in sorted(subfolder.iterdir())]
+    formats = dict.fromkeys(filter(None, map(_sniff, places)))
+    if len(formats) > 1:  # a stray table or text beside the corpus names no split
+        named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS)[0].values())]
+        formats = dict.fromkeys(named) or formats
+    if "brat" in formats:  # a .txt without its .ann would look like something else, or like nothing
+        formats.pop("iob", None)
+    if len(formats) == 1:
+        return next(iter(formats))
+    if formats:
+        ways = " or ".join(f"{kind}:{folder}" for kind in formats)
+        raise DataError(f"{folder}: holds a corpus in {len(formats)} formats; say which: {ways}.")
+    endings = sorted({path.suffix for path in places if path.suffix}) or ["no files"]
+    raise DataError(
+        f"{folder}: no corpus in a known format ({', '.join(ENDINGS)}) was found among {', '.join(endings)}; "
+        f"say which it is: FORMAT:{folder}."
+    )
+
+
+def _sniff(path: Path) -> str | None:
+    """The format of a file by its ending and first line; None where it is no corpus file."""
+    ending = path.suffix.lower()
+    if ending == ".ann":
+        return "brat"
+    if ending == ".txt" and path.with_suffix(".ann").exists():
+        return "brat"
+    if ending in ENDINGS["bioc"]:
+        return "bioc"
+    if ending not in (*ENDINGS["iob"], *ENDINGS["pubtator"], *ENDINGS["hub"]) or not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        start = stream.read(1 << 14).decode("utf-8-sig", errors="replace")
+    lines = (line.rstrip("\r") for line in start.split("\n"))
+    line = next((line for line in lines if line.strip() and not line.startswith(MARKERS)), "")
+    if ending in ENDINGS["hub"]:
+        keys = _json_keys(line)
+        if keys.isdisjoint(TOKEN_COLUMNS) and "passages" not in keys:
+            return "jsonl" if ending == ".jsonl" else None
+        return "hub"
+    if ending == ".pubtator" or _PUBTATOR_START.match(line):
+        return "pubtator"
+    columns = line.split("\t" if "\t" in line else None)
+    return "iob" if ending != ".txt" or (len(columns) > 1 and TAG.fullmatch(columns[-1].strip())) else None
+
+
+def _json_keys(line: str) -> set[str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:  # a long first line was cut
+        return set(re.findall(r'"(\w+)"\s*:', line))
+    return set(row) if isinstance(row, dict) else set()
+
+
+def _find_candidates(
+    folder: Path, kind: str, splits: Sequence[str], *, is_forced: bool = False
+) -> tuple[dict[str, list[list[Path]]], list[Path]]:
+    """What each split could be (each a list of files), and what is in the format but of no one split."""
+
+    def is_ours(path: Path) -> bool:
+        if path.suffix.lower() not in ENDINGS[kind] or not path.is_file():
+            return False
+        if kind == "brat":
+            return not _ABOUT.fullmatch(path.stem) or path.with_suffix(".ann").exists()
+        return _sniff(path) in ((kind, None) if is_forced else (kind,))
+
+    if folder.is_file():
+        return {split: [[folder]] if len(splits) == 1 else [] for split in splits}, []
+    candidates: dict[str, list[list[Path]]] = {split: [] for split in splits}
+    unread: list[Path] = []
+    loose: list[Path] = []
+    for entry in sorted(folder.iterdir()):
+        split = (
+            split_of(entry.name) if entry.is_dir() or kind != "brat" else None
+        )  # BRAT's files are documents
+        if entry.is_dir():
+            files = sorted(filter(is_ours, entry.iterdir()))
+        else:
+            files = [entry] if is_ours(entry) else []
+        if not files:
+            continue
+        if split in candidates:
+            candidates[split].append(files)
+        elif entry.is_file() and split is None:
+            loose.append(entry)
+        elif split is None:
+            unread.append(entry)
+    if len(splits) == 1 and loose and not candidates[splits[0]] and not unread:
+        candidates[splits[0]], loose = [loose], []
+    return candidates, unread + loose
+
+
+def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]], unread: list[Path]) -> str:
+    if found:
+        names = ", ".join(paths[0].name if len(paths) == 1 else paths[0].parent.name + "/" for paths in found)
+        return f"{folder}: {split} has {len(found)} candidates ({names}); keep one of them in the folder."
+    what = "sub-folder of .txt and .ann files" if kind == "brat" else f"{kind} file or sub-folder"
+    words = re.sub(r"\(\?:|[()?]", "", _SPLIT_WORDS[split].split("|")[0])
+    left = f" Not read: {', '.join(path.name for path in unread[:5])}." if unread else ""
+    return f"{folder}: no {what} whose name says {split} ({words}); or leave {split!r} out of splits.{left}"
+
+
+def _hub_files(folder: Path) -> list[Path]:
+    """Data files of a folder in the hub's layout: at the top, in data/ or in a configuration's folder."""
+    return sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
+
+
+def _hub_source(
+    name: str, files: Mapping[str, Sequence[Path]], splits: Sequence[str], dataset: str
+) -> Source:
+    available = open_hub(name)
+    streams = {}
+    for split in splits:
+        found = [key for key in available if split_of(key) == split]
+        if len(found) != 1:
+            problem = "no split" if not found else f"{len(found)} splits"
+            raise DataError(f"hub:{name}: {problem} for {split}; it has {', '.join(available)}.")
+        streams[split] = available[found[0]]
+    return Source(dataset, "hub", name, files, streams)

@@ -1,0 +1,155 @@
+"""Knows how several corpora become one training set that does not contradict itself; knows nothing of files.
+
+    corpora --drop_leaks--> --conflicts--> --deduplicate--> --corpus_weights--> --max_per_corpus--> train
+
+Dev and test stay as their corpora have them, so that scores can be compared with the literature.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.records import SPLITS, Record
+from biomerge_lib.corpora.draws import document_of, draw_sentences
+from biomerge_lib.corpora.leakage import (
+    Keyed,
+    check_documents,
+    count_conflicts,
+    find_conflicts,
+    find_duplicates,
+    find_leaks,
+    key_of,
+)
+
+Corpus = Mapping[str, Sequence[Record]]  # split -> records
+SEED = 42
+log = logging.getLogger("biomerge")
+
+
+@dataclass
+class Union:
+    """The splits of a union, and what was done to them.
+
+    ``steps``: one entry a step, ``{"step": ..., "removed": {dataset: sentences}, "left": {dataset: sentences}}``.
+    ``conflicts``: groups of ``(split, record)`` with the same sentence and different gold, as the corpora came.
+    ``report``: leaks and conflicts before and after, duplicates (the data card's ``union``).
+    """
+
+    splits: dict[str, list[Keyed]]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    conflicts: list[list[tuple[str, Keyed]]] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def build_union(
+    corpora: Mapping[str, Corpus],
+    *,
+    drop_leaks: str = "none",
+    deduplicate: bool = False,
+    conflicts: str = "keep",
+    corpus_weights: Sequence[float] = (),
+    max_per_corpus: int | None = None,
+    seed: int = SEED,
+) -> Union:
+    """Merge corpora in the order of their priority. Without options nothing is removed.
+
+    Args:
+        corpora: data set name -> split -> records; the first corpus wins a conflict.
+        drop_leaks: ``train`` takes sentences of any dev or test set out of train.
+        deduplicate: keep a training sentence with the same gold once.
+        conflicts: ``first`` keeps, of one training sentence with different gold, what the first corpus says.
+        corpus_weights: the corpora's proportions in train, as large as the corpora allow; no sentence is repeated.
+        max_per_corpus: draw documents up to so many training sentences of each corpus.
+
+    Raises:
+        DataError: a document stands in two splits; or corpora are weighted and one has no training sentence left.
+    """
+    for corpus in corpora.values():
+        check_documents(corpus)
+    splits = {split: [key_of(r) for corpus in corpora.values() for r in corpus[split]] for split in SPLITS}
+    union = Union(splits)
+    union.conflicts = find_conflicts(union.splits)
+    union.report = {
+        "leaks": {"before": find_leaks(union.splits)},
+        "conflicts": {"before": _conflicts_by_split(union)},
+        "duplicates": {split: find_duplicates(records) for split, records in union.splits.items()},
+    }
+    _note(union, "corpora as they are")
+    if drop_leaks == "train":
+        evaluated = {item.sentence for split in ("dev", "test") for item in union.splits[split]}
+        _keep(union, "drop_leaks", lambda item: item.sentence not in evaluated)
+    if conflicts == "first":
+        gold: dict[bytes, bytes] = {}
+        _keep(
+            union, "conflicts", lambda item: gold.setdefault(item.sentence, item.annotated) == item.annotated
+        )
+    if deduplicate:
+        first: dict[bytes, Keyed] = {}
+        _keep(union, "deduplicate", lambda item: first.setdefault(item.annotated, item) is item)
+    if corpus_weights:
+        targets = _weighted_sizes(_counts(union.splits["train"]), list(corpora), corpus_weights)
+        _draw(union, "corpus_weights", targets, seed)
+    if max_per_corpus:
+        _draw(union, "max_per_corpus", dict.fromkeys(corpora, max_per_corpus), seed)
+    left = _counts(union.splits["train"])
+    for dataset, corpus in corpora.items():
+        if corpus["train"] and not left[dataset]:
+            log.warning(
+                "%s: no training sentence is left (see the steps). Put it before the corpora that it shares "
+                "sentences with, or set conflicts=keep and train with corpus_cue=true.",
+                dataset,
+            )
+    union.report["leaks"]["after"] = find_leaks(union.splits)
+    union.report["conflicts"]["after"] = _conflicts_by_split(union)
+    union.report["steps"] = union.steps
+    return union
+
+
+def _conflicts_by_split(union: Union) -> dict[str, Any]:
+    train = find_conflicts({"train": union.splits["train"]})
+    everywhere = find_conflicts(union.splits)
+    return {"train": count_conflicts(train), "all splits": count_conflicts(everywhere)}
+
+
+def _weighted_sizes(
+    sizes: Mapping[str, int], corpora: Sequence[str], weights: Sequence[float]
+) -> dict[str, int]:
+    """Sentences to draw of each corpus, so that they are to each other as the weights and none is repeated."""
+    if len(weights) != len(corpora):
+        raise ParameterError(
+            f"corpus_weights has {len(weights)} values for {len(corpora)} corpora: one each."
+        )
+    empty = [name for name in corpora if not sizes[name]]
+    if empty:
+        raise DataError(f"corpus_weights: no training sentence of {', '.join(empty)} is left to weigh.")
+    unit = min(sizes[name] / weight for name, weight in zip(corpora, weights, strict=True))
+    return {name: max(1, round(unit * weight)) for name, weight in zip(corpora, weights, strict=True)}
+
+
+def _draw(union: Union, step: str, targets: Mapping[str, int], seed: int) -> None:
+    drawn = set()
+    for dataset, sentences in targets.items():
+        records = [item.record for item in union.splits["train"] if item.record.dataset == dataset]
+        drawn |= draw_sentences(records, sentences, seed)
+    _keep(union, step, lambda item: document_of(item.record) in drawn)
+
+
+def _keep(union: Union, step: str, keep: Callable[[Keyed], bool]) -> None:
+    union.splits["train"] = [item for item in union.splits["train"] if keep(item)]
+    _note(union, step)
+
+
+def _note(union: Union, step: str) -> None:
+    left = _counts(union.splits["train"])
+    before = union.steps[-1]["left"] if union.steps else left
+    removed = {dataset: count - left[dataset] for dataset, count in before.items()}
+    union.steps.append({"step": step, "removed": removed, "left": {name: left[name] for name in before}})
+
+
+def _counts(items: Sequence[Keyed]) -> Counter[str]:
+    return Counter(item.record.dataset for item in items)

@@ -1,0 +1,195 @@
+"""Knows greedy decoding with transformers: prompts in, answers out. Knows nothing of records or scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
+
+from biomerge_lib.decoding.answer_grammar import build_grammar
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
+from biomerge_lib.model.unsloth_lora_ner import decoding_mode
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from biomerge_lib.decoding.graphed_decoding import GraphedDecoder
+    from biomerge_lib.model.backbones import CausalLM
+
+# One row in so many may stay unfinished when a batch is left, and goes on with others like it behind the last batch:
+# the longest answer is several times as long as most, and would hold up all of its batch.
+SHARE_LEFT = 8
+
+
+def greedy_decode(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    constrained_decoding: str = "off",
+    progress: str | None = "decoding",
+) -> list[RawAnswer]:
+    """Answer each prompt greedily; answers come in the prompts' order.
+
+    Prompts are batched by length (longest first: memory is at its peak in the first batch) and padded on the
+    left. ``constrained_decoding`` (``answer_grammar``) masks what the grammar forbids. ``progress`` names the
+    progress bar; None shows none. The model is left in the mode it was in.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    from biomerge_lib.decoding.graphed_decoding import GraphedDecoder, can_graph
+
+    eos = cast(int, tokenizer.eos_token_id)
+    graphed = constrained_decoding == "off" and can_graph(model)
+    decoder = GraphedDecoder(model, eos_token_id=eos) if graphed else None
+    grammars = _Grammars(tokenizer, model.config.vocab_size, constrained_decoding)
+    rows = [_Row(prompt) for prompt in prompts]
+    bar = tqdm(total=len(rows), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
+    with decoding_mode(model), torch.inference_mode(), bar:
+        waiting = list(rows)
+        while waiting:
+            waiting.sort(key=lambda row: -len(row.prompt.prompt_ids) - len(row.ids))
+            batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+            waiting = []
+            for batch in batches:
+                masks = grammars.masks([row.prompt for row in batch])
+                leave = len(batch) // SHARE_LEFT if len(batches) > 1 else 0
+                _continue(model, tokenizer, batch, max_new_tokens, masks=masks, decoder=decoder, leave=leave)
+                unfinished = [row for row in batch if not row.has_ended(eos, max_new_tokens)]
+                bar.update(len(batch) - len(unfinished))
+                waiting += unfinished
+    return [read_answer(row.ids, tokenizer, row.best, row.second) for row in rows]
+
+
+def read_answer(
+    token_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerFast,
+    logprobs: Sequence[float] = (),
+    second_logprobs: Sequence[float] = (),
+) -> RawAnswer:
+    """The answer in generated ids: everything before the first EOS; without one it ran into the length limit.
+
+    ``logprobs`` are those of the tokens, ``second_logprobs`` those of the runners-up.
+    """
+    ids = list(token_ids)
+    finish: Literal["eos", "length"] = "length"
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+        finish = "eos"
+    text = cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    steps = len(ids) + (finish == "eos")
+    logprobs, second_logprobs = logprobs[:steps], second_logprobs[:steps]
+    return RawAnswer(
+        token_ids=ids,
+        text=text,
+        finish=finish,
+        logprobs=[round(logprob, 6) for logprob in logprobs],
+        margins=[margin_of(one, other) for one, other in zip(logprobs, second_logprobs, strict=True)],
+        part_logprobs=sum_parts(ids, logprobs, tokenizer),
+    )
+
+
+class _TopTwo:
+    """A logits processor that changes nothing and keeps each step's two best log-probabilities.
+
+    The first is the chosen token's (decoding is greedy); keeping all scores would take vocabulary x steps floats.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []  # of (batch, 2)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores.float().log_softmax(-1).topk(2).values.cpu())
+        return scores
+
+    def rows(self) -> list[list[list[float]]]:
+        """The best and the second log-probabilities: batch x steps x 2."""
+        import torch
+
+        return torch.stack(self.steps, dim=1).tolist()
+
+
+class _Grammars:
+    """The grammars of a batch of prompts as a logits processor, for one tokenizer and one constraint."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, constraint: str):
+        self.constraint = constraint
+        if constraint != "off":
+            import xgrammar
+
+            info = xgrammar.TokenizerInfo.from_huggingface(
+                tokenizer, vocab_size=vocab_size, stop_token_ids=tokenizer.eos_token_id
+            )
+            self.compiler = xgrammar.GrammarCompiler(info)
+
+    def masks(self, prompts: Sequence[Prompt]) -> list[Callable]:
+        if self.constraint == "off":
+            return []
+        from xgrammar.contrib.hf import LogitsProcessor
+
+        texts = [prompt.chunk.record.text for prompt in prompts]
+        grammars = [cast(str, build_grammar(text, self.constraint)) for text in texts]
+        return [LogitsProcessor([self.compiler.compile_grammar(grammar) for grammar in grammars])]
+
+
+@dataclass
+class _Row:
+    """A prompt and what has been written behind it so far, with the two best log-probabilities of each step."""
+
+    prompt: Prompt
+    ids: list[int] = field(default_factory=list)
+    best: list[float] = field(default_factory=list)
+    second: list[float] = field(default_factory=list)
+
+    def has_ended(self, eos_token_id: int, max_new_tokens: int) -> bool:
+        return eos_token_id in self.ids or len(self.ids) >= max_new_tokens
+
+    def add(self, ids: list[int], logprobs: list[list[float]], max_new_tokens: int) -> None:
+        """Take up what one pass wrote: token ids (N,) and log-probabilities (N, 2)."""
+        room = max_new_tokens - len(self.ids)
+        self.ids += ids[:room]
+        self.best += [best for best, _ in logprobs[:room]]
+        self.second += [second for _, second in logprobs[:room]]
+
+
+def _continue(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[_Row],
+    max_new_tokens: int,
+    *,
+    masks: list[Callable],
+    decoder: GraphedDecoder | None,
+    leave: int,
+) -> None:
+    """Write on behind each row; with a ``decoder`` as many as ``leave`` may stay unfinished."""
+    import torch
+    from transformers import LogitsProcessorList
+
+    read = [row.prompt.prompt_ids + row.ids for row in rows]
+    longest = max(map(len, read))
+    # Padding is known by length, not by id: pad and EOS are the same token.
+    input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in read])
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in read])
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    if decoder is not None:
+        most = max_new_tokens - min(len(row.ids) for row in rows)
+        ids, logprobs = decoder.decode(**inputs, max_new_tokens=most, leave=leave)
+        written = zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
+    else:
+        top_two = _TopTwo()
+        generated = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([*masks, top_two]),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        written = zip(rows, generated[:, longest:].tolist(), top_two.rows(), strict=True)
+    for row, new_ids, both in written:
+        row.add(new_ids, both, max_new_tokens)

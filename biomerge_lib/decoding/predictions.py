@@ -1,0 +1,235 @@
+"""Knows the way from records to prompts and from answers back to predictions, whoever decodes.
+
+    records --[build_prompts]--> prompts --(greedy decoding | vLLM)--> answers --[collect_predictions]--> predictions
+
+Knows nothing of models, servers or scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import whole_file
+from biomerge_lib.core.prompt_format import PromptFormat
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import Span, parse_answer, read_parts
+from biomerge_lib.prompts.prompt import Chunk, encode_chunks, merge_chunks
+
+if TYPE_CHECKING:
+    from biomerge_lib.prompts.prompt import Tokenizer
+
+BATCH = 1000  # records tokenised at a time
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer here: token ids to text."""
+
+    def decode(self, token_ids: list[int]) -> str | list[str]: ...  # one list gives one string
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request to a model: a record, or a chunk of a long one. ``record_index`` counts the split's records."""
+
+    record_index: int
+    chunk: Chunk
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RawAnswer:
+    """What a decoder wrote after ``<TAG>``: ``token_ids`` without EOS, its text, and why it stopped.
+
+    ``logprobs`` are the tokens' log-probabilities, EOS's last; ``margins`` how far each lay before the runner-up;
+    ``part_logprobs`` the sums over the parts between semicolons (:func:`sum_parts`). Empty when the decoder gives
+    none. Under a grammar they are probabilities among what it allows.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish: Literal["eos", "length"]
+    logprobs: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    part_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A record's gold and predicted spans. Written one a line to ``predictions-<split>-<decoder>.jsonl``.
+
+    ``answers``, ``answer_ids`` and ``finish`` have one entry a chunk (one, for all but very long records).
+    ``unreadable``, ``out_of_text`` and ``unsorted`` count what was wrong with the answers. ``prompt_hashes`` tell
+    whether two decoders read the same token ids.
+
+    ``probabilities`` has one entry a predicted span: the product of its tokens' probabilities, the separator before
+    it included (empty when the decoder gave none). ``logprobs`` and ``margins`` are the answers' (``RawAnswer``).
+    """
+
+    index: int
+    text: str
+    doc_id: str
+    dataset: str
+    gold: list[Span]
+    pred: list[Span]
+    answers: list[str]
+    answer_ids: list[list[int]]
+    finish: list[str]
+    unreadable: int
+    out_of_text: int
+    unsorted: int
+    prompt_hashes: list[str] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    margins: list[list[float]] = field(default_factory=list)
+
+
+def build_prompts(
+    records: Sequence[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> list[Prompt]:
+    """The prompts of a split, in order; records over ``max_input_tokens`` become several prompts."""
+    return [
+        Prompt(index, chunk, encoding.prompt_ids)
+        for index, pieces in enumerate(encode_chunks(records, tokenizer, prompt_format))
+        for chunk, encoding in pieces
+    ]
+
+
+def collect_predictions(
+    records: Sequence[Record],
+    prompts: Sequence[Prompt],
+    answers: Sequence[RawAnswer],
+    *,
+    constrained: bool = False,
+    span_threshold: float | None = None,
+) -> list[Prediction]:
+    """Parse the answers, map chunks back, and pair each record with its predicted spans.
+
+    ``constrained``: a grammar held, so that only the length limit can leave a span unfinished; such a last part is
+    left out (``finish`` still says "length"). ``span_threshold`` drops spans whose probability is lower.
+    """
+    by_record: dict[int, list[tuple[Chunk, RawAnswer]]] = {index: [] for index in range(len(records))}
+    hashes: dict[int, list[str]] = {index: [] for index in range(len(records))}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        by_record[prompt.record_index].append((prompt.chunk, answer))
+        hashes[prompt.record_index].append(hash_ids(prompt.prompt_ids))
+    predictions = []
+    for index, record in enumerate(records):
+        pairs = by_record[index]
+        texts = [_whole_parts(answer) if constrained else answer.text for _, answer in pairs]
+        parsed = [
+            parse_answer(text, len(chunk.record.text)) for (chunk, _), text in zip(pairs, texts, strict=True)
+        ]
+        pred = merge_chunks([chunk for chunk, _ in pairs], [answer.spans for answer in parsed])
+        probabilities = _span_probabilities(pairs)
+        prediction = Prediction(
+            index=index,
+            text=record.text,
+            doc_id=record.doc_id,
+            dataset=record.dataset,
+            gold=list(record.spans),
+            pred=pred,
+            answers=[answer.text for _, answer in pairs],
+            answer_ids=[answer.token_ids for _, answer in pairs],
+            finish=[answer.finish for _, answer in pairs],
+            unreadable=sum(len(answer.unreadable) for answer in parsed),
+            out_of_text=sum(len(answer.out_of_text) for answer in parsed),
+            unsorted=sum(not answer.is_sorted for answer in parsed),
+            prompt_hashes=hashes[index],
+            probabilities=[probabilities[span] for span in pred] if set(pred) <= set(probabilities) else [],
+            logprobs=[answer.logprobs for _, answer in pairs],
+            margins=[answer.margins for _, answer in pairs],
+        )
+        predictions.append(keep_probable(prediction, span_threshold))
+    return predictions
+
+
+def keep_probable(prediction: Prediction, span_threshold: float | None) -> Prediction:
+    """The prediction without the spans whose probability is below the threshold; None keeps all.
+
+    Raises:
+        DataError: spans without probabilities.
+    """
+    if span_threshold is None:
+        return prediction
+    if len(prediction.probabilities) != len(prediction.pred):
+        raise DataError(f"span_threshold={span_threshold} needs probabilities, and the answers carry none.")
+    pairs = zip(prediction.pred, prediction.probabilities, strict=True)
+    kept = [(span, probability) for span, probability in pairs if probability >= span_threshold]
+    return replace(
+        prediction, pred=[span for span, _ in kept], probabilities=[probability for _, probability in kept]
+    )
+
+
+def sum_parts(token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: Decoder) -> list[float]:
+    """Log-probability of each part between semicolons; a token with a semicolon begins the next part.
+
+    So the parts' and EOS's probabilities multiply to the answer's.
+    """
+    if not logprobs:
+        return []
+    sums = [0.0]
+    for token_id, logprob in zip(token_ids, logprobs, strict=False):  # logprobs ends with EOS's
+        sums += [0.0] * tokenizer.decode([token_id]).count(";")
+        sums[-1] += logprob
+    return [round(total, 6) for total in sums]
+
+
+def hash_ids(token_ids: Sequence[int]) -> str:
+    """A short name of a sequence of token ids."""
+    return hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:12]
+
+
+def margin_of(logprob: float, second: float) -> float:
+    """How far a token's log-probability lies before the runner-up's; at most 99 (a grammar may leave no runner-up)."""
+    return round(min(logprob - second, 99.0), 6)
+
+
+def _whole_parts(answer: RawAnswer) -> str:
+    return answer.text if answer.finish == "eos" else answer.text.rpartition(";")[0]
+
+
+def _span_probabilities(pairs: Sequence[tuple[Chunk, RawAnswer]]) -> dict[Span, float]:
+    """Of a span written twice, the more probable time counts."""
+    found: dict[Span, float] = {}
+    for chunk, answer in pairs:
+        for (_, span), logprob in zip(read_parts(answer.text), answer.part_logprobs, strict=False):
+            if span is not None:
+                moved = (span[0] + chunk.offset, span[1] + chunk.offset)
+                found[moved] = max(found.get(moved, 0.0), round(math.exp(logprob), 6))
+    return found
+
+
+def write_predictions(path: Path | str, predictions: Iterable[Prediction]) -> None:
+    """Write predictions as JSONL, atomically."""
+    with whole_file(path) as out:
+        for prediction in predictions:
+            out.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
+
+
+def read_predictions(path: Path | str) -> list[Prediction]:
+    """Read what :func:`write_predictions` wrote.
+
+    Raises:
+        DataError: the file is missing, or a line is not a prediction.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. 04_greedy_dev and 05_vllm_eval write predictions.")
+    predictions = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                fields = json.loads(line)
+                for key in ("gold", "pred"):
+                    fields[key] = [tuple(span) for span in fields[key]]
+                predictions.append(Prediction(**fields))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a prediction ({error}).") from None
+    return predictions

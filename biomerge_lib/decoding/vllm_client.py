@@ -1,0 +1,274 @@
+"""Knows how to ask a running OpenAI-compatible server for the answers to prompts; knows nothing of files or scores.
+
+    prompt ids --[/v1/completions, greedy, many at a time]--> RawAnswer
+
+The official ``openai`` client does time-outs, retries and the pauses between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+
+from biomerge_lib.core.errors import ServerError, nearest
+from biomerge_lib.decoding.answer_grammar import build_grammar
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
+from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
+
+HOW_TO_START = (
+    "Start one: VLLM_API_KEY=... python -m vllm.entrypoints.openai.api_server --model runs/RUN/merged "
+    "--served-model-name RUN --host 127.0.0.1 --port 8001"
+)
+_RETRIED = (408, 409, 429)
+_MODELS_RETRIES = 2
+# One line a request would bury a notebook's output.
+for _library in ("httpx", "httpx2"):
+    logging.getLogger(_library).setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What ``/v1/models`` says: the model's id, the folder it was loaded from, its longest sequence."""
+
+    id: str
+    root: str | None
+    max_model_len: int | None
+
+
+def find_served_model(base_url: str, api_key: str, *, names: Sequence[str] | None = None) -> ServedModel:
+    """The model that the server serves under one of ``names`` (its id, or the folder it was loaded from).
+
+    ``names=None`` takes the only one.
+
+    Raises:
+        ServerError: no server there, it wants another key, or serves something else.
+    """
+    try:
+        with openai.OpenAI(
+            base_url=base_url,
+            api_key=api_key,
+            max_retries=_MODELS_RETRIES,
+            timeout=20,
+            http_client=_sync_http(base_url),
+        ) as client:
+            cards = list(client.models.list())
+    except openai.OpenAIError as error:
+        raise ServerError(f"{base_url}: {_reason(error, _MODELS_RETRIES)}. {HOW_TO_START}") from None
+    models = [
+        ServedModel(card.id, getattr(card, "root", None), getattr(card, "max_model_len", None))
+        for card in cards
+    ]
+    wanted = [model for model in models if names is None or model.id in names or model.root in names]
+    if wanted and (names is not None or len(models) == 1):
+        return wanted[0]
+    there = ", ".join(f"{model.id!r} (from {model.root})" for model in models) or "no model"
+    asked = f", not {names[0]!r}.{nearest(names[0], [model.id for model in models])}" if names else "."
+    raise ServerError(
+        f"{base_url} serves {there}{asked} Name the served model, or start another server. {HOW_TO_START}"
+    )
+
+
+def served_names(model_dir: Path | str) -> list[str]:
+    """Under which names a server may serve a model folder: the run's name first, then the folder's path.
+
+    >>> served_names("/data/runs/my-run/merged")
+    ['my-run', '/data/runs/my-run/merged']
+    """
+    folder = Path(model_dir).resolve()
+    name = folder.parent.name if folder.name == "merged" else folder.name
+    return list(dict.fromkeys([name, str(folder), str(model_dir)]))
+
+
+def complete_url(address: str) -> str:
+    """``http://node7:8001`` and ``http://node7:8001/v1/`` as the client wants them: ``http://node7:8001/v1``."""
+    return address.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+class RunningServer:
+    """A server that somebody else started, checked and never stopped; a stand-in for ``VllmServer``.
+
+    The key comes from the environment variable ``VLLM_API_KEY``: a notebook's parameters are stored in its output.
+    """
+
+    startup_seconds = 0.0
+
+    def __init__(self, base_url: str, model_dir: Path | str):
+        self.base_url = complete_url(base_url)
+        self.api_key = os.environ.get("VLLM_API_KEY") or "EMPTY"
+        self.model_id = find_served_model(self.base_url, self.api_key, names=served_names(model_dir)).id
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreedyClient:
+    """Asks one served model for greedy answers, ``concurrency`` at a time."""
+
+    base_url: str
+    api_key: str
+    model_id: str
+    tokenizer: PlainTokenizer
+    max_new_tokens: int
+    concurrency: int
+    request_seconds: float
+    max_retries: int
+    constrained_decoding: str = "off"
+
+    def answer_all(self, prompts: dict[int, Prompt], keep: Callable[[int, RawAnswer], None]) -> int:
+        """Answer numbered prompts; give each answer to ``keep`` when it comes; return how many requests were retried.
+
+        Raises:
+            ServerError: a prompt is refused, or kept failing after ``max_retries``; names the sentence.
+        """
+        return _run_async(self._answer_all(prompts, keep))
+
+    async def _answer_all(self, prompts: dict[int, Prompt], keep: Callable[[int, RawAnswer], None]) -> int:
+        numbers = iter(prompts)
+        retries = 0
+
+        async def work(client: openai.AsyncOpenAI) -> None:
+            nonlocal retries
+            for number in numbers:
+                prompt = prompts[number]
+                try:
+                    answer, retried = await self._answer(client, prompt)
+                except (openai.OpenAIError, ServerError) as error:
+                    record = prompt.chunk.record
+                    raise ServerError(
+                        f"sentence {prompt.record_index} ({record.dataset}/{record.doc_id}, {record.text[:50]!r}): "
+                        f"{_reason(error, self.max_retries)}."
+                    ) from None
+                keep(number, answer)
+                retries += retried
+
+        try:
+            async with self._connect() as client, asyncio.TaskGroup() as group:
+                for _ in range(min(self.concurrency, len(prompts))):
+                    group.create_task(work(client))
+        except BaseExceptionGroup as failures:
+            # The first failure cancelled the other workers.
+            raise failures.exceptions[0] from None
+        return retries
+
+    def _connect(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self.api_key,
+            timeout=self.request_seconds,
+            max_retries=self.max_retries,
+            http_client=_async_http(self.base_url),
+        )
+
+    async def _answer(self, client: openai.AsyncOpenAI, prompt: Prompt) -> tuple[RawAnswer, int]:
+        grammar = build_grammar(prompt.chunk.record.text, self.constrained_decoding)
+        raw = await client.completions.with_raw_response.create(
+            model=self.model_id,
+            prompt=None,  # in the extra body, which openai sends as it is: it looks at each token id of this one
+            max_tokens=self.max_new_tokens,
+            temperature=0,
+            logprobs=2,
+            extra_body={
+                "prompt": prompt.prompt_ids,
+                "stop_token_ids": [self.tokenizer.eos_token_id],
+                # A server that takes defaults from the model's generation_config must not bend greedy decoding.
+                "repetition_penalty": 1.0,
+                "skip_special_tokens": False,
+                "spaces_between_special_tokens": False,
+                "return_token_ids": True,
+                # Two tokens may have the same text; the log-probabilities come in a dictionary.
+                "return_tokens_as_token_ids": True,
+                **({"structured_outputs": {"grammar": grammar}} if grammar else {}),
+            },
+        )
+        return self._read_answer(raw, prompt), raw.retries_taken
+
+    def _read_answer(self, raw: Any, prompt: Prompt) -> RawAnswer:
+        try:
+            choice = raw.parse().choices[0]
+            text, finish_reason = choice.text, choice.finish_reason
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise ServerError(f"the server's answer is no completion: {raw.text[:200]!r}") from None
+        seen_ids = getattr(choice, "prompt_token_ids", None)
+        if seen_ids is not None and seen_ids != prompt.prompt_ids:
+            raise ServerError(
+                f"the server read {len(seen_ids)} other token ids than the {len(prompt.prompt_ids)} sent"
+            )
+        ids = getattr(choice, "token_ids", None)
+        if ids is None:  # not vLLM, or older than return_token_ids
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(self.tokenizer.eos_token_id)]
+        finish: Literal["eos", "length"] = "length" if finish_reason == "length" else "eos"
+        logprobs, margins = _read_logprobs(choice, len(ids) + (finish == "eos"))
+        return RawAnswer(list(ids), text, finish, logprobs, margins, sum_parts(ids, logprobs, self.tokenizer))
+
+
+def _read_logprobs(choice: Any, steps: int) -> tuple[list[float], list[float]]:
+    """The log-probabilities of an answer's tokens and their margins; empty from a server that gives none."""
+    given = choice.logprobs
+    if given is None or not given.token_logprobs or len(given.token_logprobs) < steps:
+        return [], []
+    logprobs = [round(logprob, 6) for logprob in given.token_logprobs[:steps]]
+    pairs = [sorted(top.values(), reverse=True)[:2] for top in given.top_logprobs[:steps]]
+    return logprobs, [margin_of(*pair) for pair in pairs]
+
+
+def _reason(error: Exception, retries: int) -> str:
+    attempts = f" ({retries + 1} attempts)"
+    if isinstance(error, openai.APITimeoutError):
+        return "the server did not answer in time" + attempts
+    if isinstance(error, openai.APIConnectionError):
+        return f"no connection to the server{attempts}: {error.__cause__ or error}"
+    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        return "the server refused the API key"
+    if isinstance(error, openai.APIStatusError):
+        retried = attempts if error.status_code in _RETRIED or error.status_code >= 500 else ""
+        return f"the server answered {error.status_code}{retried}: {error.message[:200]}"
+    return str(error)
+
+
+def _sync_http(base_url: str) -> openai.DefaultHttpxClient:
+    return openai.DefaultHttpxClient(trust_env=not _is_this_machine(base_url))
+
+
+def _async_http(base_url: str) -> openai.DefaultAsyncHttpxClient:
+    return openai.DefaultAsyncHttpxClient(trust_env=not _is_this_machine(base_url))
+
+
+def _is_this_machine(base_url: str) -> bool:
+    # A cluster's http_proxy would send requests for 127.0.0.1 to the proxy's own machine.
+    return any(f"//{host}" in base_url for host in ("127.0.0.1", "localhost", "[::1]"))
+
+
+def _run_async(coroutine: Coroutine) -> Any:
+    """``asyncio.run`` that also works where a loop runs already (Jupyter), and can be interrupted there."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+    finally:
+        asyncio.run_coroutine_threadsafe(_cancel_rest(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _cancel_rest() -> None:
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()

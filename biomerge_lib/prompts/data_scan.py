@@ -1,0 +1,152 @@
+"""Knows what a split holds, in one pass over its records: counts, repeated sentences, token lengths.
+
+Knows nothing of files or training. Texts are not kept, so that millions of records can be scanned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.prompt_format import PromptFormat
+from biomerge_lib.core.records import Record
+from biomerge_lib.corpora.draws import Document, document_of
+from biomerge_lib.corpora.leakage import key_of
+from biomerge_lib.prompts.prompt import count_tokens, find_cut_spans, split_record
+
+if TYPE_CHECKING:
+    from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
+
+SAMPLE_SIZE = 1000
+# What a prompt's tokens can be more than its bytes: <TAG>, BOS and the like.
+EXTRA_TOKENS = 4
+
+
+@dataclass
+class Scan:
+    """What a split's records are.
+
+    ``gold``: sentence key and cue -> the first gold key, i.e. what a model would learn to answer to this prompt.
+    ``repeated`` and ``contradicting`` count the records whose prompt came before, with the same and with other gold.
+    ``reserved``: texts that hold a token of the tokenizer literally (``<B>`` in HTML, say).
+    ``examples``: records and chunks; ``chunked``: records that are cut; ``cut_spans``: mentions that the cuts of
+    evaluation go through. ``prompt_tokens`` and ``target_tokens`` are totals, estimated unless ``is_exact``.
+    ``impossible``: why some records fit no limit.
+    """
+
+    records: int = 0
+    spans: int = 0
+    empty: int = 0
+    datasets: Counter[str] = field(default_factory=Counter)
+    cues: Counter[str | None] = field(default_factory=Counter)
+    documents: set[Document] = field(default_factory=set)
+    gold: dict[tuple[bytes, str | None], bytes] = field(default_factory=dict)
+    repeated: int = 0
+    contradicting: int = 0
+    reserved: int = 0
+    long_prompts: int = 0
+    long_targets: int = 0
+    chunked: int = 0
+    examples: int = 0
+    cut_spans: int = 0
+    prompt_tokens: float = 0
+    target_tokens: float = 0
+    is_exact: bool = True
+    impossible: list[str] = field(default_factory=list)
+    sample: list[Record] = field(default_factory=list)
+
+    def sentences(self) -> set[bytes]:
+        return {sentence for sentence, _ in self.gold}
+
+
+def scan_records(
+    records: Iterable[Record],
+    tokenizer: PlainTokenizer,
+    prompt_format: PromptFormat,
+    *,
+    max_target_tokens: int,
+    for_training: bool,
+    reserved: Sequence[str] = (),
+) -> Scan:
+    """Count a split. ``for_training`` holds the targets to their limit too and cuts no mention.
+
+    A token is at least a byte long, so only a record with more bytes than ``max_input_tokens`` (or a target with more
+    than ``max_target_tokens``) has to be tokenised to count those over the limits exactly.
+    """
+    scan, chance, short = Scan(), random.Random(0), 0
+    sample: list[tuple[Record, bool]] = []
+    for record in records:
+        count_record(scan, record, prompt_format, reserved=reserved)
+        most = prompt_format.most_bytes(record) + EXTRA_TOKENS
+        is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
+        if is_short:
+            scan.examples += 1
+            short += 1
+        else:
+            _measure(scan, record, tokenizer, prompt_format, max_target_tokens, for_training)
+        if len(sample) < SAMPLE_SIZE:
+            sample.append((record, is_short))
+        elif (place := chance.randrange(scan.records)) < SAMPLE_SIZE:
+            sample[place] = record, is_short
+    scan.sample = [record for record, _ in sample]
+    lengths = [count_tokens(record, tokenizer, prompt_format) for record, is_short in sample if is_short]
+    if lengths:
+        share = short / len(lengths)
+        scan.is_exact = share == 1
+        scan.prompt_tokens += share * sum(prompt for prompt, _ in lengths)
+        scan.target_tokens += share * sum(target for _, target in lengths)
+    return scan
+
+
+def count_record(
+    scan: Scan, record: Record, prompt_format: PromptFormat, *, reserved: Sequence[str] = ()
+) -> None:
+    """Count a record in: everything but its tokens."""
+    scan.records += 1
+    scan.spans += len(record.spans)
+    scan.empty += not record.spans
+    scan.datasets[record.dataset] += 1
+    scan.documents.add(document_of(record))
+    scan.reserved += any(token in record.text for token in reserved)
+    cue = prompt_format.cue(record)
+    scan.cues[cue] += 1
+    keyed = key_of(record)
+    prompt = keyed.sentence, cue
+    if prompt in scan.gold:
+        same = scan.gold[prompt] == keyed.annotated
+        scan.repeated += same
+        scan.contradicting += not same
+    else:
+        scan.gold[prompt] = keyed.annotated
+
+
+def _measure(
+    scan: Scan,
+    record: Record,
+    tokenizer: PlainTokenizer,
+    prompt_format: PromptFormat,
+    max_target_tokens: int,
+    for_training: bool,
+) -> None:
+    prompt, target = count_tokens(record, tokenizer, prompt_format)
+    is_long, has_long_target = prompt > prompt_format.max_input_tokens, target > max_target_tokens
+    scan.prompt_tokens += prompt
+    scan.target_tokens += target
+    scan.long_prompts += is_long
+    scan.long_targets += has_long_target
+    if not is_long and not (for_training and has_long_target):
+        scan.examples += 1
+        return
+    try:
+        limit = max_target_tokens if for_training else None
+        chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=limit)
+    except DataError as error:
+        scan.impossible.append(str(error))
+        return
+    scan.examples += len(chunks)
+    scan.chunked += len(chunks) > 1
+    scan.cut_spans += len(find_cut_spans(record, chunks))

@@ -1,0 +1,250 @@
+"""Knows how a record becomes token ids, once for training, greedy decoding and vLLM.
+
+    prompt_ids = ids of ``<NER> 0 Aspirin 8 can ...`` + [<TAG>]
+    completion_ids = ids of `` 0-7 ; 20-34`` + [EOS]
+
+Knows nothing of models, files or metrics. Offsets always refer to the record's own text, whatever the
+rendering writes around it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.prompt_format import PromptFormat
+from biomerge_lib.core.prompt_format import find_words as find_words  # the report reads it here
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import TAG, Span, format_spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
+
+    Tokenizer = PreTrainedTokenizerFast | PlainTokenizer
+
+Item = TypeVar("Item")
+BATCH = 1000  # records tokenised at a time
+IGNORE = -100
+B_I_O = {"O": 0, "B": 1, "I": 2}
+_SENTENCE_END = re.compile(r"[.!?][\"')\]}’”]*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids of one record.
+
+    ``prompt_ids``: (P,), ends with ``<TAG>``. ``completion_ids``: (C,), ends with EOS.
+    ``word_last_tokens``: for each word of the text the index in ``prompt_ids`` of its last token, the
+    first position at which a causal model has read the whole word.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    words: list[Span]
+    word_last_tokens: list[int]
+
+
+def count_tokens(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> tuple[int, int]:
+    """The lengths of the prompt's and the completion's token ids, in half the time of :func:`encode`."""
+    prompt = prompt_format.render(record).prompt
+    return len(tokenizer(prompt)["input_ids"]) + 1, len(encode_completion(record.spans, tokenizer))
+
+
+def encode_completion(spans: Iterable[Span], tokenizer: Tokenizer) -> list[int]:
+    """Token ids of what the model must write after ``<TAG>``: `` 0-7 ; 20-34`` and EOS."""
+    completion = _completion(spans)
+    ids = tokenizer(completion, add_special_tokens=False)["input_ids"] if completion else []
+    return [*ids, tokenizer.eos_token_id]
+
+
+def encode(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> Encoding:
+    """Token ids of a record; training, greedy decoding and vLLM all get them here."""
+    return encode_many([record], tokenizer, prompt_format)[0]
+
+
+def encode_many(
+    records: Sequence[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> list[Encoding]:
+    """What :func:`encode` gives for each record, in two calls of the tokenizer."""
+    if not records:
+        return []
+    renderings = [prompt_format.render(record) for record in records]
+    prompts = tokenizer([rendering.prompt for rendering in renderings], return_offsets_mapping=True)
+    # A record without spans still gets an (empty) completion, so that no index moves.
+    completions = tokenizer([_completion(record.spans) for record in records], add_special_tokens=False)
+    tag: Any = tokenizer.convert_tokens_to_ids(TAG)
+    eos: Any = tokenizer.eos_token_id
+    return [
+        Encoding(
+            [*ids, tag], [*answer, eos], rendering.words, _last_tokens(offsets, rendering.rendered_words)
+        )
+        for rendering, ids, offsets, answer in zip(
+            renderings, prompts["input_ids"], prompts["offset_mapping"], completions["input_ids"], strict=True
+        )
+    ]
+
+
+def encode_chunks(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    *,
+    max_target_tokens: int | None = None,
+) -> Iterator[list[tuple[Chunk, Encoding]]]:
+    """For each record its chunks (:func:`split_record`), one for most, with their token ids; tokenised in batches.
+
+    Raises:
+        DataError: a single word, or a single gold span, is longer than the limits allow.
+    """
+    for batch in batched(records, BATCH):
+        for record, encoding in zip(batch, encode_many(batch, tokenizer, prompt_format), strict=True):
+            if _fits(encoding, prompt_format, max_target_tokens):
+                yield [(Chunk(record, 0), encoding)]
+                continue
+            chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
+            encodings = encode_many([chunk.record for chunk in chunks], tokenizer, prompt_format)
+            yield list(zip(chunks, encodings, strict=True))
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of ``size``, the last one shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def word_labels(words: Sequence[Span], spans: Iterable[Span]) -> list[int]:
+    """B/I/O label of each word: a word belongs to the first span that it overlaps.
+
+    >>> word_labels([(0, 7), (8, 11), (12, 18)], [(0, 7), (12, 18)])
+    [1, 0, 1]
+    """
+    labels = [B_I_O["O"]] * len(words)
+    ordered = sorted(spans)
+    current = 0
+    begun = None
+    for index, (start, end) in enumerate(words):
+        while current < len(ordered) and ordered[current][1] <= start:
+            current += 1
+        if current < len(ordered) and ordered[current][0] < end:
+            labels[index] = B_I_O["I"] if begun == current else B_I_O["B"]
+            begun = current
+    return labels
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a longer record: ``record.text == source.text[offset : offset + len(record.text)]``."""
+
+    record: Record
+    offset: int
+
+
+def split_record(
+    record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat, *, max_target_tokens: int | None = None
+) -> list[Chunk]:
+    """Cut a record whose prompt is over ``max_input_tokens`` between words; otherwise ``[record]``.
+
+    Cuts fall after a full stop where there is one near the middle, so that chunks are sentences where they can be.
+
+    With ``max_target_tokens`` (training: the gold is known) the completion is held to its limit too and
+    no cut goes through a gold span. Without it (evaluation) the gold does not influence the cuts.
+    :func:`merge_chunks` is the inverse.
+
+    Raises:
+        DataError: a single word, or a single gold span, is longer than the limits allow.
+    """
+    use_gold = max_target_tokens is not None
+    pieces: list[Chunk] = []
+    todo = [Chunk(record, 0)]
+    while todo:
+        chunk = todo.pop()
+        encoding = encode(chunk.record, tokenizer, prompt_format)
+        if _fits(encoding, prompt_format, max_target_tokens):
+            pieces.append(chunk)
+            continue
+        cut = _middle_cut(chunk.record, encoding.words, keep_spans=use_gold)
+        if cut is None:
+            where = f"{record.dataset}/{record.doc_id}"
+            limits = f"max_input_tokens ({prompt_format.max_input_tokens})"
+            if use_gold:
+                limits += f" or max_target_tokens ({max_target_tokens})"
+            raise DataError(
+                f"{where}: {chunk.record.text[:60]!r} needs {len(encoding.prompt_ids)} prompt and "
+                f"{len(encoding.completion_ids)} target tokens and cannot be cut between words or gold spans. "
+                f"Raise {limits}."
+            )
+        todo += [_slice(chunk, cut, len(chunk.record.text)), _slice(chunk, 0, cut)]
+    return pieces
+
+
+def find_cut_spans(record: Record, chunks: Sequence[Chunk]) -> list[Span]:
+    """The record's gold spans that no chunk holds whole: evaluation cuts without looking at the gold.
+
+    They stay in the record's gold, so an answer cannot find them.
+    """
+    cuts = [chunk.offset for chunk in chunks[1:]]
+    return [(start, end) for start, end in record.spans if any(start < cut < end for cut in cuts)]
+
+
+def merge_chunks(chunks: Sequence[Chunk], spans_per_chunk: Sequence[Iterable[Span]]) -> list[Span]:
+    """Map spans found in chunks back to the offsets of the text they were cut from, sorted."""
+    found = {
+        (start + chunk.offset, end + chunk.offset)
+        for chunk, spans in zip(chunks, spans_per_chunk, strict=True)
+        for start, end in spans
+    }
+    return sorted(found)
+
+
+def _fits(encoding: Encoding, prompt_format: PromptFormat, max_target_tokens: int | None) -> bool:
+    return len(encoding.prompt_ids) <= prompt_format.max_input_tokens and (
+        max_target_tokens is None or len(encoding.completion_ids) <= max_target_tokens
+    )
+
+
+def _completion(spans: Iterable[Span]) -> str:
+    return format_spans(spans).removeprefix(TAG)
+
+
+def _middle_cut(record: Record, words: list[Span], *, keep_spans: bool) -> int | None:
+    """The word start nearest to the middle that cuts no gold span (halving keeps chunks of even length).
+
+    A start after a sentence's end is taken if there is one in the middle half.
+    """
+    text = record.text
+    middle, quarter = len(text) / 2, len(text) / 4
+    cuts, after_sentence = [], []
+    for (before, before_end), (start, _) in pairwise(words):
+        if keep_spans and any(first < start < last for first, last in record.spans):
+            continue
+        cuts.append(start)
+        if abs(start - middle) <= quarter and _SENTENCE_END.search(text, before, before_end):
+            after_sentence.append(start)
+    return min(after_sentence or cuts, key=lambda cut: abs(cut - middle), default=None)
+
+
+def _slice(chunk: Chunk, start: int, end: int) -> Chunk:
+    record = chunk.record
+    inside = tuple((s - start, e - start) for s, e in record.spans if start <= s and e <= end)
+    return Chunk(replace(record, text=record.text[start:end], spans=inside), chunk.offset + start)
+
+
+def _last_tokens(token_offsets: Sequence[Span], rendered_words: Sequence[Span]) -> list[int]:
+    last_tokens = []
+    token = 0
+    for start, end in rendered_words:
+        last = None
+        while token < len(token_offsets) and token_offsets[token][0] < end:
+            if token_offsets[token][1] > start:
+                last = token
+            token += 1
+        # A token that straddles two words is the last of both.
+        last_tokens.append(last if last is not None else token - 1)
+    return last_tokens

@@ -1,0 +1,120 @@
+"""Knows tokenizers: adds the five BioMerge tokens once and saves the folder; knows nothing of weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biomerge_lib.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
+GENERIC_CLASSES = (
+    "TokenizersBackend",
+    "PreTrainedTokenizerFast",
+)  # all of the tokenizer is in tokenizer.json
+NOT_NEEDED = ("sklearn", "torchao")
+log = logging.getLogger(__name__)
+
+
+def import_transformers() -> None:
+    """Let transformers find itself without the packages that it imports only because they are there (2 s).
+
+    Whoever imports them later gets them. Where transformers is imported already (Unsloth does), nothing changes.
+    """
+    if "transformers" in sys.modules:
+        return
+    hidden = [name for name in NOT_NEEDED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        from transformers.utils import is_sklearn_available, is_torchao_available
+
+        is_sklearn_available(), is_torchao_available()  # they remember their answers
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+def add_biomerge_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Add the five tokens that are missing and set pad to EOS; return how many were added.
+
+    They are ordinary added tokens, not special ones: decoding with ``skip_special_tokens`` keeps them.
+
+    Raises:
+        ModelError: the tokenizer has no EOS token, or is not a fast one (no character offsets).
+    """
+    from transformers import AddedToken
+
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: a fast tokenizer is needed (character offsets of tokens)."
+        )
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer has no EOS token; answers could never end."
+        )
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in ADDED_TOKENS if token not in vocabulary]
+    added = tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    tokenizer.clean_up_tokenization_spaces = False
+    return added
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> Path:
+    """Save a tokenizer with the five tokens; :func:`load_tokenizer` reads it back."""
+    folder = Path(folder)
+    check_tokenizer(tokenizer, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
+    """Load a saved tokenizer and check that it can be used.
+
+    Raises:
+        ModelError: the folder has no tokenizer, or the five tokens or EOS are missing.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ModelError(
+            f"{folder}: no tokenizer here (tokenizer_config.json is missing). "
+            "notebooks/01_tokenizer.ipynb writes one; or set tokenizer_dir."
+        )
+    import_transformers()
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in config:
+        # AutoTokenizer comes to the same class, and imports generation and torch's compiler on the way (3 s).
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokenizer(tokenizer, str(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raise ModelError unless each of the five tokens is one id and prompts do not end with EOS.
+
+    ``tokenizer`` is one of transformers or a ``PlainTokenizer``, which stands downstream of this module.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in ADDED_TOKENS if token not in vocabulary]
+    if missing:
+        raise ModelError(
+            f"{name}: tokens {', '.join(missing)} are missing; run notebooks/01_tokenizer.ipynb."
+        )
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise ModelError(f"{name}: EOS or pad token is not set; run notebooks/01_tokenizer.ipynb.")
+    if tokenizer("<NER> x")["input_ids"][-1] == tokenizer.eos_token_id:
+        raise ModelError(f"{name}: the tokenizer appends EOS to every text; prompts must stay open.")

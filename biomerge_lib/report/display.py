@@ -1,0 +1,176 @@
+"""Knows how records, predictions and curves look in a notebook or a page; computes no scores."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from biomerge_lib.core.spans import Span, is_inside
+from biomerge_lib.decoding.predictions import Prediction
+from biomerge_lib.scoring.confidence import calibrate, calibration_error, score_thresholds
+from biomerge_lib.scoring.ner_metrics import SpanError, find_errors
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colour-blind-safe palette: blue, orange, vermilion, purple; the underline's shape repeats the colour.
+STYLE = """<style>
+.bm-text {line-height: 2.1; margin: 4px 0; max-width: 72em; overflow-wrap: anywhere;}
+.bm-text mark {color: inherit; padding: 1px 2px; border-radius: 3px; -webkit-box-decoration-break: clone;
+  box-decoration-break: clone;}
+.bm-text mark.right, .bm-text mark.gold {background: #56b4e94d; border-bottom: 3px solid #0072b2;}
+.bm-text mark.missed {background: #e69f004d; border-bottom: 3px dashed #b37400;}
+.bm-text mark.spurious {background: #d55e0033; border-bottom: 3px double #d55e00;}
+.bm-text mark.overlap {background: #cc79a740; border-bottom: 3px dotted #b8578c;}
+.bm-text .bm-note {opacity: .75; font-size: 85%;}
+@media (prefers-color-scheme: dark) {
+.bm-text mark.right, .bm-text mark.gold {border-color: #56b4e9;}
+.bm-text mark.missed {border-color: #e69f00;}
+.bm-text mark.spurious {border-color: #f0803c;}
+.bm-text mark.overlap {border-color: #e3a0c6;}
+}
+</style>"""
+LEGEND = (
+    '<div class="bm-text"><mark class="right">found</mark> <mark class="missed">missed</mark> '
+    '<mark class="spurious">spurious</mark> '
+    '<mark class="overlap">gold and predicted, but other boundaries</mark></div>'
+)
+ERROR_KINDS = {
+    "missed": "a gold mention, and nothing predicted there",
+    "spurious": "a prediction where gold has nothing",
+    "boundary": "the right place with another start or end",
+    "merged": "one prediction over several gold mentions",
+    "split": "one gold mention in several predictions",
+}
+
+
+def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = None, note: str = "") -> str:
+    """HTML of a text with its spans marked.
+
+    With ``gold`` alone the mentions are marked ``gold``. With ``pred`` a character is ``right`` inside a span that
+    both have, ``missed`` inside a gold span that was not predicted, ``spurious`` inside a predicted span that is not
+    gold, and ``overlap`` inside both of the last two, i.e. where only the boundaries differ.
+    """
+    gold = {span for span in gold if is_inside(span, len(text))}
+    kinds = [""] * len(text)
+    if pred is None:
+        _paint(kinds, gold, "gold")
+    else:
+        pred = {span for span in pred if is_inside(span, len(text))}
+        _paint(kinds, gold - pred, "missed")
+        _paint(kinds, pred - gold, "spurious", over_missed="overlap")
+        _paint(kinds, gold & pred, "right")
+    edges = {position for span in gold | set(pred or ()) for position in span}
+    pieces, start = [], 0
+    for position in range(1, len(text) + 1):
+        if position == len(text) or kinds[position] != kinds[start] or position in edges:
+            piece = html.escape(text[start:position])
+            pieces.append(f'<mark class="{kinds[start]}">{piece}</mark>' if kinds[start] else piece)
+            start = position
+    label = f' <span class="bm-note">{html.escape(note)}</span>' if note else ""
+    return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
+
+
+def bracket(text: str, spans: Iterable[Span], *, colour: bool = False) -> str:
+    """A text for a terminal with its spans in brackets, or in bold blue.
+
+    >>> bracket("Aspirin can", [(0, 7)])
+    '[Aspirin] can'
+    """
+    before, after = ("\033[1;34m", "\033[0m") if colour else ("[", "]")
+    spans = list(spans)
+    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+    pieces = []
+    for position, letter in enumerate([*text, ""]):
+        pieces.append(after * ends.count(position) + before * starts.count(position) + letter)
+    return "".join(pieces)
+
+
+def highlight_errors(
+    predictions: Sequence[Prediction], *, most: int = 12
+) -> dict[str, tuple[int, list[str]]]:
+    """For each kind of error its count and up to ``most`` highlighted sentences, spread evenly over the split."""
+    by_index = {prediction.index: prediction for prediction in predictions}
+    by_kind = defaultdict(list)
+    for error in find_errors(predictions):
+        by_kind[error.kind].append(error)
+    examples = {}
+    for kind in ERROR_KINDS:
+        errors = by_kind[kind]
+        firsts = list({error.index: error for error in reversed(errors)}.values())[::-1]  # one a sentence
+        chosen = firsts[:: max(1, -(-len(firsts) // most))]
+        examples[kind] = len(errors), [_highlight_error(by_index[error.index], error) for error in chosen]
+    return examples
+
+
+def _highlight_error(prediction: Prediction, error: SpanError, *, around: int = 240) -> str:
+    text = prediction.text
+    spans = [span for span in error.gold + error.pred if is_inside(span, len(text))] or [(0, 0)]
+    start = max(0, min(span[0] for span in spans) - around)
+    end = min(len(text), max(span[1] for span in spans) + around)
+    inside = lambda found: [(a - start, b - start) for a, b in found if start <= a < b <= end]  # noqa: E731
+    said = [
+        f"{word} " + ", ".join(f"{a}-{b} “{text[a:b][:60]}”" for a, b in found)
+        for word, found in (("gold", error.gold), ("predicted", error.pred))
+        if found
+    ]
+    cut = [f"cut out of {len(text)} characters"] if (start, end) != (0, len(text)) else []
+    note = "; ".join([f"{prediction.doc_id}: " + ", ".join(said), *cut])
+    return highlight(text[start:end], inside(prediction.gold), inside(prediction.pred), note)
+
+
+def show_html(parts: Sequence[str]) -> HTML:
+    """An IPython HTML object of highlighted texts, with their style."""
+    from IPython.display import HTML
+
+    return HTML(STYLE + "".join(parts))
+
+
+def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]) -> Figure:
+    """One panel for each title in ``curves``, with the named keys of the Trainer's log history against steps."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    log = pd.DataFrame(log_history)
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(5 * len(curves), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, (title, keys) in zip(axes[0], curves.items(), strict=True):
+        for key in [key for key in keys if key in log]:
+            axis.plot("step", key, data=log.dropna(subset=key), marker="o", markersize=3, label=key)
+        axis.set(title=title, xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(frameon=False)
+    return figure
+
+
+def plot_confidence(predictions: Sequence[Prediction]) -> Figure:
+    """Two panels: precision and recall against the share of spans kept, and precision against probability."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    rows, bins = pd.DataFrame(score_thresholds(predictions)), pd.DataFrame(calibrate(predictions))
+    figure, (curve, calibration) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for name in ("precision", "recall", "ner_f1"):
+        curve.plot("coverage", name, data=rows, label=name)
+    curve.set(title="the most probable spans only", xlabel="coverage: share of the predicted spans kept")
+    calibration.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
+    calibration.plot("probability", "precision", data=bins, marker="o", label="tenths")
+    error = calibration_error(predictions)
+    calibration.set(title=f"calibration error {error:.3f}", xlabel="mean probability", ylabel="precision")
+    for axis in (curve, calibration):
+        axis.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _paint(kinds: list[str], spans: Iterable[Span], kind: str, over_missed: str = "") -> None:
+    for start, end in spans:
+        for position in range(start, end):
+            touches = over_missed and kinds[position] in ("missed", over_missed)
+            kinds[position] = over_missed if touches else kind

@@ -1,0 +1,263 @@
+"""Knows the page that compares runs; ``report_runs`` reads, ``report_figures`` draws.
+
+runs/ --[collect_runs]--> ReportedRun --[write_page]--> report.html (one file, loads nothing)
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from biomerge_lib import __version__
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import write_text
+from biomerge_lib.core.markup import INERT
+from biomerge_lib.core.parameters import as_override, compose_parameters
+from biomerge_lib.core.records import SPLITS
+from biomerge_lib.decoding.predictions import Prediction, read_predictions
+from biomerge_lib.report.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
+from biomerge_lib.report.report_figures import (
+    COMPARED,
+    DARK,
+    LIGHT,
+    as_svg,
+    draw_curves,
+    draw_scores,
+    draw_sweep,
+)
+from biomerge_lib.report.report_notebooks import link_notebooks
+from biomerge_lib.report.report_runs import (
+    AGREEMENT_COLUMNS,
+    COST_COLUMNS,
+    GREEDY,
+    VLLM,
+    ReportedRun,
+    collect_runs,
+    is_number,
+    runs_table,
+    values_table,
+)
+from biomerge_lib.scoring.ner_metrics import length_bucket, score_spans
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PREDICTION_FILES = [f"predictions-{split}-{way}.jsonl" for split in SPLITS[1:] for way in ("greedy", "vllm")]
+WRITERS = {"greedy.jsonl": GREEDY, "vllm.jsonl": VLLM}
+
+
+def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> Path:
+    """Write the page about the runs in ``paths``; see :func:`collect_runs`."""
+    return write_page(collect_runs(paths), out)
+
+
+def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
+    """Write the page about collected runs, atomically, as one HTML file that loads nothing else."""
+    from jinja2 import Environment, FileSystemLoader
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ranked = [run for run in runs if run.rank]
+    answers = read_answers(ranked)
+    figures = {"scores": draw_scores(ranked), "sweep": draw_sweep(ranked), "curves": draw_curves(ranked)}
+    page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    page.filters |= {"show": show_value, "ranks": _ranges}
+    html = page.get_template("report.html.j2").render(
+        ranked=ranked,
+        others=[run for run in runs if not run.rank],
+        command=_command(ranked[0]) if ranked else "",
+        style=STYLE,
+        colours=(LIGHT, DARK),
+        legend=LEGEND,
+        figures={name: list(map(as_svg, drawn)) for name, drawn in figures.items()},
+        tables=_tables(runs, link_notebooks(runs, out)),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        inert=INERT,
+        notes=_page_notes(ranked),  # reading answers and curves adds to the runs' notes
+        **answers,
+    )
+    write_text(out, html)
+    return out
+
+
+def _tables(
+    runs: Sequence[ReportedRun], links: Mapping[ReportedRun, Sequence[tuple[str, str]]]
+) -> dict[str, pd.DataFrame]:
+    """What the page tabulates of the runs themselves; Markup, in columns of objects, may hold elements."""
+    import pandas as pd
+    from markupsafe import Markup
+
+    ranked, others = [run for run in runs if run.rank], [run for run in runs if not run.rank]
+    link, code = Markup('<a href="{}">{}</a>'), Markup('<code title="{}">{}</code>')
+    linked = {run: Markup(" ").join(link.format(at, name) for name, at in links[run]) for run in runs}
+    notebooks = {run: found or "none kept" for run, found in linked.items()}
+    agreement = values_table(ranked, AGREEMENT_COLUMNS)
+    watched, greedy, again, vllm, _ = (agreement[name] for name in AGREEMENT_COLUMNS)
+    agreement.insert(2, "watch metric", [run.watch_metric for run in ranked])
+    agreement.insert(5, "difference", greedy - watched)
+    agreement.insert(8, "difference (05)", vllm - again)
+    made_by = [run.provenance for run in ranked]
+    software = []
+    for made in made_by:
+        versions = {"Python": made.get("python"), **(made.get("versions") or {})}
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        software.append({"commit": made.get("commit"), "device": made.get("device"), "versions": listed})
+    data = [
+        {"folder": run.parameters.get("data_dir")}
+        | {
+            split: code.format(run.data[split], run.data[split][:16])
+            for split in SPLITS
+            if run.data.get(split)
+        }
+        for run in ranked
+    ]
+    stages = [
+        {"rank": run.rank, "run": run.name, "stage": stage}
+        | {"status": fields.get("status"), "started": fields.get("started")}
+        | {"seconds": (fields.get("metrics") or {}).get("stage_seconds")}
+        for run in ranked
+        for stage, fields in sorted(run.stages.items())
+    ]
+    tables = {
+        "runs": runs_table(runs).assign(
+            **{"executed notebooks": pd.Series([notebooks[run] for run in ranked], dtype=object)}
+        ),
+        "others": pd.DataFrame(
+            [(run.name, run.status, run.reason, notebooks[run]) for run in others],
+            columns=["run", "status", "reason", "executed notebooks"],
+            dtype=object,
+        ),
+        "parameters": pd.DataFrame(
+            ranked[0].parameters.items() if ranked else [], columns=["parameter", "value"], dtype=object
+        ),
+        "agreement": agreement[watched.notna() | vllm.notna()],
+        "cost": values_table(ranked, COST_COLUMNS).assign(device=[made.get("device") for made in made_by]),
+        "software": _group(ranked, software),
+        "data": _group(ranked, data),
+        "stages": pd.DataFrame(stages),
+    }
+    return {name: table.dropna(axis=1, how="all") for name, table in tables.items()}
+
+
+def _group(ranked: Sequence[ReportedRun], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """A row for the runs that have it in common."""
+    import pandas as pd
+
+    groups: dict[str, dict[str, Any]] = {}
+    for run, row in zip(ranked, rows, strict=True):
+        groups.setdefault(str(row), {"runs": [], **row})["runs"].append(run.rank)
+    return pd.DataFrame([{**row, "runs": _ranges(row["runs"])} for row in groups.values()], dtype=object)
+
+
+def show_value(value: Any, column: str = "") -> str:
+    """A cell as people write it: ``0.002``, ``1,234``, ``–`` for nothing, F1s with three digits."""
+    if value is None or value != value:  # NaN
+        return "–"
+    if not is_number(value):
+        return value if isinstance(value, str) else str(value)
+    if "F1" in column:
+        return f"{value:.3f}"
+    if column.startswith("difference"):
+        return f"{value:+.3f}".replace("-", "−") + (" ▲" if abs(value) > 0.01 else "")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
+    """Predictions of the best runs: per corpus, per length, and the errors of the best run that has any."""
+    import pandas as pd
+
+    compared: list[tuple[ReportedRun, list[Prediction]]] = []
+    file: str | None = None
+    texts: list[str] | None = None
+    examples: dict[str, Any] = {}
+    for run in ranked[:COMPARED]:
+        current = [name for name in PREDICTION_FILES if WRITERS[name.rpartition("-")[2]] not in run.outdated]
+        names = [name for name in current if name == (file or name) and (run.folder / name).is_file()]
+        if not names:
+            continue
+        name = names[0]
+        try:
+            predictions = read_predictions(run.folder / name)
+            found = highlight_errors(predictions)
+        except (DataError, ValueError, TypeError, AttributeError, OSError) as error:
+            reason = str(error).replace(f"{run.folder}/", "").rstrip(".")
+            run.notes.append(f"{name} cannot be read and is left out ({reason})")
+            continue
+        texts = texts or [prediction.text for prediction in predictions]
+        if texts != [prediction.text for prediction in predictions]:
+            run.notes.append(f"{name} holds other sentences than the best run's and is left out")
+            continue
+        file, examples = name, examples or found
+        compared.append((run, predictions))
+    first = compared[0][1] if compared else []
+    datasets = [prediction.dataset for prediction in first]
+    lengths = [length_bucket(prediction.text) for prediction in first]
+    kinds = [(kind, count, ERROR_KINDS[kind]) for kind, (count, _) in examples.items()]
+    return {
+        "compared": [run for run, _ in compared],
+        "answers_file": file,
+        "sentences": len(first),
+        "by_corpus": _score_groups("corpus", datasets if len(set(datasets)) > 1 else [], compared),
+        "by_length": _score_groups("words", lengths, compared),
+        "errors": pd.DataFrame(kinds, columns=["kind", "errors", "meaning"]),
+        "examples": examples,
+    }
+
+
+def _score_groups(
+    title: str, keys: Sequence[str], compared: Sequence[tuple[ReportedRun, list[Prediction]]]
+) -> pd.DataFrame:
+    """F1 of the compared runs in each group of sentences."""
+    import pandas as pd
+
+    rows = []
+    for key in sorted(set(keys)):
+        parts = [[p for p, of in zip(found, keys, strict=True) if of == key] for _, found in compared]
+        gold = sum(len(p.gold) for p in parts[0])
+        scores = {
+            f"F1 of run {run.rank}": score_spans((p.gold, p.pred) for p in part).f1 if gold else None
+            for (run, _), part in zip(compared, parts, strict=True)
+        }
+        rows.append({title: key, "sentences": len(parts[0]), "gold mentions": gold, **scores})
+    return pd.DataFrame(rows)
+
+
+def _page_notes(ranked: Sequence[ReportedRun]) -> list[str]:
+    """What a reader must know before comparing the runs' numbers."""
+    notes = []
+    if len({run.data.get("dev") for run in ranked}) > 1:
+        notes.append(
+            "The runs were scored on different dev files (see Provenance): do not compare their F1s."
+        )
+    if len({run.parameters.get("eval_limit") for run in ranked}) > 1:
+        notes.append("The runs scored different shares of dev (eval_limit): do not compare their F1s.")
+    if len({run.watch_metric for run in ranked}) > 1:
+        notes.append(
+            "The runs chose their checkpoints by different F1s (watch_metric); all are ranked by greedy F1."
+        )
+    notes += [f"Run {run.rank}: {note}." for run in ranked for note in run.notes]
+    return list(dict.fromkeys(notes))  # a notebook that draws before it writes reads, and notes, twice
+
+
+def _command(run: ReportedRun) -> str:
+    """The command that trains the run: every parameter that differs from the defaults."""
+    defaults = compose_parameters().model_dump() | {"existing_run": run.parameters.get("existing_run")}
+    values = {**run.parameters, "run_id": run.name}
+    given = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    words = [shlex.quote(f"{name}={as_override(value)}") for name, value in given.items()]
+    return " \\\n  ".join(["python -m biomerge_lib run 03_train", *words])
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """``[1, 2, 3, 7]`` as ``1–3, 7``."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][1] + 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in parts)

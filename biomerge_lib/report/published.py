@@ -1,0 +1,171 @@
+"""Knows ``reports/``: publishes a run there and writes the README's results table from what is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.markup import in_markdown
+from biomerge_lib.experiment.runs import PROJECT_DIR, current_stages, outdated_stages, read_metrics
+
+REPORTS_DIR = PROJECT_DIR / "reports"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# Numbers, parameters and executed notebooks; no weights and no corpus text beyond what the notebooks show.
+NOTEBOOKS = "0*.ipynb"
+PUBLISHED = ("metrics.json", "parameters.yaml", "log_history.json", "report.html")
+
+
+def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:
+    """Copy a finished run's metrics, parameters and executed notebooks to ``reports/<run_id>/``, whole or not at all.
+
+    Raises:
+        DataError: the folder is no run, its training has not finished (a partial run is not a result), a stage is out
+            of date, or what has its name in ``reports_dir`` is no earlier copy of it.
+    """
+    folder = folder.resolve()  # "." and ".." have no name of their own
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such run folder.")
+    recorded = read_metrics(folder)
+    if recorded.get("stages", {}).get("03_train", {}).get("status") != "finished":
+        raise DataError(f"{folder}: 03_train has not finished here; only finished runs are published.")
+    if outdated := outdated_stages(recorded, folder):
+        why = "; ".join(f"{stage}: {reason}" for stage, reason in outdated.items())
+        raise DataError(f"{folder} is out of date ({why}). Run these stages again, then publish.")
+    out = reports_dir / folder.name
+    _refuse_other_content(out)
+    paths = [*(folder / name for name in PUBLISHED), *sorted(folder.glob(NOTEBOOKS))]
+    places = _machine_places(paths)
+    reports_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=reports_dir) as beside:
+        new = Path(beside) / "new"
+        new.mkdir()
+        for path in paths:
+            if path.is_file():
+                text = path.read_text(encoding="utf-8")
+                for place in places:
+                    text = text.replace(place, "")
+                (new / path.name).write_text(text, encoding="utf-8")
+        old = Path(f"{beside}-old")
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def folder_of_reports(name: str) -> Path:
+    """``reports/NAME/``.
+
+    Raises:
+        DataError: that is no folder inside ``reports/``, or it is a published run.
+    """
+    folder = (REPORTS_DIR / name).resolve()
+    if REPORTS_DIR.resolve() not in folder.parents or (folder / "metrics.json").exists():
+        raise DataError(f"--into {name}: name a folder inside {REPORTS_DIR}/ that is no published run.")
+    return folder
+
+
+def _refuse_other_content(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise DataError(f"{out}: is no folder, and is left alone. Rename the run's folder or move it away.")
+    paths = sorted(out.iterdir()) if out.exists() else []
+    other = [path.name for path in paths if not _is_published(path)]
+    if other or (paths and read_metrics(out).get("run_id") != out.name):
+        holds = f" ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})" if other else ""
+        raise DataError(
+            f"{out}: holds other things than an earlier copy of this run{holds}, and is left alone. "
+            "Rename the run's folder, or publish with --into NAME."
+        )
+
+
+def _is_published(path: Path) -> bool:
+    return path.is_file() and (path.name in PUBLISHED or path.match(NOTEBOOKS))
+
+
+def _machine_places(paths: Iterable[Path]) -> list[str]:
+    """Folders of the machine that made the run, longest first; a published page names none of them."""
+    places = {f"{PROJECT_DIR}/", f"{sys.prefix}/", f"{Path.home()}/"}
+    for path in paths:
+        if path.suffix == ".ipynb" and path.is_file():
+            papermill = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+            places.add(f"{Path(papermill.get('input_path') or '').parent.parent}/")
+            values = papermill.get("parameters", {}).values()
+            for value in [item for v in values for item in (v if isinstance(v, list) else [v])]:
+                if isinstance(value, str) and Path(value).is_absolute():
+                    places.add(f"{Path(value).parent}/")
+    return sorted((place for place in places if place.count("/") > 1), key=len, reverse=True)
+
+
+def results_table(reports_dir: Path = REPORTS_DIR) -> str:
+    """A Markdown table of the runs published in a folder, best first; every figure comes from a ``metrics.json``."""
+    rows = [(folder, read_metrics(folder)) for folder in sorted(reports_dir.glob("*")) if folder.is_dir()]
+    rows = [(folder, metrics) for folder, metrics in rows if "03_train" in metrics.get("stages", {})]
+    rows.sort(key=lambda row: -_metric(row[1], "03_train", "greedy_dev_ner_f1"))
+    header = (
+        "| run | data | training | device, seconds | dev F1, Trainer | dev F1, 04 greedy | dev F1, 05 vLLM |\n"
+        "|---|---|---|---|---|---|---|\n"
+    )
+    above = "" if reports_dir != REPORTS_DIR else f"{REPORTS_DIR.name}/"
+    return header + "".join(_row(folder, metrics, above) for folder, metrics in rows)
+
+
+def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
+    """Write the table between the markers of a README.
+
+    Raises:
+        DataError: the markers are missing.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise DataError(f"{readme}: the markers {BEGIN} and {END} are missing.")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    readme.write_text(f"{before}{BEGIN}\n{results_table(reports_dir)}{END}{after}", encoding="utf-8")
+
+
+def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
+    parameters, stages = metrics["parameters"], current_stages(metrics)
+    training = stages["03_train"]
+    split = parameters["split"]
+    sentences = stages.get("02_data", {}).get("metrics", {}).get("train_sentences")
+    of_train = f"{sentences:,} sentences" if sentences else "train"
+    data = f"{Path(parameters['data_dir']).parent.name}, {parameters['subsample']:.0%} of {of_train}"
+    batch = parameters["per_device_train_batch_size"] * parameters["gradient_accumulation_steps"]
+    # Older runs, all of them LoRA's, do not say what was trained.
+    trained = "all weights" if parameters.get("trainable") == "all" else f"r = {parameters['lora_rank']}"
+    how = (
+        f"{parameters['backbone']}, {trained}, learning rate {parameters['learning_rate']:g}, "
+        f"batch {batch * parameters['num_processes']}, {parameters['num_train_epochs']:g} epochs, "
+        f"anchors {parameters['offset_anchors']}, {'' if parameters['fast_metrics'] else 'no '}token head, "
+        f"seed {parameters['seed']}"
+    )
+    provenance = training["provenance"]
+    cells = [
+        f"[{in_markdown(folder.name)}]({above}{quote(folder.name)}/03_train.ipynb)",
+        in_markdown(data),
+        in_markdown(how),
+        f"{in_markdown(provenance['device'])}, {training['metrics']['train_seconds']:,.0f}",
+        _score(training["metrics"], "greedy_dev"),
+        _score(stages.get("04_greedy_dev", {}).get("metrics", {}), f"greedy_{split}"),
+        _score(stages.get("05_vllm_eval", {}).get("metrics", {}), f"vllm_{split}"),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _score(metrics: Mapping[str, Any], prefix: str) -> str:
+    if f"{prefix}_ner_f1" not in metrics:
+        return "—"
+    f1, low, high = (metrics[f"{prefix}_ner_f1{end}"] for end in ("", "_low", "_high"))
+    records = metrics.get(f"{prefix}_records")
+    return f"**{f1:.3f}** [{low:.3f}, {high:.3f}]" + (f", {records:,} sentences" if records else "")
+
+
+def _metric(metrics: Mapping[str, Any], stage: str, name: str) -> float:
+    return metrics["stages"][stage].get("metrics", {}).get(name, 0.0)

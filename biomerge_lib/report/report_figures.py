@@ -1,0 +1,230 @@
+"""Knows the figures that compare runs, drawn by matplotlib, and how a page shows them in light and dark.
+
+Runs differ in colour (Okabe and Ito 2008) and also in dash; other values of a run in colour and marker.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from biomerge_lib.report.report_runs import (
+    F1_COLUMNS,
+    READINGS,
+    ReportedRun,
+    is_number,
+    read_file,
+    values_table,
+    varying_parameters,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVES = {
+    "Training loss": "loss",
+    "Dev loss": "eval_loss",
+    "Answer F1 on dev (teacher-forced)": "eval_answer_ner_f1",
+    "Token head F1 on dev": "eval_head_ner_f1",
+    "Greedy F1 on dev": "greedy_dev_ner_f1",
+}
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b8578c", "#b37400")  # a run's or a value's colour on light paper
+DARK = ("#56b4e9", "#f0803c", "#2cc295", "#e3a0c6", "#e69f00")
+DASHES, MARKERS = ("-", (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (4, 2))), "osD^v"
+COMPARED = len(LIGHT)  # runs that curves and tables set side by side
+SCORE = "greedy dev F1"
+
+
+def as_svg(figure: Figure) -> str:
+    """A figure as an element of a page: its text is text, black is the page's ink and white its paper."""
+    from matplotlib import rc_context
+
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # a clip path is a reference by url()
+    file = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "biomerge"}):
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    svg = file.getvalue().partition("<svg")[2].partition(">")[2]
+    dropped = r"<defs>\s*<style.*?</defs>| id=\"(?!m[0-9a-f]{8})[^\"]*\"| font-family: [^;<>\"]*;|\n\s*"
+    svg = re.sub(dropped, "", svg, flags=re.DOTALL)
+    for number, colour in enumerate(LIGHT):
+        svg = svg.replace(colour, f"var(--c{number})")
+    svg = svg.replace("#000000", "currentColor").replace("#ffffff", "var(--paper, Canvas)")
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    label = escape(str(figure.get_label()), quote=True)
+    # On a phone, a figure shrinks until its text would be too small to read; then the box around it scrolls.
+    style = f"max-width:{1.7 * width:.0f}px;min-width:{0.95 * width if width > 330 else 0:.0f}px"
+    head = f'<svg class="bm-figure" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}"'
+    return f'{head} style="{style}">{svg}'
+
+
+def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[Figure]:
+    """A figure a quantity: the five best runs in their own colours, ``background`` more faintly."""
+    shown = ranked[: COMPARED + background]
+    logs = [(run, read_file(run.folder / "log_history.json", list, run.notes)) for run in shown]
+    figures = []
+    for title, key in CURVES.items():
+        figure, axis = _axes(4.5, 2.9, title)
+        ends = []
+        for rank, (run, log) in reversed(list(enumerate(logs, start=1))):
+            name = "eval_ner_f1" if (key, run.watch_metric) == ("eval_head_ner_f1", "token_head") else key
+            pairs = [(entry.get("step"), entry.get(name)) for entry in log if isinstance(entry, dict)]
+            points = [pair for pair in pairs if all(map(is_number, pair))]
+            if points:
+                dots = len(points) <= 40 and rank <= COMPARED
+                axis.plot(*zip(*points, strict=True), marker="o" if dots else "", ms=3, **_line(rank))
+                ends.append(f"{rank} ends at {points[-1][1]:.3g}")
+        if ends:
+            axis.set(xlabel="optimiser step", xlim=(0, None))
+            _name_ranks(axis)
+            figure.set_label(f"{title} against optimiser step: {', '.join(ends[: -COMPARED - 1 : -1])}.")
+            figures.append(figure)
+    return figures
+
+
+def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure]:
+    """A row a run: the greedy F1 with its 95 % interval, and 04's, vLLM's and test F1s."""
+    shown = ranked[:most]
+    if not shown:
+        return []
+    title = "F1 with 95 % interval"
+    figure, axis = _axes(4.8, 0.9 + 0.3 * len(shown), title, grid="x")
+    table = values_table(shown, {name: F1_COLUMNS[name] for name in F1_COLUMNS if name not in READINGS})
+    for number, name in enumerate(table.columns[2:]):
+        if table[name].notna().any():  # each a little lower, so that equal values stay visible
+            style = {"marker": MARKERS[number], "color": LIGHT[number], "label": name}
+            axis.plot(table[name], table.index + 0.17 * number, linestyle="", zorder=3, **style)
+    for row, run in enumerate(shown):
+        if edges := run.interval():
+            axis.plot(edges, [row, row], marker="|", color="black", alpha=0.5, linewidth=1)
+    names = [name if len(name) <= 20 else f"…{name[-18:]}" for name in table["run"]]  # their ends differ
+    labels = [f"{rank}  {_literal(name)}" for rank, name in zip(table["rank"], names, strict=True)]
+    axis.set_yticks(range(len(shown)), labels)
+    axis.invert_yaxis()
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
+    figure.set_label(f"{title}: {len(shown)} rows; the numbers are in the table of ranked runs.")
+    return [figure]
+
+
+def draw_sweep(ranked: Sequence[ReportedRun]) -> list[Figure]:
+    """A heat map of the two numeric hyperparameters that matter most, and parallel coordinates where more vary.
+
+    Nothing below 4 runs, and no heat map of more than 25 rows or columns, or where hardly two runs share a value.
+    """
+    import pandas as pd
+
+    varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
+    numeric = [name for name, values in varying.items() if all(map(is_number, values))]
+    columns = {name: v if name in numeric else [str(x) for x in v] for name, v in varying.items()}
+    table = pd.DataFrame({**columns, SCORE: [run.score for run in ranked]})
+    effects = {
+        name: table.groupby(name)[SCORE].mean()
+        for name in numeric
+        if table[name].nunique() <= min(25, len(ranked) / 2)
+    }
+    if len(ranked) < 4 or not varying:
+        return []
+    drawn = []
+    if len(effects) >= 2:
+        chosen = sorted(effects, key=lambda name: effects[name].min() - effects[name].max())[:2]
+        drawn.append(_heat_map(table, *sorted(chosen, key=numeric.index)))
+    if len(varying) > 2 or (len(numeric) == 2 and not drawn):
+        drawn.append(_parallel_coordinates(table))
+    return drawn
+
+
+def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
+    """The mean score of the runs in each cell; darker is higher, the best cell is framed."""
+    scores = table.groupby([y_name, x_name])[SCORE].agg(["mean", "count"])
+    ys, xs = (sorted(table[name].unique()) for name in (y_name, x_name))
+    low, high = scores["mean"].min(), scores["mean"].max()
+    best_y, best_x = scores["mean"].idxmax()
+    figure, axis = _axes(1.3 + 0.85 * len(xs), 1 + 0.5 * len(ys), f"{SCORE}, mean of each cell", grid="")
+    for y, x, mean, count in scores.reset_index().itertuples(index=False):
+        row, column = ys.index(y), xs.index(x)
+        alpha = 0.06 + 0.6 * ((mean - low) / (high - low) if high > low else 1)
+        axis.barh(row, 0.96, 0.94, column - 0.48, color=LIGHT[0], alpha=alpha)
+        axis.text(column, row, f"{mean:.3f}" + (f" ({count})" if count > 1 else ""), ha="center", va="center")
+    best = ys.index(best_y), 0.96, 0.94, xs.index(best_x) - 0.48
+    axis.barh(*best, fill=False, edgecolor="black", linewidth=2)
+    axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+    axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+    axis.set(xlabel=_literal(x_name), ylabel=_literal(y_name))
+    axis.spines[:].set_visible(False)
+    where = f"at {x_name} {best_x:g} and {y_name} {best_y:g}"
+    figure.set_label(f"Heat map: best mean {SCORE} {high:.3f} {where}.")
+    return figure
+
+
+def _parallel_coordinates(table: pd.DataFrame) -> Figure:
+    """A line a run, best first, through its parameters' values, evenly spaced in their order, to its score."""
+    import numpy as np
+    import pandas as pd
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axis = _axes(max(4.5, 1.5 * len(table.columns)), 3.8, "", grid="")
+    fan = 0.05 * (0.618 * np.arange(len(table)) % 1 - 0.5)  # tells runs apart that share a value
+    heights = []
+    for number, name in enumerate(table):
+        codes, values = pd.factorize(table[name], sort=True)
+        places, ticks = codes / max(1, len(values) - 1) + fan, list(np.linspace(0, 1, len(values)))
+        if name == SCORE:
+            low, span = values[0], values[-1] - values[0] or 1
+            places = (table[name] - low) / span
+            values = [tick for tick in MaxNLocator(5).tick_values(low, low + span) if 0 <= tick - low <= span]
+            ticks = [(tick - low) / span for tick in values]
+        heights.append(places)
+        axis.axvline(number, color="black", alpha=0.4, linewidth=0.8)
+        axis.text(number, 1.1 + 0.08 * (number % 2), _literal(name), ha="center", weight="bold")
+        for place, value in list(zip(ticks, values, strict=True))[:: len(ticks) // 12 + 1]:
+            label = _literal(value[-14:]) if isinstance(value, str) else f"{value:g}"
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
+            axis.text(number - 0.03, place, label, ha="right", va="center", bbox=box)
+    for rank, line in reversed(list(enumerate(zip(*heights, strict=True), start=1))):
+        axis.plot(line, **_line(rank, faint=max(0.04, min(0.3, 15 / len(table)))))
+    axis.set_axis_off()
+    _name_ranks(axis)
+    over = f"{len(table)} runs over {', '.join(table.columns[:-1])}"
+    figure.set_label(f"Parallel coordinates of {over}; best {SCORE} {table[SCORE].max():.3f}.")
+    return figure
+
+
+def _axes(width: float, height: float, title: str, *, grid: Any = "y") -> tuple[Figure, Axes]:
+    # Without pyplot, which may look for a window system and keeps every figure until it is closed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.add_subplot()
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=10)
+    axis.tick_params(length=0)
+    axis.spines[["top", "right", *(["left"] if grid else [])]].set_visible(False)
+    axis.set_axisbelow(True)
+    if grid:
+        axis.grid(axis=grid, color="black", alpha=0.14)
+    return figure, axis
+
+
+def _line(rank: int, *, faint: float = 0.2) -> dict[str, Any]:
+    """How the line of a run looks: labelled, coloured and dashed if it is one of the best."""
+    if rank > COMPARED:
+        return {"color": "black", "alpha": faint, "linewidth": 0.8}
+    return {"label": rank, "color": LIGHT[rank - 1], "linestyle": DASHES[rank - 1], "linewidth": 1.5}
+
+
+def _name_ranks(axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:  # drawn last, so that they lie on top; named first
+        axis.figure.legend(
+            handles[::-1], labels[::-1], loc="outside right upper", title="rank", frameon=False
+        )
+
+
+def _literal(text: str) -> str:
+    r"""A text in which matplotlib finds no formula: it takes ``\$`` for a dollar sign."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,284 @@
+"""Knows what run folders say, whole or broken, and in which order runs rank; knows nothing of pages or figures.
+
+runs/<run_id>/{metrics.json, parameters.yaml, *.ipynb} --[collect_runs]--> ReportedRun
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import yaml
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.parameters import NOT_IDENTITY, watch_metric_of
+from biomerge_lib.experiment.runs import outdated_stages
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TRAIN, GREEDY, VLLM = "03_train", "04_greedy_dev", "05_vllm_eval"
+# Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
+HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
+Sources = tuple[tuple[str, str], ...]  # (stage, metric)
+SCORE = (TRAIN, "greedy_dev_ner_f1"), (GREEDY, "greedy_dev_ner_f1")
+READINGS = {  # of one forward pass
+    "answer F1": ((TRAIN, "eval_answer_ner_f1"),),
+    "token head F1": ((TRAIN, "eval_head_ner_f1"),),
+}
+F1_COLUMNS = {
+    "greedy dev F1": SCORE,
+    **READINGS,
+    "04 greedy dev F1": ((GREEDY, "greedy_dev_ner_f1"),),
+    "05 vLLM dev F1": ((VLLM, "vllm_dev_ner_f1"),),
+    "test F1": ((TRAIN, "test_ner_f1"), (GREEDY, "greedy_test_ner_f1"), (VLLM, "vllm_test_ner_f1")),
+}
+COST_COLUMNS = {
+    "training s": ((TRAIN, "train_seconds"),),
+    "steps": ((TRAIN, "steps"),),
+    "tokens/s": ((TRAIN, "train_tokens_per_second"),),
+    "sentences/s": ((TRAIN, "train_sentences_per_second"),),
+    "peak memory GB": ((TRAIN, "peak_memory_gb"),),
+    "trainable weights": ((TRAIN, "trainable_parameters"),),
+    "greedy decoding s": ((GREEDY, "decode_seconds"), (TRAIN, "greedy_dev_seconds")),
+    "vLLM sentences/s": ((VLLM, "vllm_sentences_per_second"),),
+    "vLLM start-up s": ((VLLM, "vllm_startup_seconds"),),
+}
+AGREEMENT_COLUMNS = {
+    "F1 of the watch metric": ((TRAIN, "eval_ner_f1"),),
+    "greedy F1 (03)": ((TRAIN, "greedy_dev_ner_f1"),),
+    "greedy F1 (04)": ((GREEDY, "greedy_dev_ner_f1"),),
+    "vLLM F1 (05)": ((VLLM, "vllm_dev_ner_f1"),),
+    "sentences that differ": ((VLLM, "parity_differing_sentences"),),
+}
+
+
+@dataclass(eq=False)
+class ReportedRun:
+    """What a run folder says. ``rank`` counts from 1 and is None unless ``status`` is ``finished``.
+
+    ``outdated``: the stages whose input is not what lies there now, and why; they have no ``metrics``.
+    """
+
+    folder: Path
+    status: Literal["finished", "partial", "failed", "outdated"]
+    reason: str
+    parameters: dict[str, Any]
+    data: dict[str, str]
+    stages: dict[str, dict[str, Any]]
+    metrics: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    outdated: dict[str, str] = field(default_factory=dict)
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name  # the folder may be "."
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return _object(self.stages.get(TRAIN, {}).get("provenance"))
+
+    @property
+    def watch_metric(self) -> str:
+        return watch_metric_of(self.parameters)
+
+    @property
+    def score(self) -> float | None:
+        return self.value(SCORE)
+
+    def value(self, sources: Sources) -> float | None:
+        """The first finite number among (stage, metric) pairs."""
+        for stage, name in sources:
+            value = self.metrics.get(stage, {}).get(name)
+            if is_number(value):
+                return value
+        return None
+
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the score, from the stage that the score comes from."""
+        for stage, name in SCORE:
+            if self.value(((stage, name),)) is not None:
+                low, high = (self.value(((stage, f"{name}_{edge}"),)) for edge in ("low", "high"))
+                return None if low is None or high is None else (low, high)
+        return None
+
+
+def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
+    """Read run folders, or folders of run folders: the finished runs first, best first, then the others.
+
+    A run is ranked by its greedy dev F1, if its 03_train finished. F1s come from the executed notebooks
+    (scrapbook), all else from ``metrics.json``; a disagreement between the two becomes one of the run's ``notes``.
+
+    Raises:
+        DataError: a path does not exist, or there is no run in any of them.
+    """
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    for path in given:
+        if not path.is_dir():
+            raise DataError(
+                f"{path}: no such folder. Give run folders, or the folder that holds them (runs)."
+            )
+    folders = {folder.resolve(): folder for path in given for folder in _run_folders(path)}
+    runs = [run for run in map(_read_run, folders.values()) if run]
+    if not runs:
+        where = ", ".join(map(str, given))
+        raise DataError(f"{where}: no run here. Train one first: python -m biomerge_lib run 03_train")
+    ranked = sorted(
+        (run for run in runs if run.status == "finished"), key=lambda run: (-cast(float, run.score), run.name)
+    )
+    for rank, run in enumerate(ranked, start=1):
+        run.rank = rank
+    return ranked + sorted((run for run in runs if run.rank is None), key=lambda run: (run.status, run.name))
+
+
+def runs_table(runs: Sequence[ReportedRun]) -> pd.DataFrame:
+    """The ranked runs as a pandas table: their F1, the parameters that vary, then every other F1 that some run has."""
+    ranked = [run for run in runs if run.rank]
+    table = values_table(ranked, F1_COLUMNS)
+    edges = [run.interval() for run in ranked]
+    between = [f"{pair[0]:.3f}–{pair[1]:.3f}" if pair else None for pair in edges]
+    for place, (name, values) in enumerate(
+        {"95 % interval": between, **varying_parameters(ranked)}.items(), start=3
+    ):
+        table.insert(place, name, values)
+    return table.dropna(axis=1, how="all")
+
+
+def values_table(runs: Sequence[ReportedRun], columns: Mapping[str, Sources]) -> pd.DataFrame:
+    """A row a run, with the first number of each column's sources; NaN where there is none."""
+    import pandas as pd
+
+    rows = [[run.rank, run.name, *map(run.value, columns.values())] for run in runs]
+    return pd.DataFrame(rows, columns=["rank", "run", *columns])
+
+
+def varying_parameters(runs: Sequence[ReportedRun]) -> dict[str, list[Any]]:
+    """The hyperparameters that differ between runs, each with its values in the runs' order (None = not recorded)."""
+    names = dict.fromkeys(name for run in runs for name in run.parameters if name not in HIDDEN)
+    columns = {name: [run.parameters.get(name) for run in runs] for name in names}
+    return {
+        name: values
+        for name, values in columns.items()
+        if len({str(run.parameters[name]) for run in runs if name in run.parameters}) > 1
+    }
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def read_file(path: Path, kind: type, notes: list[str]) -> Any:
+    """A JSON or YAML file's list or object; an empty one where it is missing, or broken (that becomes a note)."""
+    if not path.is_file():
+        return kind()
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.load(text, Loader=YAML_LOADER) if path.suffix == ".yaml" else json.loads(text)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} is half-written or broken ({' '.join(str(error).split())})")
+        return kind()
+    if isinstance(value, kind):
+        return value
+    notes.append(f"{path.name} holds a {type(value).__name__}, not a {kind.__name__}")
+    return kind()
+
+
+def _run_folders(path: Path) -> list[Path]:
+    marks = ("metrics.json", "parameters.yaml", f"{TRAIN}.ipynb")
+    folders = [path, *sorted(path.glob("[!.]*"))]
+    found = [folder for folder in folders if any((folder / mark).is_file() for mark in marks)]
+    return found[:1] if path in found else found
+
+
+def _read_run(folder: Path) -> ReportedRun | None:
+    """A run folder's report, or None where nothing but a report was made in it."""
+    notes: list[str] = []
+    recorded = read_file(folder / "metrics.json", dict, notes)
+    stages = {name: _object(stage) for name, stage in _object(recorded.get("stages")).items()}
+    if set(stages) == {"06_report"} and not (folder / "parameters.yaml").is_file():
+        return None
+    # parameters.yaml is written by the training alone; later notebooks rewrite metrics.json.
+    parameters = read_file(folder / "parameters.yaml", dict, notes) or _object(recorded.get("parameters"))
+    run = ReportedRun(folder, "partial", "", parameters, _object(recorded.get("data")), stages, {}, notes)
+    status = stages.get(TRAIN, {}).get("status")
+    run.outdated = outdated_stages({"stages": stages, "data": run.data, "parameters": parameters}, folder)
+    for stage in run.outdated:
+        stages[stage]["status"] = "out of date"
+    if TRAIN in run.outdated:
+        run.status, run.reason = "outdated", f"03_train is out of date: {run.outdated[TRAIN]}"
+        return run
+    if status == "finished":
+        run.notes += [
+            f"{stage} is out of date, and its numbers are left out: {why}"
+            for stage, why in run.outdated.items()
+        ]
+        for stage in (TRAIN, GREEDY, VLLM):
+            run.metrics[stage] = {} if stage in run.outdated else _stage_metrics(run, stage)
+        if run.watch_metric == "token_head":  # all that runs older than the parameter have
+            run.metrics[TRAIN].setdefault("eval_head_ner_f1", run.metrics[TRAIN].get("eval_ner_f1"))
+        run.status = "finished" if run.score is not None else "partial"
+        run.reason = "" if run.score is not None else "03_train finished, but no greedy dev F1 was recorded"
+        for stage in (GREEDY, VLLM):
+            if stages.get(stage, {}).get("status", "finished") not in ("finished", "out of date"):
+                run.notes.append(
+                    f"{stage} did not finish: {stages[stage].get('error', 'no reason recorded')}"
+                )
+        return run
+    error = stages.get(TRAIN, {}).get("error") or _notebook_error(folder / f"{TRAIN}.ipynb")
+    if status == "failed" or error:
+        run.status, run.reason = "failed", error or "03_train failed; no reason was recorded"
+    elif status == "running":
+        run.reason = f"03_train is running, or was killed (started {stages[TRAIN].get('started', 'unknown')})"
+    elif notes or not recorded:
+        run.reason = "; ".join(notes) or "no metrics.json: stopped before it began, or copied incompletely"
+    else:
+        run.reason = f"03_train has not run (found: {', '.join(sorted(stages)) or 'no stage'})"
+    return run
+
+
+def _stage_metrics(run: ReportedRun, stage: str) -> dict[str, Any]:
+    values = dict(_object(run.stages.get(stage, {}).get("metrics")))
+    notebook = run.folder / f"{stage}.ipynb"
+    for name, glued in _read_scraps(notebook, run.notes).items() if stage in run.stages else ():
+        if "_f1" in name and is_number(glued):
+            if is_number(values.get(name)) and abs(values[name] - glued) > 1e-6:
+                run.notes.append(
+                    f"{name} disagrees: {notebook.name} says {glued:.4f}, metrics.json {values[name]:.4f}; "
+                    "the notebook's is shown"
+                )
+            values[name] = glued
+    return values
+
+
+def _read_scraps(notebook: Path, notes: list[str]) -> dict[str, Any]:
+    """What scrapbook, or papermill before it, glued into an executed notebook."""
+    # Read here, as scrapbook validates every output: two seconds for what takes a tenth of one.
+    scraps: dict[str, Any] = {}
+    for output in _outputs(notebook, notes):
+        data = _object(output.get("data"))
+        glued = _object(data.get("application/scrapbook.scrap.json+json"))
+        scraps |= _object(data.get("application/papermill.record+json"))
+        scraps |= {glued["name"]: glued.get("data")} if "name" in glued else {}
+    return scraps
+
+
+def _notebook_error(notebook: Path) -> str:
+    """The error that an executed notebook stopped at; empty where there is none."""
+    errors = [output for output in _outputs(notebook, []) if output.get("output_type") == "error"]
+    return "".join(f"{error.get('ename')}: {error.get('evalue')}" for error in errors[:1])
+
+
+def _outputs(notebook: Path, notes: list[str]) -> list[dict[str, Any]]:
+    cells = read_file(notebook, dict, notes).get("cells")
+    cells = cells if isinstance(cells, list) else []
+    return [_object(output) for cell in cells for output in _object(cell).get("outputs") or []]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,190 @@
+"""Knows how a union of corpora reads as a page: counts, steps, leaks, conflicts. Computes none of them.
+
+    python -m biomerge_lib.report.union_report corpora=[../shared/corpora/bc5cdr_iob,...] data_dir=data/union/ner
+
+converts the corpora as 02_data would and writes ``reports/union/README.md`` and ``reports/union/union.json``. The page
+holds counts and a handful of short examples, never a corpus.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.files import write_json
+from biomerge_lib.core.markup import code_in_markdown, in_markdown
+from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.records import SPLITS
+from biomerge_lib.core.spans import parse_spans
+from biomerge_lib.corpora.conversion import write_corpus
+from biomerge_lib.corpora.data_card import conflict_table, leak_table, read_conflicts, seen_table, union_table
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
+from biomerge_lib.prompts.ner_span import read_split
+
+OUT = PROJECT_DIR / "reports" / "union"
+UNION_OPTIONS = (
+    "drop_leaks",
+    "conflicts",
+    "deduplicate",
+    "corpus_weights",
+    "max_per_corpus",
+    "split_shares",
+    "seed",
+)
+EXAMPLES = 6
+EXAMPLE_LENGTH = 110  # characters
+
+
+def write_union_report(parameters: Parameters, command: str, out: Path = OUT) -> Path:
+    """Build the union that the parameters describe and write its page; return the page's path.
+
+    Raises:
+        DataError: as :func:`~biomerge_lib.corpora.conversion.write_corpus`.
+    """
+    reading = {
+        "types": parameters.entity_types or None,
+        "sentence_split": parameters.sentence_split,
+        "discontinuous": parameters.discontinuous,
+        "token_column": parameters.token_column,
+        "tag_column": parameters.tag_column,
+    }
+    options = {name: getattr(parameters, name) for name in UNION_OPTIONS}
+    card = write_corpus(parameters.corpora, parameters.data_dir, reading=reading, **options)
+    where = provenance()
+    write_json(out / "union.json", {"command": command, "commit": where["commit"], **card})
+    page = out / "README.md"
+    page.write_text(
+        "\n\n".join(_sections(card, parameters.data_dir, command, where["commit"])) + "\n", encoding="utf-8"
+    )
+    return page
+
+
+def _sections(card: Mapping[str, Any], data_dir: str, command: str, commit: str | None) -> Iterable[str]:
+    names = list(card["sources"])
+    options = card["union"]["options"]
+    splits = {split: read_split(data_dir, split) for split in SPLITS}
+    yield f"# The union of {in_markdown(', '.join(names))}"
+    yield (
+        f"Written by\n\n{code_in_markdown(command, block=True)}\n\nat commit `{commit}`. The same numbers, and the "
+        "SHA-256 of every file read and written, are in `union.json`. Two sentences are the same here when they are "
+        "equal after NFKC, case folding and removal of white space."
+    )
+    yield "## The corpora as they came\n\nSentences / mentions."
+    rows = [
+        [name, *(f"{split['sentences']:,} / {split['spans']:,}" for split in source["splits"].values())]
+        for name, source in card["sources"].items()
+    ]
+    yield _table(["corpus", *SPLITS], rows)
+    chosen = ", ".join(f"`{name}={options[name]}`" for name in UNION_OPTIONS)
+    yield (
+        "## From corpora to one training set\n\nTraining sentences left after each step; dev and test stay as they "
+        f"are. Options: {chosen}; of two corpora that contradict each other the first in the table above wins."
+    )
+    steps = union_table(card)
+    yield _table(
+        ["step", *steps.columns],
+        [[name, *row] for name, row in zip(steps.index, steps.values.tolist(), strict=True)],
+    )
+    written = [
+        [split, f"{c['sentences']:,}", f"{c['spans']:,}", c["sha256"][:12]]
+        for split, c in card["splits"].items()
+    ]
+    yield "What was written:"
+    yield _table(["split", "sentences", "mentions", "SHA-256"], written)
+    yield from _leaks(card)
+    yield from _conflicts(card, read_conflicts(data_dir))
+    yield (
+        "## Is it one task?\n\nShare of dev mentions (rows) whose string is a mention in each corpus's part of train "
+        "(columns), in lower case. Low shares beside other corpora's names mean that the corpora do not annotate the "
+        "same things: a model of the union needs `corpus_cue=true` to know whose policy is asked for."
+    )
+    seen = seen_table(splits["train"], splits["dev"])
+    yield _table(
+        ["dev of", *seen.columns],
+        [
+            [name, f"{row['mentions']:,.0f}", *(f"{share:.1%}" for share in row[1:])]
+            for name, row in seen.iterrows()
+        ],
+    )
+    yield (
+        "## What this does not see\n\nSentences that differ in more than spelling, spacing and case (another "
+        "tokenisation of numbers, a corrected word); documents, where a corpus comes without document ids: its "
+        "sentences are drawn and split one by one, as its authors published them."
+    )
+
+
+def _leaks(card: Mapping[str, Any]) -> Iterable[str]:
+    before, after = leak_table(card, "before"), leak_table(card, "after")
+    trained = before[before["from"].str.endswith("train")]
+    left = after[after["from"].str.endswith("train")]
+    removed = next((step for step in card["union"]["steps"] if step["step"] == "drop_leaks"), None)
+    taken = (
+        f"`drop_leaks` took {sum(removed['removed'].values()):,} sentences out of train. " if removed else ""
+    )
+    yield (
+        f"## Leaks\n\nBefore, {trained['sentences'].sum():,} times a dev or test sentence also stands in a corpus's "
+        f"train, {trained['short'].sum():,} times a short one (under five words, such as a heading). {taken}"
+        f"After, {left['sentences'].sum():,} do. `verbatim`: equal to the character; `documents`: whole documents of "
+        "several sentences; `in train`: the training sentences that are the same. Nothing is taken out of dev or test, "
+        "so what dev shares with test stays, and is listed too."
+    )
+    order = before.sort_values("sentences", ascending=False)
+    header = ["from", "into", "sentences", "verbatim", "short", "documents", "in train"]
+    yield _table(header, order.values.tolist())
+
+
+def _conflicts(card: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterable[str]:
+    table = conflict_table(card)
+    pairs = card["union"]["conflicts"]["before"]["train"]["pairs"]
+    listed = "; ".join(f"{in_markdown(name)}: {count:,}" for name, count in sorted(pairs.items())) or "none"
+    yield (
+        "## Conflicts\n\nGroups of the same sentence with different gold: within one corpus, and across corpora. "
+        f"Between the training sets of two corpora: {listed}. `conflicts.jsonl` beside the data lists all of them."
+    )
+    rows = [[*index, *row] for index, row in zip(table.index, table.values.tolist(), strict=True)]
+    yield _table(["when", "where", *table.columns], rows)
+    short = [group for group in groups if len(group[0]["text"]) <= EXAMPLE_LENGTH]
+    chosen = short[:: max(1, len(short) // EXAMPLES)][:EXAMPLES]
+    if chosen:
+        yield "A few short ones, with the mentions in brackets:"
+        yield _table(
+            ["corpus", "split", "kept", "sentence"],
+            [
+                [v["dataset"], v["split"], "yes" if v["kept"] else "no", _bracketed(v["text"], v["target"])]
+                for group in chosen
+                for v in group
+            ],
+        )
+
+
+def _bracketed(text: str, target: str) -> str:
+    for start, end in reversed(parse_spans(target)):
+        text = f"{text[:start]}[{text[start:end]}]{text[end:]}"
+    return text
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    cells = [list(map(in_markdown, header)), ["---"] * len(header), *(map(_cell, row) for row in rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else in_markdown(value)
+
+
+def main(arguments: Sequence[str]) -> int:
+    command = shlex.join(["python", "-m", "biomerge_lib.report.union_report", *arguments])
+    try:
+        print(write_union_report(compose_parameters(arguments), command))
+    except BioMergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,365 @@
+"""Knows whether data, tokenizer and parameters can train together, before any model loads (no torch, seconds).
+
+    parameters + {train,dev,test}.jsonl + tokenizer --[check_training]--> a table of findings, or a refusal
+
+Every line of the data is read and checked, and every record that could be over a limit is tokenised: those counts are
+exact. Tokens an epoch are estimated from a sample where there are many records.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.parameters import Parameters
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import parse_answer
+from biomerge_lib.corpora.readers_iob import find_implausible
+from biomerge_lib.experiment.runs import device_name
+from biomerge_lib.model.backbones import backbone_name
+from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
+from biomerge_lib.prompts.ner_span import iter_split, scoring_options, training_options
+from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
+from biomerge_lib.prompts.prompt import encode_completion
+from biomerge_lib.prompts.tokenizer import ADDED_TOKENS
+
+OK, NOTE, WARNING, REFUSED = "ok", "note", "warning", "refused"
+HIGH_RATE = 1e-3  # for a training of all weights
+SMALL_DEV = 100  # records: a few mentions more or less move F1 by a point
+
+
+class PreflightError(BioMergeError):
+    """Training cannot work; ``preflight`` holds everything that was found."""
+
+    def __init__(self, preflight: Preflight):
+        refused = [finding for finding in preflight.findings if finding.verdict == REFUSED]
+        super().__init__("training cannot work: " + "; ".join(f"{f.check}: {f.says}" for f in refused))
+        self.preflight = preflight
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``verdict`` is ok, note, warning or refused."""
+
+    verdict: str
+    check: str
+    says: str
+
+
+@dataclass
+class Preflight:
+    """The findings in order, and the numbers in them by name (for ``metrics.json``)."""
+
+    findings: list[Finding] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, verdict: str, check: str, says: str) -> None:
+        self.findings.append(Finding(verdict, check, says))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{f.verdict:<8} {f.check:<11} {f.says}" for f in self.findings)
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        with pd.option_context("display.max_colwidth", None):
+            return pd.DataFrame(self.findings).to_html(index=False)
+
+
+def check_training(parameters: Parameters) -> Preflight:
+    """Check that these parameters can train: the first cell of 03_train, and ``python -m biomerge_lib preflight``.
+
+    Raises:
+        DataError: a split is missing, or a line of it is bad.
+        ModelError: the tokenizer is missing or unusable.
+        PreflightError: anything else that cannot work; all of it is named at once.
+    """
+    found = Preflight()
+    tokenizer = load_plain_tokenizer(parameters.tokenizer_dir)
+    scans = _scan_splits(parameters, tokenizer)
+    for split, scan in scans.items():
+        _report_counts(found, split, scan, parameters)
+    _report_answers(found, scans["train"].sample, tokenizer, parameters)
+    _report_train_lengths(found, scans["train"], parameters)
+    for split in [name for name in ("dev", "test") if name in scans]:
+        _report_scored_lengths(found, split, scans[split], parameters)
+    _report_sentences(found, scans, parameters)
+    _report_cues(found, scans, parameters)
+    _report_context(found, parameters)
+    _report_steps(found, scans, parameters)
+    if parameters.trainable == "all":
+        _report_full_training(found, parameters)
+    _report_device(found, parameters)
+    if any(finding.verdict == REFUSED for finding in found.findings):
+        raise PreflightError(found)
+    return found
+
+
+def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str, Scan]:
+    """train as it is trained on, dev and test as they are scored; an unscored test is read for its leaks alone."""
+    options = {"train": training_options(parameters), "dev": scoring_options(parameters)}
+    if parameters.run_test_eval:
+        options["test"] = options["dev"]
+    eos = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)
+    scans = {
+        split: scan_records(
+            iter_split(parameters.data_dir, split, **chosen),
+            tokenizer,
+            parameters.prompt_format,
+            # What limits an answer in evaluation is how long the model may write.
+            max_target_tokens=parameters.max_target_tokens if split == "train" else parameters.max_new_tokens,
+            for_training=split == "train",
+            reserved=(*ADDED_TOKENS, eos),
+        )
+        for split, chosen in options.items()
+    }
+    if "test" not in scans and (Path(parameters.data_dir) / "test.jsonl").is_file():
+        scans["test"] = Scan()
+        for record in iter_split(parameters.data_dir, "test"):
+            count_record(scans["test"], record, parameters.prompt_format)
+    return scans
+
+
+def _report_counts(found: Preflight, split: str, scan: Scan, parameters: Parameters) -> None:
+    digest = file_sha256(Path(parameters.data_dir) / f"{split}.jsonl")[:12]
+    found.add(
+        OK,
+        split,
+        f"{scan.records:,} records of {len(scan.documents):,} documents, {scan.spans:,} mentions, "
+        f"{scan.empty / scan.records:.1%} of the records without one; every offset lies in its text (sha256 {digest})",
+    )
+    found.numbers |= {
+        f"{split}_records": scan.records,
+        f"{split}_mentions": scan.spans,
+        f"{split}_empty_share": round(scan.empty / scan.records, 4),
+    }
+    if not scan.spans and (split != "test" or parameters.run_test_eval):
+        purpose = "to learn" if split == "train" else "to score"
+        found.add(REFUSED, split, f"no mention in {split}.jsonl: there is nothing {purpose}")
+    if split == "dev" and scan.records < SMALL_DEV:
+        found.add(NOTE, split, f"F1 on {scan.records} records is noise: set eval_limit higher for a result")
+    if problem := find_implausible([word for record in scan.sample for word in record.text.split()]):
+        found.add(
+            WARNING,
+            split,
+            f"most words are {problem}, as in {scan.sample[0].text[:40]!r}: was the right column read? 02_data has "
+            "token_column and tag_column",
+        )
+    if scan.reserved:
+        found.add(
+            NOTE, split, f"{scan.reserved:,} texts hold a token such as <B> literally; it becomes one token"
+        )
+
+
+def _report_answers(
+    found: Preflight, sample: Iterable[Record], tokenizer: PlainTokenizer, parameters: Parameters
+) -> None:
+    checked = 0
+    for record in sample:
+        ids = encode_completion(record.spans, tokenizer)
+        if ids.count(tokenizer.eos_token_id) != 1 or ids[-1] != tokenizer.eos_token_id:
+            found.add(REFUSED, "answers", f"an answer's labels do not end with the one EOS: {ids}")
+            return
+        answer = parse_answer(tokenizer.decode(ids[:-1]), len(record.text))
+        if tuple(answer.spans) != record.spans or answer.unreadable:
+            found.add(
+                REFUSED,
+                "answers",
+                f"the tokenizer in {parameters.tokenizer_dir} cannot write {record.target!r}: it decodes as "
+                f"{tokenizer.decode(ids[:-1])!r}",
+            )
+            return
+        checked += 1
+    found.add(OK, "answers", f"EOS is labelled, and {checked:,} answers decode to their spans")
+
+
+def _report_train_lengths(found: Preflight, scan: Scan, parameters: Parameters) -> None:
+    limits = (
+        f"max_input_tokens={parameters.max_input_tokens}, max_target_tokens={parameters.max_target_tokens}"
+    )
+    if scan.impossible:
+        found.add(REFUSED, "limits", f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
+    else:
+        found.add(
+            OK,
+            "limits",
+            f"{scan.long_prompts:,} prompts and {scan.long_targets:,} targets of train are over the limits ({limits}): "
+            f"{scan.chunked:,} records are cut into chunks, nothing is truncated",
+        )
+    if scan.chunked > 0.2 * scan.records:
+        found.add(WARNING, "limits", f"{scan.chunked / scan.records:.0%} of train is cut: raise the limits")
+    about = "" if scan.is_exact else "about "
+    total = scan.prompt_tokens + scan.target_tokens
+    found.add(
+        OK,
+        "tokens",
+        f"{about}{total:,.0f} tokens an epoch; {scan.prompt_tokens / scan.records:.0f} in a mean prompt, "
+        f"{scan.target_tokens / scan.records:.0f} in a mean target",
+    )
+    found.numbers |= {
+        "train_examples": scan.examples,
+        "train_tokens_per_epoch": round(total),
+        "train_long_prompts": scan.long_prompts,
+        "train_long_targets": scan.long_targets,
+        "train_chunked": scan.chunked,
+    }
+
+
+def _report_scored_lengths(found: Preflight, split: str, scan: Scan, parameters: Parameters) -> None:
+    if scan.impossible:
+        found.add(REFUSED, split, f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
+    if scan.chunked:
+        found.add(
+            NOTE,
+            split,
+            f"{scan.chunked:,} records are cut into chunks and mapped back; {scan.cut_spans:,} of {scan.spans:,} "
+            "mentions lie across a cut and cannot be found",
+        )
+    if scan.long_targets:
+        found.add(
+            NOTE,
+            split,
+            f"{scan.long_targets:,} answers are longer than max_new_tokens={parameters.max_new_tokens} and would be "
+            "cut off (a chunk's answer is shorter)",
+        )
+    found.numbers |= {f"{split}_chunked": scan.chunked, f"{split}_cut_mentions": scan.cut_spans}
+    found.numbers[f"{split}_long_answers"] = scan.long_targets
+
+
+def _report_sentences(found: Preflight, scans: dict[str, Scan], parameters: Parameters) -> None:
+    train = scans["train"]
+    found.add(
+        WARNING if train.contradicting else OK,
+        "repeats",
+        f"train has {train.repeated:,} repeated sentences with the same gold, and {train.contradicting:,} with other "
+        f"gold{' under the same cue' if parameters.corpus_cue else ''}",
+    )
+    found.numbers |= {"train_repeated": train.repeated, "train_contradicting": train.contradicting}
+    own = train.sentences()
+    for split in [name for name in ("dev", "test") if name in scans]:
+        scan = scans[split]
+        both = train.documents & scan.documents
+        if both:
+            dataset, doc_id = min(both)
+            says = f"{len(both):,} documents stand in train and in {split}, e.g. {dataset}/{doc_id}"
+            found.add(REFUSED, "leaks", says + ": splits are by document")
+        shared = len(own & scan.sentences())
+        says = f"{shared:,} sentences of {split} also stand in train"
+        advice = "; 02_data with drop_leaks=train takes them out" if shared else ""
+        found.add(WARNING if shared else OK, "leaks", says + advice)
+        found.numbers[f"{split}_leaks"] = shared
+
+
+def _report_cues(found: Preflight, scans: dict[str, Scan], parameters: Parameters) -> None:
+    trained = scans["train"].datasets
+    names = ", ".join(f"{name} {count:,}" for name, count in trained.most_common())
+    unseen = {name for split in scans for name in scans[split].datasets} - trained.keys()
+    if not parameters.corpus_cue:
+        says = f"train mixes {len(trained)} corpora ({names}) and no prompt says which policy is asked for"
+        if len(trained) > 1:
+            found.add(WARNING, "cues", says + ": set corpus_cue=true")
+        else:
+            found.add(OK, "cues", f"one corpus ({names}): no cue needed")
+        if unseen:
+            found.add(WARNING, "cues", f"scored but not trained on: {', '.join(sorted(unseen))}")
+        return
+    default = scans["train"].cues[parameters.default_cue]
+    found.add(
+        OK, "cues", f"{names}; {default:,} training records with the default cue {parameters.default_cue!r}"
+    )
+    if unseen:
+        says = f"{', '.join(sorted(unseen))}: not in train, so asked with the default cue {parameters.default_cue!r}"
+        untrained = (
+            "" if default else ", which no training record has: set cue_dropout, or name a trained corpus"
+        )
+        found.add(NOTE if default else WARNING, "cues", says + untrained)
+
+
+def _report_context(found: Preflight, parameters: Parameters) -> None:
+    prepared = Path(parameters.backbones_dir) / backbone_name(parameters.backbone)
+    configs = [folder / "config.json" for folder in (prepared, Path(parameters.backbone).expanduser())]
+    config = next((path for path in configs if path.is_file()), None)
+    if config is None:
+        found.add(
+            NOTE, "context", f"{parameters.backbone} is not prepared yet: its longest context is not checked"
+        )
+        return
+    context = json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"]
+    needed = parameters.max_input_tokens + max(parameters.max_target_tokens, parameters.max_new_tokens)
+    says = f"prompt and answer need {needed:,} tokens, {parameters.backbone} has room for {context:,}"
+    found.add(OK if needed <= context else REFUSED, "context", says)
+
+
+def _report_steps(found: Preflight, scans: dict[str, Scan], parameters: Parameters) -> None:
+    steps, evaluations, greedy = count_steps(
+        scans["train"].examples,
+        batch_size=parameters.per_device_train_batch_size * parameters.num_processes,
+        accumulation=parameters.gradient_accumulation_steps,
+        epochs=parameters.num_train_epochs,
+        eval_steps=parameters.eval_steps,
+    )
+    found.numbers |= {"expected_steps": steps, "expected_evaluations": evaluations, "expected_greedy": greedy}
+    found.add(
+        OK,
+        "steps",
+        f"{steps:,} optimiser steps, {evaluations:,} evaluations, {greedy:,} greedy passes over "
+        f"{scans['dev'].records:,} dev records ({scans['dev'].examples:,} prompts)",
+    )
+    if steps < parameters.eval_steps:
+        found.add(
+            NOTE, "steps", f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
+        )
+
+
+def _report_full_training(found: Preflight, parameters: Parameters) -> None:
+    if parameters.learning_rate >= HIGH_RATE:
+        found.add(
+            WARNING,
+            "weights",
+            f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it (2e-4 to "
+            "5e-4 for SmolLM2-135M)",
+        )
+    prepared = Path(parameters.backbones_dir) / backbone_name(parameters.backbone)
+    weights = sum(path.stat().st_size for path in prepared.glob("*.safetensors")) // 2  # bfloat16
+    if not weights:
+        return  # not prepared yet
+    # float32: weight and AdamW's two moments in a checkpoint, the gradient as well in memory.
+    checkpoint_gb, memory_gb = 12 * weights / 1e9, 16 * weights / 1e9
+    disk_gb = checkpoint_gb * (parameters.save_total_limit + 1)  # a new one is written before the oldest goes
+    runs = Path(parameters.runs_dir).absolute()
+    free_gb = shutil.disk_usage(next(path for path in (runs, *runs.parents) if path.is_dir())).free / 1e9
+    found.add(
+        OK if disk_gb < free_gb else WARNING,
+        "weights",
+        f"all {weights / 1e6:,.1f} million weights train: {memory_gb:.1f} GB of memory before activations, "
+        f"{checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)",
+    )
+
+
+def _report_device(found: Preflight, parameters: Parameters) -> None:
+    device = device_name()
+    if device.endswith("cores") and parameters.dtype == "bfloat16":
+        says = f"no GPU here ({device}), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
+        found.add(NOTE, "device", says)
+
+
+def count_steps(
+    examples: int, *, batch_size: int, accumulation: int, epochs: float, eval_steps: int
+) -> tuple[int, int, int]:
+    """Optimiser steps, evaluations and greedy passes (one an epoch's end) of a run that does not stop early.
+
+    >>> count_steps(450, batch_size=4, accumulation=1, epochs=2, eval_steps=100)
+    (226, 4, 2)
+    """
+    batches = math.ceil(examples / batch_size)
+    steps_per_epoch = max(math.ceil(batches / accumulation), 1)
+    steps = math.ceil(epochs * steps_per_epoch)
+    ends = {min(epoch * steps_per_epoch, steps) for epoch in range(1, math.ceil(epochs) + 1)}
+    return steps, len(ends | set(range(eval_steps, steps + 1, eval_steps))), len(ends)

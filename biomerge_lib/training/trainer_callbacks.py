@@ -1,0 +1,250 @@
+"""Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B, who watches.
+
+stop request --[StopOnRequest]--> checkpoint; logged numbers --[TrackingCallback]--> W&B, --[ProgressBar]--> a bar;
+a loss that is no number --[FiniteLoss]--> the batch in a file, and the end
+
+Of transformers' own: ``enable_jit_checkpoint`` listens for SIGTERM in the training process, which is a notebook's
+kernel or one of several processes here, so the request is a file. ``WandbCallback`` renames ``eval_ner_f1``, by
+which a sweep ranks, and sends every argument.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.parameters import Parameters
+from biomerge_lib.experiment import jobs, tracking
+
+if TYPE_CHECKING:
+    import wandb
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends training at the first step after a request, with a checkpoint.
+
+    Never at an epoch's last step: the epoch's own evaluation and checkpoint follow there, which a run resumed from
+    this step would leave out, so the next step stops. ``stopped_at`` is the step, or None.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_at: int | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        last_of_epoch = state.global_step >= state.max_steps or float(state.epoch).is_integer()
+        if _any_process(jobs.stop_requested(), args) and not last_of_epoch:
+            self.stopped_at = state.global_step
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stopped_at == state.global_step and state.is_world_process_zero:
+            jobs.note_interrupted(f"checkpoint-{state.global_step} of {state.max_steps} steps")
+
+
+class TrackingCallback(TrainerCallback):
+    """Sends the numbers of ``log_history.json`` under the same names, with tokens a second and memory."""
+
+    def __init__(self, parameters: Parameters, run_folder: Path, stop: StopOnRequest):
+        self.parameters = parameters
+        self.run_folder = run_folder
+        self.stop = stop
+        self.count_tokens: Callable[[], int] = lambda: 0
+        self._run: wandb.Run | None = None
+        self._counted = (0.0, 0)  # when, how many tokens
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._run = tracking.open_run(self.parameters, self.run_folder)
+            self._counted = (time.time(), self.count_tokens())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._run is None:
+            return
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if "loss" in numbers:
+            (then, before), self._counted = self._counted, (time.time(), self.count_tokens())
+            numbers["tokens_per_second"] = (self._counted[1] - before) / (self._counted[0] - then)
+            if torch.cuda.is_available():
+                numbers["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self._run.log(numbers, step=state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._run is None:
+            return
+        if self.stop.stopped_at:
+            self._run.mark_preempting()
+        tracking.close_run(
+            self._run, self.run_folder, exit_code=jobs.INTERRUPTED if self.stop.stopped_at else 0
+        )
+        self._run = None
+
+
+class SteadySpeed(TrainerCallback):
+    """Tokens a second from one step's end to the next, where nothing was compiled, evaluated or saved in between.
+
+    ``count`` gives what the Trainer has done so far: its tokens (a number, or a tensor that need not be ready) and its
+    compilations and captures. The first steps, in which the allocator grows, are left out too.
+    """
+
+    WARM_STEPS = 5
+
+    def __init__(self) -> None:
+        self.count: Callable[[], tuple[torch.Tensor | int, int]] = lambda: (0, 0)
+        self._last: tuple[float, torch.Tensor | int, int] | None = None
+        self._steps: list[tuple[float, torch.Tensor | int]] = []  # seconds and tokens
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        before, self._last = self._last, (time.monotonic(), *self.count())
+        if before and before[2] == self._last[2]:
+            self._steps.append((self._last[0] - before[0], self._last[1] - before[1]))
+
+    def pause(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = None
+
+    on_epoch_begin = on_evaluate = on_save = pause
+
+    def read(self) -> dict[str, float | int]:
+        """``steady_tokens_per_second`` of a process, and in how many ``steady_steps``; {} without any."""
+        steps = self._steps[self.WARM_STEPS :]
+        if not steps:
+            return {}
+        seconds, tokens = sum(step[0] for step in steps), sum(int(step[1]) for step in steps)
+        return {"steady_tokens_per_second": round(tokens / seconds, 1), "steady_steps": len(steps)}
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the time left and the last loss, and a line an evaluation, in place of a line a logged step."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                mininterval=2.0,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._bar is None or not logs:
+            return
+        if "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        names = ("eval_ner_f1", "eval_answer_ner_f1", "eval_head_ner_f1", "greedy_dev_ner_f1")
+        scores = [f"{name} {logs[name]:.3f}" for name in names if name in logs]
+        if scores:
+            print(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class FiniteLoss:
+    """Stops a training whose loss is no number, with the batch in a file.
+
+    Looking at a loss waits for it, so on a GPU each is looked at when the next pass has been launched.
+    """
+
+    def __init__(self, folder: Path, learning_rate: float):
+        self.folder = folder
+        self.learning_rate = learning_rate
+        self._launched: tuple | None = None
+
+    def watch(self, loss: torch.Tensor, batch: dict, step: int) -> None:
+        """Take note of a pass's loss.
+
+        Raises:
+            ModelError: the pass before (without a GPU: this one) gave no finite loss.
+        """
+        if not loss.is_cuda:
+            self._check(loss, batch, step)
+            return
+        on_host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        on_host.copy_(loss, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        before, self._launched = self._launched, (arrived, on_host, batch, step)
+        self._look(before)
+
+    def finish(self) -> None:
+        """Look at the last pass's loss, too.
+
+        Raises:
+            ModelError: it is not finite.
+        """
+        self._look(self._launched)
+
+    def _look(self, launched: tuple | None) -> None:
+        if launched:
+            arrived, *seen = launched
+            arrived.synchronize()
+            self._check(*seen)
+
+    def _check(self, loss: torch.Tensor, batch: dict, step: int) -> None:
+        if torch.isfinite(loss):
+            return
+        path = self.folder / f"bad_batch_step{step}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: value for name, value in batch.items() if torch.is_tensor(value)}, path)
+        raise ModelError(
+            f"the loss is {float(loss)} at step {step}; the batch is in {path}. Lower learning_rate "
+            f"({self.learning_rate}) or set dtype=float32 to find the cause."
+        )
+
+
+def _any_process(asked: bool, args: TrainingArguments) -> bool:
+    """Whether any process was asked: all of them must leave at the same step."""
+    if args.world_size == 1:
+        return asked
+    flag = torch.tensor(int(asked), device=args.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)
