@@ -20,7 +20,6 @@ from biomerge_lib.prompts.ner_span import (
     iter_examples,
     iter_split,
     read_split,
-    stream_dataset,
     train_datasets,
 )
 from biomerge_lib.prompts.token_cache import hash_records, hash_tokenizer
@@ -144,12 +143,11 @@ def test_a_data_set_is_its_records_examples_one_by_one(tokenizer, data_dir):
         assert example["prompt_length"] == expected["labels"].count(-100)
 
 
-def test_memory_cache_and_stream_hold_the_same_examples(tokenizer, data_dir, tmp_path):
+def test_memory_and_cache_hold_the_same_examples(tokenizer, data_dir, tmp_path):
     records = read_split(data_dir, "train")
     in_memory = list(build_dataset(records, tokenizer, **EXAMPLES))
     assert len(in_memory) > len(records)  # some are chunked
     assert list(build_dataset(records, tokenizer, cache_dir=tmp_path, **EXAMPLES)) == in_memory
-    assert list(stream_dataset(data_dir, "train", tokenizer, **EXAMPLES)) == in_memory
     streamed = build_dataset(
         iter_split(data_dir, "train"),
         tokenizer,

@@ -43,7 +43,7 @@ from biomerge_lib.prompts.token_cache import (
 )
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
     from biomerge_lib.core.parameters import Parameters
@@ -248,28 +248,6 @@ def build_dataset(
         return open_examples(path)
     with _all_cores():
         return write_examples(path, batches)
-
-
-def stream_dataset(
-    data_dir: Path | str,
-    split: str,
-    tokenizer: PreTrainedTokenizerFast,
-    prompt_format: PromptFormat,
-    *,
-    max_target_tokens: int,
-    **options: Any,
-) -> IterableDataset:
-    """The examples of a split as they are tokenised, without any file: for data that are read once.
-
-    ``options`` are those of :func:`iter_split`.
-    """
-    from datasets import IterableDataset
-
-    def examples() -> Iterator[dict[str, Any]]:
-        records = iter_split(data_dir, split, **options)
-        return iter_examples(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
-
-    return IterableDataset.from_generator(examples)
 
 
 def hash_split(data_dir: Path | str, split: str, **options: Any) -> str:
