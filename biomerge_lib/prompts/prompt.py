@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.prompt_format import PromptFormat
-from biomerge_lib.core.prompt_format import find_words as find_words  # the report reads it here
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import TAG, Span, format_spans
 
