@@ -7,7 +7,8 @@
 `python -m biomerge_lib run 03_train task=ner_span model=lora_ner_unsloth runtime=a100` (Unsloth, 8 x 4 sentences a
 step, gradient checkpointing, token head), with random weights of the 8B's shape and the real Llama-3 tokenizer, on
 BC5CDR. The row `job` is the same through slurm/job_single_ner.sbatch, outside SLURM, with 04 and 05 behind it on the
-merged model. A row of runtime=a100 has 48 GB of the card: another process holds the rest. Tokens a second are those of
+merged model, with the whole card, of which vLLM wants nine tenths. The other rows of runtime=a100 have 48 GB of it:
+another process holds the rest. Tokens a second are those of
 the run's own metrics.json (``steady_tokens_per_second``): from step to step, without compilation, evaluation and
 saving; padding is not counted. Writes reports/brief_job.json and .md, a row as it comes.
 """
@@ -32,7 +33,7 @@ from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 
 REPORT = PROJECT_DIR / "reports" / "brief_job.json"
 CARD_GB = 48
-ROWS = {
+ROWS = {  # runtime and anchors
     "a100-start": ("a100", "start"),
     "a100-echo_start": ("a100", "echo_start"),
     "h200-start": ("h200", "start"),
@@ -77,6 +78,10 @@ def held_to(gigabytes: float | None) -> Iterator[None]:
         holder.communicate()
 
 
+def card_gb(row: str) -> float | None:
+    return CARD_GB if row.startswith("a100") else None
+
+
 def command_of(row: str, options: argparse.Namespace, backbone: str) -> tuple[list[str], dict[str, str]]:
     """A row's command, and what it wants in its environment."""
     runtime, anchors = ROWS[row]
@@ -113,7 +118,7 @@ def measure(row: str, options: argparse.Namespace, backbone: str) -> dict[str, A
     command, site = command_of(row, options, backbone)
     log = PROJECT_DIR / "runs" / f"brief-{row}.log"
     log.parent.mkdir(exist_ok=True)
-    with held_to(CARD_GB if ROWS[row][0] == "a100" else None), log.open("w") as output:
+    with held_to(card_gb(row)), log.open("w") as output:
         ended = subprocess.run(
             command,
             cwd=PROJECT_DIR,
@@ -132,7 +137,7 @@ def measure(row: str, options: argparse.Namespace, backbone: str) -> dict[str, A
         "command": shlex.join(shown),
         "exit_status": ended.returncode,
         "shape": options.shape,
-        "card_gb": CARD_GB if ROWS[row][0] == "a100" else None,
+        "card_gb": card_gb(row),
         "backend": parameters.get("backend"),
         "runtime": options.runtime or ROWS[row][0],
         "offset_anchors": parameters.get("offset_anchors"),
