@@ -10,7 +10,7 @@ from .mini_cluster import wait_for, with_light_training
 pytestmark = pytest.mark.integration
 SINGLE = "slurm/job_single_ner.sbatch"
 FINISH = """run.finish({"eval_ner_f1": 0.5})"""
-BE_INTERRUPTED = """from biomerge_lib import jobs
+BE_INTERRUPTED = """from biomerge_lib.experiment import jobs
 
 jobs.note_interrupted("checkpoint-1 of 2 steps")
 raise jobs.RunInterrupted("stopped")"""
