@@ -1,20 +1,34 @@
-"""Whether several processes train what one does: torchrun alone and with both DeepSpeed files, through 03_train.
+"""Several GPUs of a node: how fast torchrun trains an 8B on them, and whether it trains the same.
 
-    python -m benchmarks.several_gpus                     # two GPUs (NCCL), or two processes on a CPU (gloo)
-    python -m benchmarks.several_gpus --shape 8b          # the same with a Llama-3-8B shape of random weights
-    python -m benchmarks.several_gpus --report            # only the table of the runs that are there
+    python -m benchmarks.several_gpus                       # every part, on as many GPUs as there are
+    python -m benchmarks.several_gpus --parts speed --cards 1 2
+    python -m benchmarks.several_gpus --parts losses sweep lost --shape smollm2    # on a CPU: two processes (gloo)
 
-Each training takes the same 32 sentences a step in the same order, without dropout and at a low learning rate, so that
-its losses can be laid beside those of one process (at a high one, rounding soon leads them apart). They run side by
-side: seconds say little. Writes reports/several_gpus.json and .md.
+The parts, each through `python -m biomerge_lib run 03_train`, with `start` anchors on BC5CDR:
+
+- speed: packed and compiled, 32 sentences a card and step, on 1, 2, 4 and 8 cards, one after the other. The share of
+  the ideal is of the first row's tokens a second times the cards. Communication is what a step takes longer than on
+  one card; *all-reduce* is that of the trained weights' gradients alone.
+- losses: the same 32 sentences a step in the same order, without dropout and at a low learning rate (at a high one,
+  rounding soon leads the losses apart): one process, torchrun, and both DeepSpeed files (three steps, and 64 sentences
+  decoded). Side by side: their seconds say nothing.
+- sweep: a SmolLM2 point a card at once, each `python -m biomerge_lib sweep --point N FILE` as in
+  slurm/job_sweep_ner.sbatch, and the same points one after the other.
+- lost: a process is killed behind the first checkpoint; the same command then goes on from it.
+
+Writes reports/several_gpus.json and .md, a part as it ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.readiness import TOKENIZER_DIR, read_log
@@ -23,139 +37,380 @@ from biomerge_lib.core.files import write_json
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 
 REPORT = PROJECT_DIR / "reports" / "several_gpus.json"
+RUNS = PROJECT_DIR / "runs"
 STEP = 32  # sentences
+TRAIN_SENTENCES = 4560  # BC5CDR
 COMMON = (
-    "runtime=h200 backend=peft lora_dropout=0 learning_rate=1e-4 step_launch=eager num_train_epochs=1 eval_limit=8 "
-    "max_target_tokens=64 max_new_tokens=64 logging_steps=1 num_workers=0 wandb_mode=disabled existing_run=replace"
+    "runtime=h200 backend=peft offset_anchors=start num_train_epochs=1 eval_limit=8 logging_steps=1 num_workers=0 "
+    "wandb_mode=disabled existing_run=replace"
 )
-WAYS: dict[str, tuple[int, str | None]] = {
-    "one process": (1, None),
-    "torchrun": (2, None),
-    "DeepSpeed ZeRO-2": (2, "parameters/deepspeed/zero2_offload.json"),
-    "DeepSpeed ZeRO-3": (2, "parameters/deepspeed/zero3_offload.json"),
-    "DeepSpeed ZeRO-3 alone": (1, "parameters/deepspeed/zero3_offload.json"),
+SAME = "lora_dropout=0 learning_rate=1e-4"
+ZERO = {
+    name: f"parameters/deepspeed/{name.lower().replace('-', '')}_offload.json"
+    for name in ("ZeRO-2", "ZeRO-3")
 }
-MODELS = {"smollm2": "model=smollm2_135m subsample=0.05", "8b": "model=lora_ner_unsloth subsample=0.05"}
+SWEEP = """\
+name: several_gpus
+method: grid
+metric: {{name: eval_ner_f1, goal: maximize}}
+parameters:
+  seed: {{values: {seeds}}}
+program: biomerge_lib
+command: [python, -m, biomerge_lib, run, 03_train, model=smollm2_135m, {words}, "${{args_no_hyphens}}"]
+"""
 
 
-def run_id(shape: str, way: str) -> str:
-    return f"several-gpus-{shape}-{way.lower().replace(' ', '-')}"
+def start(run_id: str, words: list[str], cards: list[int]) -> subprocess.Popen:
+    """One training through 03_train on these cards, its output in runs/<run_id>.log."""
+    command = [
+        sys.executable,
+        "-m",
+        "biomerge_lib",
+        "run",
+        "03_train",
+        *COMMON.split(),
+        *words,
+        f"run_id={run_id}",
+    ]
+    return launch(command, RUNS / f"{run_id}.log", cards)
 
 
-def start(shape: str, way: str, extra: list[str]) -> subprocess.Popen:
-    """One training through 03_train, its output in runs/<run_id>.log."""
-    processes, file = WAYS[way]
-    words = [*MODELS[shape].split(), *COMMON.split(), f"per_device_train_batch_size={STEP // processes}"]
-    words += [f"num_processes={processes}", *([f"deepspeed={file}"] if file else [])]
-    if shape == "8b":
-        folder = find_backbone(shape).relative_to(PROJECT_DIR)
-        words += [f"backbone={folder}", f"tokenizer_dir={TOKENIZER_DIR.relative_to(PROJECT_DIR)}"]
-    name = run_id(shape, way)
-    log = PROJECT_DIR / "runs" / f"{name}.log"
+def launch(command: list[str], log: Path, cards: list[int]) -> subprocess.Popen:
     log.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "biomerge_lib", "run", "03_train", *words, *extra, f"run_id={name}"]
-    with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT_DIR)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, cards))}
+    with log.open("a") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT_DIR, env=os.environ | visible
+        )
 
 
-def read_rows(shapes: list[str]) -> list[dict[str, Any]]:
-    """What the runs say of their losses, beside those of one process."""
-    rows = []
-    for shape in shapes:
-        first = next(way for way in WAYS if read_losses(shape, way))
-        alone = read_losses(shape, first)
-        for way, (processes, _) in WAYS.items():
-            folder = PROJECT_DIR / "runs" / run_id(shape, way)
-            losses = read_losses(shape, way)
-            stage = read_metrics(folder).get("stages", {}).get("03_train", {})
-            trained = folder / "training.json"
-            metrics = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
-            apart = [abs(ours / theirs - 1) for ours, theirs in zip(losses, alone, strict=False)]
-            rows.append(
-                {
-                    "model": shape,
-                    "way": way,
-                    "processes": processes,
-                    "status": stage.get("status", "not tried").replace("running", "cut off"),
-                    "steps": len(losses),
-                    "first_loss": losses[0] if losses else None,
-                    "last_loss": losses[-1] if losses else None,
-                    "largest_relative_difference": max(apart) if apart and way != first else None,
-                    "dev_f1": metrics.get("greedy_dev_ner_f1"),
-                    "peak_memory_gb": metrics.get("peak_memory_gb"),
-                    "train_seconds": metrics.get("train_seconds"),
-                    "greedy_seconds": next(
-                        (
-                            entry["greedy_dev_seconds"]
-                            for entry in read_log(folder)
-                            if "greedy_dev_seconds" in entry
-                        ),
-                        None,
-                    ),
-                    "provenance": stage.get("provenance"),
-                }
-            )
+def model_words(shape: str) -> list[str]:
+    if shape == "smollm2":
+        return ["model=smollm2_135m"]
+    backbone = find_backbone(shape).relative_to(PROJECT_DIR)
+    return [
+        "model=lora_ner_unsloth",
+        f"backbone={backbone}",
+        f"tokenizer_dir={TOKENIZER_DIR.relative_to(PROJECT_DIR)}",
+    ]
+
+
+def result_of(run_id: str) -> dict[str, Any]:
+    """What a run says of itself; without ``training.json`` only its status."""
+    folder = RUNS / run_id
+    stage = read_metrics(folder).get("stages", {}).get("03_train", {})
+    trained = folder / "training.json"
+    metrics = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
+    log = read_log(folder)
+    return {
+        "run_id": run_id,
+        "status": stage.get("status", "not tried").replace("running", "cut off"),
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "metrics": metrics,
+        "provenance": stage.get("provenance"),
+    }
+
+
+def measure_speed(shape: str, data: str, cards: list[int]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for count in cards:
+        run_id = f"several-gpus-speed-{count}"
+        # As many steps on any number of cards: 35.
+        words = [f"subsample={min(1.0, 0.25 * count)}", f"num_train_epochs={max(1.0, count / 4):g}"]
+        words += [
+            f"per_device_train_batch_size={STEP}",
+            f"num_processes={count}",
+            "step_launch=compiled",
+            data,
+        ]
+        start(run_id, [*model_words(shape), *words], list(range(count))).wait()
+        found = result_of(run_id)
+        metrics = found["metrics"]
+        alone = rows[0] if rows and rows[0]["cards"] == 1 else None
+        speed = metrics.get("steady_tokens_per_second")
+        step = metrics.get("steady_step_ms")
+        rows.append(
+            {
+                "cards": count,
+                "status": found["status"],
+                "tokens_a_second": speed,
+                "share_of_ideal": speed and alone and round(speed / alone["tokens_a_second"] / count, 3),
+                "step_ms": step,
+                "communication_ms": step and alone and round(step - alone["step_ms"], 1),
+                "all_reduce_ms": time_all_reduce(count, metrics.get("trainable_parameters"))
+                if count > 1
+                else None,
+                "steady_steps": metrics.get("steady_steps"),
+                "peak_memory_gb": metrics.get("peak_memory_gb"),
+                "provenance": found["provenance"],
+            }
+        )
+        print(rows[-1], flush=True)
     return rows
 
 
-def read_losses(shape: str, way: str) -> list[float]:
-    """Of the optimiser steps of a run that has finished training.
-
-    Without the last step: what is left for it is dealt out evenly, some sentences twice.
-    """
-    log = read_log(PROJECT_DIR / "runs" / run_id(shape, way))
-    return [entry["loss"] for entry in log if "loss" in entry][:-1]
-
-
-def describe(rows: list[dict[str, Any]]) -> str:
-    found = [row["provenance"] for row in rows if row["provenance"]] or [provenance()]
-    devices = ", ".join(dict.fromkeys(where["device"] for where in found))
-    commits = ", ".join(dict.fromkeys(f"`{where['commit'][:12]}`" for where in found))
-    lines = [
-        "# Several GPUs: torchrun and DeepSpeed beside one process",
-        "",
-        f"`python -m benchmarks.several_gpus`, {devices}, commit {commits}, "
-        f"torch {found[0]['versions'].get('torch')}, DeepSpeed {found[0]['versions'].get('deepspeed')}. "
-        f"{STEP} sentences of BC5CDR a step, bfloat16, no dropout; the trainings ran side by side. "
-        "*Difference*: the largest, relative, of a whole step's loss from the same step of a model's first way. "
-        "*Peak*: GPU memory of the first process. *Greedy*: eight sentences, 64 tokens each.",
-        "",
-        "| model | way | processes | device | 03_train | steps | first loss | last loss | difference | peak GB "
-        "| training s | of that greedy s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+def time_all_reduce(cards: int, weights: int | None) -> float | None:
+    """Milliseconds of one all-reduce of that many fp32 gradients, the median of 20."""
+    code = (
+        "import os, statistics, time, torch, torch.distributed as dist\n"
+        "rank = int(os.environ['LOCAL_RANK']); torch.cuda.set_device(rank); dist.init_process_group('nccl')\n"
+        f"gradients = torch.ones({weights}, device='cuda'); seconds = []\n"
+        "for _ in range(25):\n"
+        "    torch.cuda.synchronize(); dist.barrier(); torch.cuda.synchronize(); begun = time.perf_counter()\n"
+        "    dist.all_reduce(gradients); torch.cuda.synchronize(); seconds.append(time.perf_counter() - begun)\n"
+        "if rank == 0: print(1000 * statistics.median(seconds[5:]))\n"
+        "dist.destroy_process_group()\n"
+    )
+    script = RUNS / "all_reduce.py"
+    script.write_text(code, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={cards}",
+        str(script),
     ]
-    for row in rows:
-        apart = row["largest_relative_difference"]
-        device = row["provenance"]["device"] if row["provenance"] else ""
-        cells = [row["model"], row["way"], row["processes"], device, row["status"], row["steps"]]
-        cells += [f"{row[name]:.4f}" if row[name] is not None else "" for name in ("first_loss", "last_loss")]
-        cells += ["" if apart is None else f"{apart:.2%}"]
-        cells += [row[name] or "" for name in ("peak_memory_gb", "train_seconds", "greedy_seconds")]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return round(float(done.stdout.split()[-1]), 2) if weights and done.stdout.split() else None
+
+
+def compare_losses(shape: str, data: str, cards: int, gpus: int) -> list[dict[str, Any]]:
+    """The first 20 losses of several processes beside one's, and three steps of each DeepSpeed file, side by side."""
+    counts = [count for count in (1, 2, 4, 8) if count <= cards]
+    ways: list[tuple[str, int, list[str]]] = [
+        ("one process" if count == 1 else "torchrun", count, [f"subsample={21 * STEP / TRAIN_SENTENCES:.4f}"])
+        for count in counts
+    ]
+    ways += [
+        (name, cards, [f"subsample={4 * STEP / TRAIN_SENTENCES:.4f}", "eval_limit=64", f"deepspeed={file}"])
+        for name, file in ZERO.items()
+    ]
+    started = []
+    for name, count, words in ways:
+        run_id = f"several-gpus-{shape}-{name.lower().replace(' ', '-')}-{count}"
+        words = [*model_words(shape), *SAME.split(), *words, data, f"num_processes={count}"]
+        words += [f"per_device_train_batch_size={STEP // count}", "step_launch=eager"]
+        # Alone on the last card where it can be.
+        on = [gpus - 1] if count == 1 and gpus else list(range(min(count, gpus)))
+        started.append((name, count, run_id, start(run_id, words, on)))
+    rows = []
+    alone: list[float] = []
+    for name, count, run_id, process in started:
+        process.wait()
+        found = result_of(run_id)
+        # Without the last step: what is left for it is dealt out evenly, some sentences twice.
+        losses = found["losses"][:-1][:20]
+        alone = alone or losses
+        apart = [abs(ours / theirs - 1) for ours, theirs in zip(losses, alone, strict=False)]
+        rows.append(
+            {
+                "model": shape,
+                "way": name,
+                "processes": count,
+                "status": found["status"],
+                "steps": len(losses),
+                "first_loss": losses[0] if losses else None,
+                "last_loss": losses[-1] if losses else None,
+                "largest_relative_difference": max(apart) if apart and count > 1 else None,
+                "greedy_sentences": found["metrics"].get("greedy_dev_records"),
+                "peak_memory_gb": found["metrics"].get("peak_memory_gb"),
+                "provenance": found["provenance"],
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def measure_sweep(data: str, cards: int, gpus: int) -> dict[str, Any]:
+    """Seconds of a point a card at once, and of the same points one after the other on one card."""
+    words = [*COMMON.replace("existing_run=replace", "").split(), "subsample=0.25", data]
+    file = RUNS / "several_gpus_sweep.yaml"
+    seconds: dict[str, float] = {}
+    statuses: dict[str, list[int]] = {}
+    for way, first_seed in (("at once", 100), ("one after the other", 200)):
+        seeds = list(range(first_seed, first_seed + cards))
+        file.write_text(SWEEP.format(seeds=seeds, words=", ".join(words)), encoding="utf-8")
+        command = [sys.executable, "-m", "biomerge_lib", "sweep", "--point"]
+        begun = time.monotonic()
+        running, ended = [], []
+        for point in range(cards):
+            card = [point if way == "at once" else 0] if gpus else []
+            running.append(
+                launch([*command, str(point), str(file)], RUNS / f"several-gpus-{way[:6]}-{point}.log", card)
+            )
+            if way != "at once":
+                ended.append(running.pop().wait())
+        ended += [process.wait() for process in running]
+        seconds[way], statuses[way] = round(time.monotonic() - begun, 1), ended
+    row = {"points": cards, "seconds": seconds, "exit_statuses": statuses, "provenance": provenance()}
+    print(row, flush=True)
+    return row
+
+
+def lose_a_process(data: str, cards: int, gpus: int) -> dict[str, Any]:
+    """Kill a training process behind its first checkpoint; what is said, and where the same command goes on."""
+    run_id = "several-gpus-lost"
+    words = ["model=smollm2_135m", "subsample=0.5", "eval_steps=10", "save_steps=10", data]
+    words += [f"num_processes={cards}", f"per_device_train_batch_size={STEP // cards}", "step_launch=eager"]
+    log = RUNS / f"{run_id}.log"
+    log.unlink(missing_ok=True)
+    training = start(run_id, words, list(range(min(cards, gpus))))
+    checkpoint = RUNS / run_id / "checkpoints" / "checkpoint-10" / "trainer_state.json"
+    while training.poll() is None and not checkpoint.is_file():
+        time.sleep(0.2)
+    killed = [pid for pid in processes_of(run_id) if environment_of(pid).get("LOCAL_RANK") == "1"]
+    begun = time.monotonic()
+    if killed:
+        os.kill(killed[0], signal.SIGKILL)
+    first_status = training.wait()
+    seconds = time.monotonic() - begun
+    left = processes_of(run_id)
+    said = [line for line in log.read_text(encoding="utf-8").splitlines() if "%|" not in line][-12:]
+    again = start(run_id, [*words, "existing_run=resume"], list(range(min(cards, gpus)))).wait()
+    went_on = [
+        line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("going on from")
+    ]
+    row = {
+        "cards": cards,
+        "killed": killed,
+        "exit_status": first_status,
+        "seconds_to_the_end": round(seconds, 1),
+        "processes_left": len(left),
+        "said": said,
+        "then": {"exit_status": again, "went_on": went_on[-1:], "status": result_of(run_id)["status"]},
+        "provenance": provenance(),
+    }
+    print(row, flush=True)
+    return row
+
+
+def processes_of(run_id: str) -> list[int]:
+    """The training processes that torchrun started for a run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"biomerge_lib.training.launch" in words and b"torch.distributed.run" not in words:
+            found += [int(entry.parent.name)] if any(word.endswith(run_id.encode()) for word in words) else []
+    return found
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text(encoding="utf-8", errors="replace").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The tables."""
+
+    def table(columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:
+        def cell(value: Any) -> str:
+            if value is None:
+                return ""
+            if isinstance(value, float):
+                return f"{value:,.1f}" if value >= 10 else f"{value:.4g}"
+            return f"{value:,}" if isinstance(value, int) else str(value)
+
+        lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+        return [
+            *lines,
+            *("| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows),
+            "",
+        ]
+
+    def where(*rows: dict[str, Any]) -> str:
+        known = [row["provenance"] for row in rows if row.get("provenance")]
+        devices = ", ".join(dict.fromkeys(place["device"] for place in known))
+        commits = ", ".join(dict.fromkeys(f"`{place['commit'][:12]}`" for place in known))
+        versions = known[0]["versions"] if known else {}
+        return f"{devices}; commit {commits}; torch {versions.get('torch')}, DeepSpeed {versions.get('deepspeed')}."
+
+    lines = ["# Several GPUs of a node", ""]
+    if rows := found.get("speed"):
+        columns = {
+            "cards": "cards",
+            "tokens_a_second": "tokens a second",
+            "share_of_ideal": "of the ideal",
+            "step_ms": "step, ms",
+            "communication_ms": "longer than on one card, ms",
+            "all_reduce_ms": "all-reduce alone, ms",
+            "steady_steps": "steady steps",
+            "peak_memory_gb": "peak GB a card",
+            "status": "03_train",
+        }
+        lines += [
+            "## Speed",
+            "",
+            f"8B shape, LoRA r = 8 with dropout, {STEP} `start`-anchored sentences a card and step,",
+        ]
+        lines += [f"packed, compiled layers, torchrun. {where(*rows)}", "", *table(columns, rows)]
+    if rows := found.get("losses"):
+        columns = {
+            "model": "model",
+            "way": "way",
+            "processes": "processes",
+            "status": "03_train",
+            "steps": "steps",
+            "first_loss": "first loss",
+            "last_loss": "last loss",
+            "largest_relative_difference": "largest relative difference",
+            "greedy_sentences": "decoded",
+            "peak_memory_gb": "peak GB",
+        }
+        lines += ["## Losses", "", f"The same {STEP} sentences a step, no dropout, eager. {where(*rows)}", ""]
+        lines += table(columns, rows)
+    if row := found.get("sweep"):
+        at_once, in_turn = row["seconds"]["at once"], row["seconds"]["one after the other"]
+        lines += ["## A sweep's points, a card each", ""]
+        lines += [
+            f"{row['points']} SmolLM2 points (a quarter of BC5CDR) at once: {at_once:.0f} s; one after the other on"
+        ]
+        lines += [f"one card: {in_turn:.0f} s ({in_turn / at_once:.1f} times as long). {where(row)}", ""]
+    if row := found.get("lost"):
+        then = row["then"]
+        lines += ["## A process that drops out", ""]
+        lines += [
+            f"One of {row['cards']} processes killed behind checkpoint 10: the command ended with {row['exit_status']}",
+            f"after {row['seconds_to_the_end']} s, {row['processes_left']} processes left. Its last lines:",
+        ]
+        lines += ["", "```", *row["said"][-4:], "```", ""]
+        lines += [f"The same command again: {' '.join(then['went_on'])}; {then['status']}. {where(row)}", ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=list(MODELS), default="smollm2")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument("--report", action="store_true", help="only write the table")
-    parser.add_argument("extra", nargs="*", metavar="NAME=VALUE", help="parameters of all trainings")
+    gpus = torch.cuda.device_count()
+    parts = ["speed", "losses", "sweep", "lost"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--shape", choices=["smollm2", "tiny", "8b"], default="8b" if gpus else "smollm2")
+    parser.add_argument(
+        "--cards", nargs="+", type=int, default=[n for n in (1, 2, 4, 8) if n <= max(2, gpus)]
+    )
+    parser.add_argument("--data_dir", default="data/bc5cdr_iob/ner")
     options = parser.parse_args()
-    if not options.report:
-        started = [
-            start(options.shape, way, options.extra or ["data_dir=data/bc5cdr_iob/ner"])
-            for way in options.ways
-        ]
-        for process in started:
-            process.wait()
-    tried = [shape for shape in MODELS if any(read_losses(shape, way) for way in WAYS)]
-    rows = read_rows(tried)
-    write_json(REPORT, rows)
-    REPORT.with_suffix(".md").write_text(describe(rows), encoding="utf-8")
-    print(describe(rows))
+    found = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.is_file() else {}
+    found = found if isinstance(found, dict) else {}
+    data, cards = f"data_dir={options.data_dir}", max(options.cards)
+    for part in options.parts:
+        if part == "speed":
+            found[part] = measure_speed(options.shape, data, options.cards)
+        elif part == "losses":
+            kept = [row for row in found.get(part, []) if row["model"] != options.shape]
+            found[part] = kept + compare_losses(options.shape, data, cards, gpus)
+        elif part == "sweep":
+            found[part] = measure_sweep(data, cards, gpus)
+        else:
+            found[part] = lose_a_process(data, cards, gpus)
+        write_json(REPORT, found)
+        REPORT.with_suffix(".md").write_text(describe(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -153,5 +153,9 @@ def test_steady_speed_leaves_out_what_is_no_step(monkeypatch):
             clock += 30
         speed.on_step_end(None, None, None)
     # 19 intervals between 20 ends, less the compiled and the evaluated one and five to warm up.
-    assert speed.read() == {"steady_tokens_per_second": 50.0, "steady_steps": 12}
+    assert speed.read() == {
+        "steady_tokens_per_second": 50.0,
+        "steady_step_ms": 2000.0,
+        "steady_steps": 12,
+    }
     assert SteadySpeed().read() == {}

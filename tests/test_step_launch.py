@@ -27,7 +27,10 @@ def on_gpu(monkeypatch):
         ({}, LARGE, 100, "eager"),
         ({"backend": "unsloth"}, LARGE, 1000, "eager"),
         ({"backend": "unsloth"}, SMALL, 1000, "graphed"),
-        ({"num_processes": 2}, SMALL, 1000, "eager"),
+        ({"num_processes": 2}, SMALL, 1000, "compiled"),
+        ({"num_processes": 2}, LARGE, 1000, "compiled"),
+        ({"num_processes": 2}, LARGE, 100, "eager"),
+        ({"deepspeed": "parameters/deepspeed/zero3_offload.json"}, LARGE, 1000, "eager"),
         ({"step_launch": "eager"}, SMALL, 1000, "eager"),
     ],
 )

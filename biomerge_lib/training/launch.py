@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -25,6 +27,7 @@ from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_
 _TORCHRUN = (
     "elastic/multiprocessing/api.py"  # in the first line that torchrun writes when a process has failed
 )
+_KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
 
 
 def read_records(parameters: Parameters) -> dict[str, list[Record]]:
@@ -98,6 +101,13 @@ def _torchrun(folder: Path, processes: int) -> None:
             if "%|" not in line:  # progress bars are for terminals
                 print(line, end="")
     if process.returncode:
+        if killed := _KILLED.search("".join(lines)):
+            name, rank = signal.Signals(int(killed[1])).name, killed[2]
+            raise BioMergeError(
+                f"training process {rank} of {processes} (counted from 0) was ended by {name}, and the others with "
+                "it: the machine ran out of memory, or someone killed it. The same command goes on from the newest "
+                "checkpoint."
+            )
         own = list(
             itertools.takewhile(lambda line: _TORCHRUN not in line, lines)
         )  # else what it says hides them

@@ -404,10 +404,11 @@ def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:
         )
     if parameters.step_launch != "auto":
         return parameters.step_launch
-    if not on_gpu or parameters.num_processes > 1:
+    if not on_gpu or parameters.deepspeed:
         return "eager"
     compiles = parameters.backend == "peft" and parameters.trainable == "lora"  # Unsloth does so by itself
-    if weights < 2e9 and parameters.packing and not parameters.gradient_checkpointing:
+    alone = parameters.num_processes == 1
+    if alone and weights < 2e9 and parameters.packing and not parameters.gradient_checkpointing:
         # 45 s of compilation, 25 to 60 ms less a step (reports/training_speed.md)
         return "compiled_graphed" if steps >= 1000 and compiles else "graphed"
     return "compiled" if steps >= 400 and parameters.backend == "peft" else "eager"
@@ -556,7 +557,7 @@ def build_trainer(
         ],
     )
     trainer.speed, trainer.row_tokens = speed, row_tokens
-    speed.count = lambda: (trainer.tokens_seen, trainer.count_compilations())
+    speed.count = lambda: (trainer.tokens_seen * trainer.args.world_size, trainer.count_compilations())
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     epoch_end.trainer = trainer

@@ -131,12 +131,16 @@ class SteadySpeed(TrainerCallback):
     on_epoch_begin = on_evaluate = on_save = pause
 
     def read(self) -> dict[str, float | int]:
-        """``steady_tokens_per_second`` of a process, and in how many ``steady_steps``; {} without any."""
+        """``steady_tokens_per_second`` and ``steady_step_ms``, over how many ``steady_steps``; {} without any."""
         steps = self._steps[self.WARM_STEPS :]
         if not steps:
             return {}
         seconds, tokens = sum(step[0] for step in steps), sum(int(step[1]) for step in steps)
-        return {"steady_tokens_per_second": round(tokens / seconds, 1), "steady_steps": len(steps)}
+        return {
+            "steady_tokens_per_second": round(tokens / seconds, 1),
+            "steady_step_ms": round(1000 * seconds / len(steps), 1),
+            "steady_steps": len(steps),
+        }
 
 
 class ProgressBar(TrainerCallback):
