@@ -10,8 +10,8 @@ The parts, each through `python -m biomerge_lib run 03_train`, with `start` anch
   the ideal is of the first row's tokens a second times the cards. Communication is what a step takes longer than on
   one card; *all-reduce* is that of the trained weights' gradients alone.
 - losses: the same 32 sentences a step in the same order, without dropout and at a low learning rate (at a high one,
-  rounding soon leads the losses apart): one process, torchrun, and both DeepSpeed files (three steps, and 64 sentences
-  decoded). Side by side: their seconds say nothing.
+  rounding soon leads the losses apart): one process and torchrun side by side, then both DeepSpeed files (three steps,
+  and 64 sentences decoded). Their seconds say nothing.
 - sweep: a SmolLM2 point a card at once, each `python -m biomerge_lib sweep --point N FILE` as in
   slurm/job_sweep_ner.sbatch, and the same points one after the other.
 - lost: a process is killed behind the first checkpoint; the same command then goes on from it.
@@ -186,8 +186,11 @@ def compare_losses(shape: str, data: str, cards: int, gpus: int) -> list[dict[st
         (name, cards, [f"subsample={4 * STEP / TRAIN_SENTENCES:.4f}", "eval_limit=64", f"deepspeed={file}"])
         for name, file in ZERO.items()
     ]
-    started = []
+    started: list[tuple[str, int, str, subprocess.Popen]] = []
     for name, count, words in ways:
+        if words[-1].startswith("deepspeed=") and "deepspeed" not in str(started[-1][3].args):
+            for *_, process in started:  # all at once do not fit
+                process.wait()
         run_id = f"several-gpus-{shape}-{name.lower().replace(' ', '-')}-{count}"
         words = [*model_words(shape), *SAME.split(), *words, data, f"num_processes={count}"]
         words += [f"per_device_train_batch_size={STEP // count}", "step_launch=eager"]
