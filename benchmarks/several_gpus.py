@@ -227,7 +227,7 @@ def compare_losses(shape: str, data: str, cards: int, gpus: int) -> list[dict[st
 
 def measure_sweep(data: str, cards: int, gpus: int) -> dict[str, Any]:
     """Seconds of a point a card at once, and of the same points one after the other on one card."""
-    words = [*COMMON.replace("existing_run=replace", "").split(), "subsample=0.25", data]
+    words = [*COMMON.replace("existing_run=replace", "").split(), "subsample=0.1", data]
     file = RUNS / "several_gpus_sweep.yaml"
     seconds: dict[str, float] = {}
     statuses: dict[str, list[int]] = {}
@@ -369,7 +369,7 @@ def describe(found: dict[str, Any]) -> str:
         at_once, in_turn = row["seconds"]["at once"], row["seconds"]["one after the other"]
         lines += ["## A sweep's points, a card each", ""]
         lines += [
-            f"{row['points']} SmolLM2 points (a quarter of BC5CDR) at once: {at_once:.0f} s; one after the other on"
+            f"{row['points']} SmolLM2 points (a tenth of BC5CDR) at once: {at_once:.0f} s; one after the other on"
         ]
         lines += [f"one card: {in_turn:.0f} s ({in_turn / at_once:.1f} times as long). {where(row)}", ""]
     if row := found.get("lost"):
