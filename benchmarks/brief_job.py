@@ -10,12 +10,13 @@ BC5CDR. The row `job` is the same through slurm/job_single_ner.sbatch, outside S
 merged model, with the whole card, of which vLLM wants nine tenths. The other rows of runtime=a100 have 48 GB of it:
 another process holds the rest. Tokens a second are those of
 the run's own metrics.json (``steady_tokens_per_second``): from step to step, without compilation, evaluation and
-saving; padding is not counted. Writes reports/brief_job.json and .md, a row as it comes.
+saving; padding is not counted. Writes reports/brief_job.json and .md, a row as it comes; rows not asked for are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -191,11 +192,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPORT)
     options = parser.parse_args()
     find_backbone(options.shape)
-    rows: list[dict[str, Any]] = []
+    known = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.is_file() else []
+    rows = {row["row"]: row for row in known}
     for row in options.rows:
-        rows.append(measure(row, options, f"random/llama3-{options.shape}"))
-        print({name: rows[-1].get(name) for name in (*COLUMNS, "exit_status", "error")}, flush=True)
-        write_report(rows, options.out)
+        rows[row] = measure(row, options, f"random/llama3-{options.shape}")
+        print({name: rows[row].get(name) for name in (*COLUMNS, "exit_status", "error")}, flush=True)
+        write_report([rows[name] for name in ROWS if name in rows], options.out)
 
 
 if __name__ == "__main__":

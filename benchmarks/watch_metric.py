@@ -250,7 +250,6 @@ def _show(value: float | None) -> str:
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
-    where = provenance()
     rows = [row for folder in folders for row in read_rows(folder)]
     if not rows:
         raise DataError("none of the runs has a decoded checkpoint yet.")
@@ -260,9 +259,10 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         sentences = rows[0]["sample" if metric == "sample_f1" else "records"]
         middle = statistics.median(seconds) if seconds else None
         costs.append({"metric": metric, "seconds": middle, "sentences": sentences})
+    trained = read_metrics(folders[0]).get("stages", {}).get("03_train", {})
     report = {
         "command": shlex.join(["python", "-m", "benchmarks.watch_metric", *sys.argv[1:]]),
-        **where,
+        **trained.get("provenance", provenance()),
         "runs": [
             {
                 "run": folder.name,
