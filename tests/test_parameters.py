@@ -207,7 +207,10 @@ def test_overrides_may_be_spelled_as_in_the_brief():
 
 def test_the_run_name_changes_with_what_is_trained_and_with_nothing_else():
     base = compose_parameters([]).run_name
-    assert base.startswith("smollm2-135m-sample-echo_start-")
+    # Older runs are found again.
+    assert base == "smollm2-135m-sample-echo_start-74668cc6"
+    a100 = compose_parameters(["model=lora_ner_unsloth", "runtime=a100"])
+    assert a100.run_name == "Llama3-OpenBioLLM-8B-union_span-echo_start-7acd44dc"
     assert compose_parameters(["learning_rate=1e-3"]).run_name != base
     assert compose_parameters(["num_workers=4", "wandb_mode=offline", "split=test"]).run_name == base
     assert compose_parameters(["run_id=mine"]).run_name == "mine"

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -42,50 +42,12 @@ OTHER_NAMES = {
     "datamodule.params.root": "data_dir",
     "training.output_dir": "runs_dir",
 }
-# How a trained model's answers are made and scored: 04 and 05 may set these; all else they take from the run.
-SCORING = frozenset(
-    [
-        "split",
-        "eval_limit",
-        "max_new_tokens",
-        "per_device_eval_batch_size",
-        "base_url",
-        "constrained_decoding",
-        "span_threshold",
-        "greedy_dtype",
-        "vllm_dtype",
-        "vllm_concurrency",
-    ]
-)
-# Where a run is kept, how it is watched and how it is scored do not change what is trained.
-NOT_IDENTITY = SCORING | frozenset(
-    [
-        "runs_dir",
-        "run_id",
-        "existing_run",
-        "backbones_dir",
-        "wandb_mode",
-        "wandb_project",
-        "num_workers",
-        "pin_memory",
-        "step_launch",
-        "row_tokens",
-        "logging_steps",
-        "corpora",
-        "entity_types",
-        "sentence_split",
-        "discontinuous",
-        "token_column",
-        "tag_column",
-        "split_shares",
-        "corpus_weights",
-        "max_per_corpus",
-        "drop_leaks",
-        "deduplicate",
-        "conflicts",
-        "cache_dir",
-    ]
-)
+# A parameter without one of these marks changes what is trained, and so the run's name.
+T = TypeVar("T")
+Scoring = Annotated[
+    T, "scoring"
+]  # how a trained model's answers are made and scored: 04 and 05 may set it anew
+Beside = Annotated[T, "beside"]  # which data are made, how fast, where a run is kept, how it is watched
 
 
 def _split_commas(value: Any) -> Any:
@@ -106,43 +68,45 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    corpora: Annotated[list[str], BeforeValidator(_split_commas)] = Field(
+    corpora: Beside[Annotated[list[str], BeforeValidator(_split_commas)]] = Field(
         description="Corpus folders that 02_data converts; 'sample' is the bundled corpus"
     )
-    entity_types: Annotated[list[str], BeforeValidator(_split_commas)] = Field(
+    entity_types: Beside[Annotated[list[str], BeforeValidator(_split_commas)]] = Field(
         description="Entity types that 02_data keeps, e.g. [Chemical]; [] = all"
     )
-    sentence_split: Literal["segtok", "lines", "document"] = Field(
+    sentence_split: Beside[Literal["segtok", "lines", "document"]] = Field(
         description="How 02_data cuts documents that come uncut"
     )
-    discontinuous: Literal["skip", "cover"] = Field(
+    discontinuous: Beside[Literal["skip", "cover"]] = Field(
         description="Mentions of several parts: leave out, or take from the first part's start to the last one's end"
     )
-    token_column: int | str | None = Field(
+    token_column: Beside[int | str | None] = Field(
         description="Column of the tokens in token and tag files (number from 0, or name); null = the first"
     )
-    tag_column: int | str | None = Field(
+    tag_column: Beside[int | str | None] = Field(
         description="Column of the tags (number, -1 is the last, or name); null = the last"
     )
-    split_shares: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
+    split_shares: Beside[Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)]] = Field(
         description="Shares of train, dev and test in the documents of a corpus without splits; [] = refuse such"
     )
-    corpus_weights: Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)] = Field(
+    corpus_weights: Beside[Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)]] = Field(
         description="Proportions of the corpora's training sentences, in the order of corpora; [] = all there is"
     )
-    max_per_corpus: int | None = Field(
+    max_per_corpus: Beside[int | None] = Field(
         gt=0, description="Draw documents up to so many training sentences of each corpus; null = all"
     )
-    drop_leaks: Literal["none", "train"] = Field(
+    drop_leaks: Beside[Literal["none", "train"]] = Field(
         description="train: sentences that also stand in dev or test are taken out of train"
     )
-    deduplicate: bool = Field(description="Keep a training sentence with the same gold only once")
-    conflicts: Literal["keep", "first"] = Field(
+    deduplicate: Beside[bool] = Field(description="Keep a training sentence with the same gold only once")
+    conflicts: Beside[Literal["keep", "first"]] = Field(
         description="One training sentence with different gold: keep all, or only the first corpus's (see corpora)"
     )
     data_dir: str = Field(min_length=1, description="Folder of train.jsonl, dev.jsonl and test.jsonl")
     subsample: float = Field(gt=0, le=1, description="Share of the training documents, drawn with the seed")
-    eval_limit: int | None = Field(gt=0, description="Score at most this many records of a split; null = all")
+    eval_limit: Scoring[int | None] = Field(
+        gt=0, description="Score at most this many records of a split; null = all"
+    )
     offset_anchors: Annotated[Literal[ANCHOR_STYLES], BeforeValidator(check_style)] = Field(  # type: ignore[valid-type]
         description="Which offsets the prompt shows beside each word"
     )
@@ -156,12 +120,14 @@ class Parameters(BaseModel):
     )
     max_input_tokens: int = Field(ge=16, description="Longest prompt in tokens; longer texts are chunked")
     max_target_tokens: int = Field(ge=8, description="Longest target in tokens, EOS included")
-    max_new_tokens: int = Field(ge=8, description="Longest answer in tokens when decoding")
-    constrained_decoding: Annotated[Literal["off", "format", "offsets"], BeforeValidator(_read_off)] = Field(
+    max_new_tokens: Scoring[int] = Field(ge=8, description="Longest answer in tokens when decoding")
+    constrained_decoding: Scoring[
+        Annotated[Literal["off", "format", "offsets"], BeforeValidator(_read_off)]
+    ] = Field(
         "off",
         description="What 04 and 05 let the model write: anything, spans, or spans at the text's words without overlap",
     )
-    span_threshold: float | None = Field(
+    span_threshold: Scoring[float | None] = Field(
         None, ge=0, le=1, description="04 and 05 drop predicted spans of a lower probability; null = keep all"
     )
     fast_metrics: bool = Field(description="Train a B/I/O token head; every evaluation gives its F1")
@@ -171,13 +137,15 @@ class Parameters(BaseModel):
     )
     head_loss_weight: float = Field(ge=0, description="Weight of the token head's loss")
     run_test_eval: bool = Field(description="Score the test split with the best checkpoint after training")
-    split: Literal["train", "dev", "test"] = Field(description="The split that 04 and 05 score")
+    split: Scoring[Literal["train", "dev", "test"]] = Field(description="The split that 04 and 05 score")
     early_stopping_patience: int = Field(ge=1, description="Evaluations without improvement before stopping")
     early_stopping_threshold: float = Field(ge=0, description="Smallest F1 gain that counts as improvement")
     seed: int = Field(ge=0, description="Seed of sampling, initialisation, order and dropout")
-    cache_dir: str | None = Field(description="Folder of tokenised data; null = tokenise anew every time")
-    num_workers: int = Field(ge=0, description="Data loader processes")
-    pin_memory: bool = Field(description="Pin host memory in the data loader (CUDA)")
+    cache_dir: Beside[str | None] = Field(
+        description="Folder of tokenised data; null = tokenise anew every time"
+    )
+    num_workers: Beside[int] = Field(ge=0, description="Data loader processes")
+    pin_memory: Beside[bool] = Field(description="Pin host memory in the data loader (CUDA)")
 
     backbone: str = Field(
         min_length=1, description="smollm2-135m, a model folder, a GGUF file, or a hub name"
@@ -197,7 +165,9 @@ class Parameters(BaseModel):
     )
     per_device_train_batch_size: int = Field(ge=1, description="Records a device and forward pass")
     gradient_accumulation_steps: int = Field(ge=1, description="Forward passes an optimiser step")
-    per_device_eval_batch_size: int = Field(ge=1, description="Records a device when scoring and decoding")
+    per_device_eval_batch_size: Scoring[int] = Field(
+        ge=1, description="Records a device when scoring and decoding"
+    )
     num_train_epochs: float = Field(gt=0, description="Passes over the training data; may be a fraction")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         description="Shape of the learning rate over time"
@@ -207,45 +177,45 @@ class Parameters(BaseModel):
         description="Recompute activations: less memory, more time; with row_tokens=auto in as few layers as will do"
     )
     packing: bool = Field(description="Put a batch's sentences into one row; false pads them to the longest")
-    row_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+    row_tokens: Beside[Annotated[int, Field(ge=64)] | Literal["auto"]] = Field(
         description="Most tokens of a packed row, into which an optimiser step's sentences go; auto = what fits the GPU"
     )
     group_by_length: bool | None = Field(
         description="Steps of sentences of similar length (less padding); null = where batches are padded"
     )
-    step_launch: Literal["auto", "eager", "compiled", "graphed", "compiled_graphed"] = Field(
+    step_launch: Beside[Literal["auto", "eager", "compiled", "graphed", "compiled_graphed"]] = Field(
         description="How a step reaches the GPU: kernel by kernel, with compiled layers, as a CUDA graph, or both"
     )
-    logging_steps: int = Field(ge=1, description="Optimiser steps between logged losses")
+    logging_steps: Beside[int] = Field(ge=1, description="Optimiser steps between logged losses")
     eval_steps: int = Field(ge=1, description="Optimiser steps between evaluations of the watch metric")
     save_steps: int = Field(ge=1, description="Optimiser steps between checkpoints")
     save_total_limit: int = Field(ge=1, description="Checkpoints kept, the best one always among them")
     num_processes: int = Field(ge=1, description="Training processes (GPUs) on this node")
     deepspeed: str | None = Field(description="DeepSpeed file, or null")
 
-    wandb_mode: Literal["online", "offline", "disabled"] = Field(
+    wandb_mode: Beside[Literal["online", "offline", "disabled"]] = Field(
         description="How runs reach Weights & Biases"
     )
-    wandb_project: str = Field(min_length=1, description="Weights & Biases project")
-    runs_dir: str = Field(min_length=1, description="Folder of all run folders")
-    run_id: str | None = Field(
+    wandb_project: Beside[str] = Field(min_length=1, description="Weights & Biases project")
+    runs_dir: Beside[str] = Field(min_length=1, description="Folder of all run folders")
+    run_id: Beside[str | None] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="Name of the run folder; null = from the parameters",
     )
-    existing_run: Literal["resume", "replace"] = Field(
+    existing_run: Beside[Literal["resume", "replace"]] = Field(
         description="What 03 does with a run folder that exists: go on (or reuse it when finished), or start anew"
     )
-    backbones_dir: str = Field(min_length=1, description="Folder of prepared backbones")
-    base_url: str | None = Field(
+    backbones_dir: Beside[str] = Field(min_length=1, description="Folder of prepared backbones")
+    base_url: Scoring[str | None] = Field(
         description="Address of a running vLLM server, e.g. http://127.0.0.1:8001/v1"
     )
-    greedy_dtype: Literal["bfloat16", "float32"] | None = Field(
+    greedy_dtype: Scoring[Literal["bfloat16", "float32"] | None] = Field(
         None, description="Arithmetic of greedy decoding in 04; null = dtype"
     )
-    vllm_dtype: Literal["bfloat16", "float32", "float16"] = Field(
+    vllm_dtype: Scoring[Literal["bfloat16", "float32", "float16"]] = Field(
         description="Arithmetic of the server that 05 starts"
     )
-    vllm_concurrency: int = Field(ge=1, description="Requests in flight at a time")
+    vllm_concurrency: Scoring[int] = Field(ge=1, description="Requests in flight at a time")
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Parameters:
@@ -323,6 +293,11 @@ def watch_metric_of(values: Mapping[str, Any]) -> str:
 
 
 PARAMETER_NAMES = frozenset(Parameters.model_fields)
+SCORING, _BESIDE = (
+    frozenset(name for name, field in Parameters.model_fields.items() if mark in field.metadata)
+    for mark in ("scoring", "beside")
+)
+NOT_IDENTITY = SCORING | _BESIDE
 _GROUPS = frozenset(path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir())
 
 
