@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 
 from biomerge_lib.decoding.predictions import Prediction
+from biomerge_lib.experiment.stages import STAGES
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-STAGES = ["01_tokenizer", "02_data", "03_train", "04_greedy_dev", "05_vllm_eval", "06_report"]
 
 
-def test_the_six_notebooks_are_there():
-    assert [path.stem for path in NOTEBOOKS] == STAGES
+def test_the_table_of_stages_is_the_notebooks_and_the_readmes():
+    assert [path.stem for path in NOTEBOOKS] == list(STAGES)
+    readme = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
+    rows = [f"| {name} | {stage.reads} | {stage.writes} |\n" for name, stage in STAGES.items()]
+    assert "| notebook | reads | writes |\n|---|---|---|\n" + "".join(rows) in readme
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -19,7 +19,7 @@ import yaml
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_json
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
-from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.parameters import Parameters, as_overrides, compose_parameters
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
@@ -188,18 +188,13 @@ def _commands(name: str, parameters: Parameters) -> list[str]:
         for field, value in parameters.model_dump().items()
         if value != getattr(defaults, field) and field not in PLACES
     }
-    words = [f"{field}={_word(value)}" for field, value in values.items()]
     data_dir = f"data_dir={parameters.data_dir}"
     commands = [
         ["run", "02_data", f"corpora=[{corpora}]", data_dir],
-        ["run", "03_train", data_dir, *words, f"run_id={name}"],
+        ["run", "03_train", data_dir, *as_overrides(values), f"run_id={name}"],
         ["export-adapter", f"runs/{name}", name],
     ]
     return [shlex.join(["python", "-m", "biomerge_lib", *command]) for command in commands]
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _unknown(corpus: str) -> dict[str, str]:

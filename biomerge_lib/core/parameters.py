@@ -319,6 +319,11 @@ def as_override(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """``["learning_rate=0.001", ...]``: the words that give these values on a command line."""
+    return [f"{name}={as_override(value)}" for name, value in values.items()]
+
+
 def override_names(overrides: Sequence[str]) -> frozenset[str]:
     """The parameter names that overrides set directly (choices of a group are not among them)."""
     names = {word.partition("=")[0] for word in _normalise_overrides(overrides)}

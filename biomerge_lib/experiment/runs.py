@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,10 @@ from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment import jobs
 from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
 from biomerge_lib.experiment.replaced import place_aside
+from biomerge_lib.experiment.stages import BEFORE_TRAINING, DATA, SCORING_STAGES, TRAIN
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
-BEFORE_TRAINING = ("01_tokenizer", "02_data")
-SCORING_STAGES = ("04_greedy_dev", "05_vllm_eval")
 PACKAGES = (
     "torch",
     "transformers",
@@ -95,9 +93,9 @@ class Run:
         """Record the stage's metrics in ``metrics.json`` and glue its scalars into the notebook (scrapbook)."""
         seconds = round(time.time() - self._started, 2)
         left: dict[str, Any] = {}
-        if self.stage == "02_data":
+        if self.stage == DATA:
             left = {"data": self._data()}
-        elif self.stage == "03_train":
+        elif self.stage == TRAIN:
             left = {"model": fingerprint_weights(self.merged)}
         metrics = {**metrics, "stage_seconds": seconds}
         self._write(status="finished", metrics=metrics, provenance=provenance(), **left)
@@ -117,9 +115,7 @@ class Run:
         everything["run_id"] = self.folder.name
         everything["stages"][self.stage] = stage
         # What a run was trained with is 03's to say; the notebooks before it only announce it.
-        if self.stage == "03_train" or (
-            "parameters" not in everything and self.stage in ("01_tokenizer", "02_data")
-        ):
+        if self.stage == TRAIN or ("parameters" not in everything and self.stage in BEFORE_TRAINING):
             everything["parameters"] = self.parameters.model_dump()
             everything["data"] = self._data()
         write_json(self.folder / "metrics.json", everything)
@@ -144,7 +140,7 @@ def open_notebook(stage: str, namespace: Mapping[str, Any]) -> Run:
     if stage in SCORING_STAGES:
         parameters = _scoring_parameters(folder, parameters, given)
     run = Run(folder, stage, parameters)
-    if stage == "03_train":
+    if stage == TRAIN:
         prepare_run_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     run.start()
@@ -232,7 +228,7 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
         parameters.run_folder if parameters.run_folder.is_absolute() else PROJECT_DIR / parameters.run_folder
     )
     executed = folder / notebook.name
-    training = notebook.stem == "03_train"
+    training = notebook.stem == TRAIN
     with jobs.only_one(folder) if training else nullcontext():
         if training and parameters.existing_run == "resume":
             jobs.fetch_run(folder)
@@ -300,19 +296,16 @@ def outdated_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> 
     """
     stages, data = recorded.get("stages", {}), recorded.get("data", {})
     outdated: dict[str, str] = {}
-    if data and changed_splits(stages.get("02_data", {}).get("data") or {}, data):
-        outdated["02_data"] = "it wrote other data than 03_train read"
-    model, now = stages.get("03_train", {}).get("model"), {}
+    if data and changed_splits(stages.get(DATA, {}).get("data") or {}, data):
+        outdated[DATA] = "it wrote other data than 03_train read"
+    model, now = stages.get(TRAIN, {}).get("model"), {}
     parameters = recorded.get("parameters", {})
-    trained = folder and next(
-        chain(folder.glob("training.json"), folder.glob("checkpoints/checkpoint-*")), None
-    )
-    if folder and trained and isinstance(parameters.get("data_dir"), str):
+    if folder and _has_training(folder) and isinstance(parameters.get("data_dir"), str):
         model = model and (fingerprint_weights(folder / "merged") or model)
         now = data_hashes(PROJECT_DIR / parameters["data_dir"])
         used = [split for split in SPLITS if split != "test" or parameters.get("run_test_eval")]
         if changed := [split for split in changed_splits(data, now) if split in used]:
-            outdated["03_train"] = f"{' and '.join(changed)}.jsonl in {parameters['data_dir']} changed since"
+            outdated[TRAIN] = f"{' and '.join(changed)}.jsonl in {parameters['data_dir']} changed since"
     for stage in SCORING_STAGES:
         read = stages.get(stage, {}).get("input") or {}
         if stage in stages and model and read.get("model") != model:
@@ -320,6 +313,10 @@ def outdated_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> 
         elif changed := changed_splits(read.get("data") or {}, now):
             outdated[stage] = f"it scored another {changed[0]}.jsonl than the one that lies there now"
     return outdated
+
+
+def _has_training(folder: Path) -> bool:
+    return (folder / "training.json").is_file() or any(folder.glob("checkpoints/checkpoint-*"))
 
 
 def current_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
@@ -403,7 +400,7 @@ def _refuse_other_training(folder: Path, parameters: Parameters) -> None:
         raise ParameterError(
             f"run {folder.name} exists with {changed}. Choose another run_id, or set existing_run=replace."
         )
-    if why := outdated_stages(read_metrics(folder), folder).get("03_train"):
+    if why := outdated_stages(read_metrics(folder), folder).get(TRAIN):
         raise ParameterError(
             f"run {folder.name} is out of date: {why}. Choose another run_id, or set existing_run=replace."
         )
@@ -438,11 +435,7 @@ def _git_commit() -> str | None:
         "git",
         "-C",
         str(PROJECT_DIR),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
+        *["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
     ]
     try:
         found = subprocess.run(describe, capture_output=True, text=True, check=False)

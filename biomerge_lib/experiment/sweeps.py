@@ -23,6 +23,7 @@ from biomerge_lib.core.parameters import (
     PARAMETERS_DIR,
     Parameters,
     as_override,
+    as_overrides,
     check_names,
     compose_parameters,
 )
@@ -35,9 +36,8 @@ from biomerge_lib.experiment.runs import (
     load_run_parameters,
     read_metrics,
 )
+from biomerge_lib.experiment.stages import TRAIN
 from biomerge_lib.experiment.tracking import run_tracked_notebook
-
-STAGE = "03_train"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,7 @@ class Sweep:
 
     def point_overrides(self, number: int) -> list[str]:
         """``["task=ner_span", ..., "learning_rate=0.0001"]``."""
-        return [
-            *self.overrides,
-            *(f"{name}={as_override(value)}" for name, value in self.points[number].items()),
-        ]
+        return [*self.overrides, *as_overrides(self.points[number])]
 
     def parameters(self, number: int) -> Parameters:
         return compose_parameters(self.point_overrides(number))
@@ -122,7 +119,7 @@ def read_point(sweep: Sweep, number: int) -> Point:
     """What there is of a point, here or (in a job) in the archive."""
     parameters = sweep.parameters(number)
     folder = jobs.archived_run(PROJECT_DIR / parameters.run_folder)
-    stage = read_metrics(folder).get("stages", {}).get(STAGE, {})
+    stage = read_metrics(folder).get("stages", {}).get(TRAIN, {})
     metrics = stage.get("metrics", {})
     score = metrics.get(sweep.metric)
     common: dict[str, Any] = {"number": number, "values": sweep.points[number], "folder": folder}
@@ -151,7 +148,7 @@ def run_point(sweep: Sweep, number: int) -> None:
             f"{sweep.name} has the points 0 to {len(sweep.points) - 1}; there is no {number}."
         )
     point = read_point(sweep, number)
-    label = " ".join(f"{name}={as_override(value)}" for name, value in point.values.items())
+    label = " ".join(as_overrides(point.values))
     print(f"point {number} of {sweep.name} ({label}): {point.status} {point.reason}".rstrip(), flush=True)
     if point.status == "finished":
         print(f"{point.folder.name} has {sweep.metric} = {point.score:.4f}: nothing to do")
@@ -159,7 +156,7 @@ def run_point(sweep: Sweep, number: int) -> None:
     os.environ.setdefault("WANDB_RUN_GROUP", sweep.name)
     os.environ["WANDB_NAME"] = label
     again = ["existing_run=replace"] if point.status == "outdated" else []
-    run_tracked_notebook(STAGE, [*sweep.point_overrides(number), *again])
+    run_tracked_notebook(TRAIN, [*sweep.point_overrides(number), *again])
 
 
 def rank_points(sweep: Sweep) -> list[Point]:
@@ -173,38 +170,29 @@ def rank_points(sweep: Sweep) -> list[Point]:
 
 def describe_ranking(sweep: Sweep, points: Sequence[Point]) -> str:
     """The ranking as text: a line a point, with the parameters that vary, and the best checkpoint's place."""
+    from pandas import DataFrame
+
     varying = [name for name, values in sweep.grid.items() if len(values) > 1]
     finished = [point for point in points if point.status == "finished"]
-    header = ["rank", sweep.metric, *varying, "point", "run"]
     rows = [
-        [
-            str(rank) if point.status == "finished" else point.status,
-            "" if point.score is None else f"{point.score:.4f}",
-            *(as_override(point.values[name]) for name in varying),
-            str(point.number),
-            point.folder.name + (f"  ({point.reason})" if point.reason else ""),
-        ]
+        {
+            "rank": str(rank) if point.status == "finished" else point.status,
+            sweep.metric: "" if point.score is None else f"{point.score:.4f}",
+            **{name: as_override(point.values[name]) for name in varying},
+            "point": str(point.number),
+            "run": point.folder.name + (f"  ({point.reason})" if point.reason else ""),
+        }
         for rank, point in enumerate(points, start=1)
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
     best = f"best checkpoint: {finished[0].checkpoint}" if finished else "no point is finished yet"
-    return "\n".join([f"{sweep.name}: {len(finished)} of {len(points)} points finished", *lines, best])
+    head = f"{sweep.name}: {len(finished)} of {len(points)} points finished"
+    return "\n".join([head, DataFrame(rows).to_string(index=False), best])
 
 
 def pending_points(sweep: Sweep) -> str:
-    """The points still to run, as ``sbatch --array`` takes them: ``0,3-5``; empty when all are finished."""
+    """The points still to run, as ``sbatch --array`` takes them: ``0,3,4``; empty when all are finished."""
     numbers = sorted(point.number for point in rank_points(sweep) if point.status != "finished")
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and ranges[-1][-1] == number - 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    return ",".join(f"{found[0]}-{found[-1]}" if len(found) > 1 else str(found[0]) for found in ranges)
+    return ",".join(map(str, numbers))
 
 
 def _find(path: Path) -> Path:

@@ -36,6 +36,7 @@ from biomerge_lib.experiment.runs import (
     read_metrics,
     run_notebook,
 )
+from biomerge_lib.experiment.stages import STAGES, TRAIN
 
 if TYPE_CHECKING:
     import wandb
@@ -50,7 +51,7 @@ def run_tracked_notebook(name: str, overrides: Sequence[str]) -> Path:
     parameters = compose_parameters(overrides)
     folder = PROJECT_DIR / parameters.run_folder
     stage = find_notebook(name).stem
-    if stage == "03_train" and not _disabled(parameters) and (reason := _offline_reason(parameters)):
+    if stage == TRAIN and not _disabled(parameters) and (reason := _offline_reason(parameters)):
         # The notebook says it too, but a job's log begins here.
         print(_offline_notice(reason, folder), flush=True)
     try:
@@ -228,11 +229,9 @@ def _files(folder: Path, stage: str, metrics: dict[str, Any]) -> list[tuple[str,
         if (checkpoint / "adapter_model.safetensors").is_file():
             kept = [path for path in sorted(checkpoint.glob("*")) if path.suffix in (".json", ".safetensors")]
             found.append(("model", "checkpoint", kept))
-    if stage != "03_train":
-        decoder = "greedy" if "greedy" in stage else "vllm"
-        found.append(
-            ("predictions", f"predictions-{decoder}", sorted(folder.glob(f"predictions-*-{decoder}.jsonl")))
-        )
+    if stage in STAGES and (decoder := STAGES[stage].decoder):
+        predictions = sorted(folder.glob(f"predictions-*-{decoder}.jsonl"))
+        found.append(("predictions", f"predictions-{decoder}", predictions))
     return [(kind, name, paths) for kind, name, paths in found if paths and all(map(Path.is_file, paths))]
 
 

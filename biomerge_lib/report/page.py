@@ -15,7 +15,7 @@ from biomerge_lib import __version__
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_text
 from biomerge_lib.core.markup import INERT
-from biomerge_lib.core.parameters import as_override, compose_parameters
+from biomerge_lib.core.parameters import as_overrides, compose_parameters
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.decoding.predictions import Prediction, read_predictions
 from biomerge_lib.report.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
@@ -248,7 +248,7 @@ def _command(run: ReportedRun) -> str:
     defaults = compose_parameters().model_dump() | {"existing_run": run.parameters.get("existing_run")}
     values = {**run.parameters, "run_id": run.name}
     given = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
-    words = [shlex.quote(f"{name}={as_override(value)}") for name, value in given.items()]
+    words = map(shlex.quote, as_overrides(given))
     return " \\\n  ".join(["python -m biomerge_lib run 03_train", *words])
 
 

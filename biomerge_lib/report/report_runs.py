@@ -17,11 +17,11 @@ import yaml
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.parameters import NOT_IDENTITY, watch_metric_of
 from biomerge_lib.experiment.runs import outdated_stages
+from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TRAIN, GREEDY, VLLM = "03_train", "04_greedy_dev", "05_vllm_eval"
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
 HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
@@ -201,7 +201,7 @@ def _read_run(folder: Path) -> ReportedRun | None:
     notes: list[str] = []
     recorded = read_file(folder / "metrics.json", dict, notes)
     stages = {name: _object(stage) for name, stage in _object(recorded.get("stages")).items()}
-    if set(stages) == {"06_report"} and not (folder / "parameters.yaml").is_file():
+    if set(stages) == {REPORT} and not (folder / "parameters.yaml").is_file():
         return None
     # parameters.yaml is written by the training alone; later notebooks rewrite metrics.json.
     parameters = read_file(folder / "parameters.yaml", dict, notes) or _object(recorded.get("parameters"))
