@@ -4,10 +4,8 @@ nothing twice and explains what it cannot do. Nothing here installs or downloads
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -177,156 +175,173 @@ def write_program(path: Path, text: str) -> Path:
     return path
 
 
-def run_setup(
-    folder: Path, *arguments: str, free_gb: int = 0, **environment: str
-) -> subprocess.CompletedProcess:
-    """setup_env.sh for ``folder/venv``. With no disk space, so that it can never get as far as installing."""
-    write_program(folder / "bin" / "df", f'echo Filesystem; echo "disk 1 1 {free_gb}000000 1 /"')
-    variables = {
-        key: value for key, value in os.environ.items() if not key.startswith(("BIOMERGE_", "PIP_", "UV_"))
-    }
-    variables |= {
-        "VENV": str(folder / "venv"),
-        "BIOMERGE_DEVICE": "cpu",
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-    }
-    variables.pop("PYTHON", None)
-    return subprocess.run(
-        ["bash", str(SETUP), *arguments],
-        env=variables | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+class Paper:
+    """``folder/venv``: an interpreter, and a uv that writes down what it is asked for, ready for the CPU set."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.venv = folder, folder / "venv"
+        self.stamp, self.unfinished = (self.venv / f"biomerge-env.{name}" for name in ("stamp", "unfinished"))
+        self.packages = self.venv / "lib/python3.11/site-packages"
+        self.packages.mkdir(parents=True)
+        write_program(self.venv / "bin/python", f'exec "{sys.executable}" "$@"')
+        self.uv_does("exit 0")
+        self.stamp.write_text(self.bash("choose_device; stamp_text").stdout)
+
+    def uv_does(self, then: str) -> None:
+        version = read_pins("cpu")["uv"]
+        asked = (
+            f'[[ $1 == --version ]] && echo "uv {version}" && exit; echo "$@" >>{self.folder}/asked; {then}'
+        )
+        write_program(self.venv / "bin/uv", asked)
+
+    @property
+    def asked(self) -> str:
+        path = self.folder / "asked"
+        return path.read_text() if path.exists() else ""
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+        ours = ("BIOMERGE_", "PIP_", "UV_", "PYTHON")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        kept |= {"VENV": str(self.venv), "BIOMERGE_DEVICE": "cpu", "PIP_CONFIG_FILE": os.devnull}
+        kept["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(["bash", *command], env=kept | environment, **pipes)
+
+    def end(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def bash(self, words: str) -> subprocess.CompletedProcess:
+        return self.end(self.start("-c", f'source "{SETUP}"; {words}'))
+
+    def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return self.end(self.start(str(SETUP), *arguments, **environment))
 
 
-def write_ready_environment(folder: Path) -> Path:
-    """An environment that consists of an interpreter and the stamp of a finished set-up."""
-    write_program(folder / "venv" / "bin" / "python", f'exec "{sys.executable}" "$@"')
-    (folder / "venv" / "pyvenv.cfg").touch()
-    content = (ROOT / "requirements" / "cpu.txt").read_bytes() + SETUP.read_bytes()
-    lines = ["device cpu", f"python {platform.python_version()}", f"venv {folder / 'venv'}"]
-    lines.append(f"hash {hashlib.sha256(content).hexdigest()}")
-    stamp = folder / "venv" / "biomerge-env.stamp"
-    stamp.write_text("\n".join(lines) + "\n")
-    return stamp
+@pytest.fixture
+def paper(tmp_path: Path) -> Paper:
+    return Paper(tmp_path)
 
 
-def test_setup_does_nothing_where_the_stamp_matches(tmp_path: Path) -> None:
-    stamp = write_ready_environment(tmp_path)
-    before = stamp.stat().st_mtime_ns
+def test_setup_does_nothing_where_the_stamp_matches(paper: Paper) -> None:
     started = time.monotonic()
-    done = run_setup(tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = paper.setup()
+    assert (done.returncode, done.stdout, done.stderr, paper.asked) == (0, "", "", "")
     assert time.monotonic() - started < 2
-    assert stamp.stat().st_mtime_ns == before
 
 
-def test_setup_keeps_the_device_that_is_there_where_none_is_asked_for(tmp_path: Path) -> None:
-    write_ready_environment(tmp_path)
-    done = run_setup(tmp_path, BIOMERGE_DEVICE="")
-    if shutil.which("nvidia-smi"):  # a GPU machine wants the other set
-        assert done.returncode == 1 and "the cuda environment needs" in done.stderr
-    else:
-        assert done.returncode == 0
+@pytest.mark.parametrize("change", ["hash", "python", "venv", "device"])
+def test_setup_installs_the_pinned_set_where_anything_changed_and_then_no_more(
+    paper: Paper, change: str
+) -> None:
+    text = paper.stamp.read_text()
+    wrong = {"hash": r"\w{64}", "python": "python .*", "venv": "venv .*", "device": "device .*"}[change]
+    paper.stamp.write_text(re.sub(wrong, "x", text))
+    done = paper.setup()
+    assert done.returncode == 0 and "ready in" in done.stdout, done.stderr
+    torch, pinned, project = paper.asked.splitlines()
+    assert torch.endswith(f"torch=={read_pins('cpu')['torch']}") and project.endswith(f"-e {ROOT}")
+    assert "pip --quiet sync" in pinned and pinned.endswith(f"{ROOT}/requirements/cpu.txt")
+    assert paper.stamp.read_text() == text and not paper.unfinished.exists()
+    paper.setup()
+    assert len(paper.asked.splitlines()) == 3
 
 
-def test_setup_chooses_cuda_where_there_is_a_gpu(tmp_path: Path) -> None:
-    write_ready_environment(tmp_path)
-    write_program(tmp_path / "bin" / "nvidia-smi", "echo 580.00")
-    done = run_setup(tmp_path, BIOMERGE_DEVICE="")
-    assert done.returncode == 1 and "the cuda environment needs" in done.stderr
+def test_a_half_made_environment_is_not_taken_for_a_whole_one(paper: Paper) -> None:
+    paper.unfinished.touch()  # killed while installing
+    done = paper.setup(PYTHON="none")
+    assert done.returncode == 1 and "no Python 3.11 or 3.12 found (tried: none" in done.stderr
 
 
-@pytest.mark.parametrize("change", ["other pins", "other Python", "moved", "interrupted", "other device"])
-def test_setup_starts_again_where_anything_changed(tmp_path: Path, change: str) -> None:
-    stamp = write_ready_environment(tmp_path)
-    text = stamp.read_text()
-    if change == "other pins":
-        stamp.write_text(re.sub(r"hash .*", "hash " + "0" * 64, text))
-    elif change == "other Python":
-        stamp.write_text(re.sub(r"python .*", "python 3.11.0rc1", text))
-    elif change == "moved":
-        stamp.write_text(re.sub(r"venv .*", "venv elsewhere", text))
-    elif change == "interrupted":
-        (stamp.parent / "biomerge-env.unfinished").touch()
-    done = run_setup(tmp_path, BIOMERGE_DEVICE="cuda" if change == "other device" else "cpu")
-    assert done.returncode == 1
-    assert "has 0 GB free" in done.stderr and "VENV=" in done.stderr
-    assert stamp.exists()  # refused before anything was touched
+def test_an_update_that_fails_leaves_a_good_environment_good(paper: Paper) -> None:
+    good = paper.stamp.read_text()
+    paper.stamp.write_text("older pins")
+    paper.uv_does("echo no route >&2; exit 1")
+    done = paper.setup()
+    assert (
+        done.returncode == 1 and "no route" in done.stderr and "A mirror: BIOMERGE_TORCH_INDEX" in done.stderr
+    )
+    assert paper.stamp.read_text() == "older pins" and not paper.unfinished.exists()
+    paper.uv_does(f"[[ $* != *sync* ]] || touch {paper.packages}/half; [[ $* != *sync* ]]")
+    done = paper.setup()
+    assert done.returncode == 1 and "uv takes them over" in done.stderr and paper.unfinished.exists()
+    paper.stamp.write_text(good)
+    assert paper.setup(PYTHON="none").returncode == 1
+
+
+def test_torch_comes_from_its_own_index_where_no_other_place_has_it(paper: Paper) -> None:
+    paper.stamp.write_text("older pins")
+    paper.uv_does("[[ $* != *--index-strategy*torch==* ]]")
+    assert paper.setup(BIOMERGE_TORCH_INDEX="http://mirror/cpu").returncode == 0
+    found = [line for line in paper.asked.splitlines() if "torch==" in line]
+    assert len(found) == 2 and "--default-index http://mirror/cpu" in found[1]
+
+
+def test_two_setups_at_once_install_once(paper: Paper) -> None:
+    paper.stamp.write_text("older pins")
+    paper.uv_does("sleep 0.5")
+    both = [paper.start(str(SETUP)) for _ in range(2)]
+    ends = [paper.end(process) for process in both]
+    assert [end.returncode for end in ends] == [0, 0] and paper.asked.count(" sync ") == 1
+    assert sum("another setup is at work" in end.stdout for end in ends) == 1
+
+
+def test_the_device_is_what_was_asked_for_or_is_there(paper: Paper) -> None:
+    if not shutil.which("nvidia-smi"):
+        assert paper.setup(BIOMERGE_DEVICE="").returncode == 0 and not paper.asked  # the CPU set is there
+    write_program(paper.folder / "bin/nvidia-smi", "echo 580.00")
+    assert paper.setup(BIOMERGE_DEVICE="").returncode == 0 and "requirements/cuda.txt" in paper.asked
+    assert "must be cpu or cuda" in paper.setup(BIOMERGE_DEVICE="gpu").stderr
 
 
 @pytest.mark.parametrize(
     ("python", "message"),
     [
         ("exit 127", "no Python 3.11 or 3.12 found"),
-        ("echo 3.10.4", "is 3.10.4"),
-        ('case "$*" in *ensurepip*) exit 1 ;; *) echo 3.12.9 ;; esac', "apt-get install python3.12-venv"),
+        ("echo 3.10.4", "python 3.10.4"),
+        ('case "$*" in *ensurepip*) exit 1 ;; *) echo 3.12.9 ;; esac', "apt-get install python3-venv"),
     ],
 )
-def test_setup_explains_an_unfit_python(tmp_path: Path, python: str, message: str) -> None:
-    unfit = write_program(tmp_path / "python", python)
-    done = run_setup(tmp_path, free_gb=99, PYTHON=str(unfit))
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert not (tmp_path / "venv").exists()
+def test_setup_explains_an_unfit_python(paper: Paper, python: str, message: str) -> None:
+    shutil.rmtree(paper.venv)
+    unfit = write_program(paper.folder / "python", python)
+    done = paper.setup(PYTHON=str(unfit))
+    assert done.returncode == 1 and message in done.stderr
+    assert not paper.venv.exists()
 
 
-def test_setup_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
-    thesis = tmp_path / "venv" / "thesis.tex"
-    thesis.parent.mkdir()
-    thesis.write_text("years of work")
-    done = run_setup(tmp_path, free_gb=99)
-    assert done.returncode == 1
-    assert "is no virtual environment" in done.stderr
-    assert thesis.read_text() == "years of work"
+def test_setup_leaves_alone_what_it_did_not_make(paper: Paper) -> None:
+    paper.stamp.unlink()
+    done = paper.setup()
+    assert done.returncode == 1 and "this script did not make it" in done.stderr
+    assert paper.packages.is_dir() and not paper.asked
 
 
-def test_setup_leaves_a_foreign_environment_alone(tmp_path: Path) -> None:
-    package = tmp_path / "venv/lib/python3.10/site-packages/thesis_tools"
-    package.mkdir(parents=True)
-    (tmp_path / "venv/pyvenv.cfg").touch()
-    done = run_setup(tmp_path, free_gb=99)
-    assert done.returncode == 1
-    assert "did not install" in done.stderr
-    assert package.is_dir()
+def test_setup_refuses_what_it_does_not_know(paper: Paper) -> None:
+    assert "unknown argument '--compil'" in paper.setup("--compil").stderr
+    assert "BIOMERGE_DEVICE=cpu|cuda" in paper.setup("--help").stdout
 
 
-def test_setup_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    assert "must be cpu or cuda" in run_setup(tmp_path, BIOMERGE_DEVICE="gpu").stderr
-    assert "unknown argument '--compil'" in run_setup(tmp_path, "--compil").stderr
-    assert "BIOMERGE_DEVICE=cpu|cuda" in run_setup(tmp_path, "--help").stdout
-
-
-def test_pips_settings_hold_for_uv_without_the_unreachable_ones(tmp_path: Path) -> None:
-    wheels, index, gone = tmp_path / "wheels", tmp_path / "index", tmp_path / "gone"
-    wheels.mkdir(), index.mkdir()
+@pytest.mark.parametrize("device", SETS)
+def test_pips_settings_hold_for_uv(paper: Paper, device: str) -> None:
+    wheels, others, gone = (paper.folder / name for name in ("wheels", "others", "gone"))
+    wheels.mkdir(), others.mkdir()
     (wheels / f"torch-{read_pins('cpu')['torch']}-cp311-cp311-linux_x86_64.whl").touch()
-    (tmp_path / "pip.conf").write_text(
-        f"[global]\nindex-url = http://127.0.0.1:9/simple\nfind-links = {wheels} {gone}\n"
-        f"extra-index-url = {index.as_uri()}\n    http://127.0.0.1:9/extra\n"
+    config = paper.folder / "pip.conf"
+    config.write_text(
+        f"[global]\nindex-url = http://mirror/simple\nfind-links = {wheels} {gone}\n    {others}\n"
+        f"extra-index-url = {others.as_uri()}\n    http://mirror/extra\ntrusted-host = mirror\n"
     )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "UV_"))}
-    environment |= {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "VENV": sys.prefix}
-    found = {}
-    for name in SETS:
-        command = f'source "{SETUP}"; read_uv_settings {name}; printf "%s\\n" "${{UV_ARGS[@]}}"'
-        done = subprocess.run(
-            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"{gone} is left out" in done.stderr and "/extra is left out" in done.stderr
-        found[name] = done.stdout.split()
-    common = ["--default-index", "http://127.0.0.1:9/simple", "--index", index.as_uri()]
-    strategy = ["--index-strategy", "unsafe-best-match"]
-    assert [item for item in found["cpu"] if "insecure" not in item] == [
-        *common,
-        "--find-links",
-        str(wheels),
-        *strategy,
-    ]
+    paper.stamp.write_text("older pins")
+    settings = {"PIP_CONFIG_FILE": str(config), "PIP_INDEX_URL": "http://nearer/simple"}
+    assert paper.setup(BIOMERGE_DEVICE=device, **settings).returncode == 0
+    (sync,) = (line for line in paper.asked.splitlines() if " sync " in line)
+    assert "--default-index http://nearer/simple" in sync and "http://mirror/simple" not in sync
+    assert f"--index {others.as_uri()} --index http://mirror/extra" in sync
+    assert "--allow-insecure-host mirror" in sync and f"--find-links {others}" in sync
+    assert str(gone) not in sync  # uv would stop there
     # A CPU wheel would satisfy the CUDA set's torch==X as well, so its folder is not offered there.
-    assert str(wheels) not in found["cuda"] and "--find-links" not in found["cuda"]
+    assert (f"--find-links {wheels}" in sync) == (device == "cpu")
 
 
 # --- Makefile and shell scripts
