@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -14,103 +14,110 @@ from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
 
-EXAMPLES = {
-    "run": [
-        "run 03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4",
-        "run 02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner",
-        "run 05_vllm_eval run_id=my-run",
-    ],
-    "parameters": ["parameters", "parameters model=lora_ner_unsloth runtime=h100"],
-    "preflight": ["preflight data_dir=data/bc5cdr/ner corpus_cue=true"],
-    "report": ["report runs", "report runs/one runs/two --out comparison.html"],
-    "publish": ["publish runs/my-run", "publish runs/lr-* --into ablation", "publish"],
-    "replaced": ["replaced", "replaced runs --remove .replaced-my-run-20261130T181659123456"],
-    "sweep": [
-        "sweep parameters/sweep/lora_ner_span.yaml",
-        "sweep --run parameters/sweep/lora_ner_span.yaml runtime=a100",
-        "sweep --point 3 parameters/sweep/lora_ner_span.yaml runtime=a100",
-    ],
-    "predict": [
-        'predict "Aspirin can trigger asthma attacks ."',
-        "predict --file abstract.txt",
-        "predict --file abstracts.jsonl --out mentions.jsonl",
-        "predict --file brat_folder --format brat --out predicted",
-        "predict --file corpus.PubTator.txt --out mentions.conll --model runs/my-run",
-        "predict --file abstracts.jsonl --out mentions.jsonl --base-url http://127.0.0.1:8001",
-    ],
-    "export-adapter": ["export-adapter runs/my-run my-adapter"],
-    "wandb-sync": ["wandb-sync runs/my-run"],
-}
 EXIT_CODES = (
     f"exit codes: 0 done; 1 a fault of the program, please report it; 2 the input is at fault, the message says how; "
     f"{INTERRUPTED} stopped on a job's request, to be started again; 130 interrupted"
 )
 # Errors of the operating system that come from where the user wants something read or written.
 OF_THE_PLACE = {
-    getattr(errno, name)
-    for name in (
-        "EACCES",
-        "EDQUOT",
-        "EEXIST",
-        "EISDIR",
-        "ENAMETOOLONG",
-        "ENOSPC",
-        "ENOTDIR",
-        "EPERM",
-        "EROFS",
-    )
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of every command, with examples."""
     layout = argparse.RawDescriptionHelpFormatter
-    shown = [EXAMPLES[command][0] for command in EXAMPLES]
     parser = argparse.ArgumentParser(
         prog="python -m biomerge_lib",
         description="BioMerge: biomedical named entities with LoRA-tuned language models.",
-        epilog=_epilog(shown) + "\n\n" + fill(EXIT_CODES, 100),
         formatter_class=layout,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    first_examples = []
 
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+    def add(verb: Callable[[argparse.Namespace], int], help: str, *examples: str) -> argparse.ArgumentParser:
+        """A command named as its function; ``examples`` are what stands behind its name."""
+        name = verb.__name__.strip("_").replace("_", "-")
+        lines = [f"  python -m biomerge_lib {name} {example}".rstrip() for example in examples]
+        first_examples.append(lines[0])
+        epilog = "\n".join(["examples:", *lines])
+        command = commands.add_parser(
             name,
             help=help,
-            description=help[0].upper() + help[1:] + ".",
-            epilog=_epilog(EXAMPLES[name]),
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=epilog,
             formatter_class=layout,
         )
+        command.set_defaults(verb=verb)
+        return command
 
-    run = add("run", "execute a notebook with papermill into its run folder")
-    run.add_argument("notebook", help="01_tokenizer ... 06_report")
-    run.add_argument(
-        "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value, as Hydra takes them"
+    def take_overrides(command: argparse.ArgumentParser, of: str = "") -> None:
+        command.add_argument("overrides", nargs=argparse.REMAINDER, help=f"group=choice and name=value{of}")
+
+    run = add(
+        _run,
+        "execute a notebook with papermill into its run folder",
+        "03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4",
+        "02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner",
+        "05_vllm_eval run_id=my-run",
     )
-    show = add("parameters", "list every parameter with its value and meaning")
+    run.add_argument("notebook", help="01_tokenizer ... 06_report")
+    take_overrides(run, ", as Hydra takes them")
+    show = add(
+        _parameters,
+        "list every parameter with its value and meaning",
+        "",
+        "model=lora_ner_unsloth runtime=h100",
+    )
     show.add_argument(
         "--markdown", action="store_true", help="the page docs/parameters.md (for every model and runtime)"
     )
-    show.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
-    preflight = add("preflight", "say in seconds whether these data, tokenizer and parameters can train")
-    preflight.add_argument("overrides", nargs=argparse.REMAINDER, help="group=choice and name=value")
-    report = add("report", "write one report page from run folders")
+    take_overrides(show)
+    preflight = add(
+        _preflight,
+        "say in seconds whether these data, tokenizer and parameters can train",
+        "data_dir=data/bc5cdr/ner corpus_cue=true",
+    )
+    take_overrides(preflight)
+    report = add(
+        _report,
+        "write one report page from run folders",
+        "runs",
+        "runs/one runs/two --out comparison.html",
+    )
     report.add_argument("runs", nargs="+", help="run folders, or folders of run folders")
     report.add_argument(
         "--out", default="reports/report.html", help="the page to write (default: %(default)s)"
     )
-    publish = add("publish", "copy finished runs to reports/ and rewrite the README's table")
+    publish = add(
+        _publish,
+        "copy finished runs to reports/ and rewrite the README's table",
+        "runs/my-run",
+        "runs/lr-* --into ablation",
+        "",
+    )
     publish.add_argument("runs", nargs="*", help="run folders (none: only rewrite the table)")
     publish.add_argument(
         "--into", metavar="NAME", help="publish in reports/NAME/, whose README.md has a table of its own"
     )
-    replaced = add("replaced", "list the runs that existing_run=replace moved aside, or remove some for good")
+    replaced = add(
+        _replaced,
+        "list the runs that existing_run=replace moved aside, or remove some for good",
+        "",
+        "runs --remove .replaced-my-run-20261130T181659123456",
+    )
     replaced.add_argument(
         "runs_dir", nargs="?", default="runs", help="folder of all run folders (default: %(default)s)"
     )
     replaced.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="names that the list has")
-    sweep = add("sweep", "rank a sweep file's points, or run them without a server")
+    sweep = add(
+        _sweep,
+        "rank a sweep file's points, or run them without a server",
+        "parameters/sweep/lora_ner_span.yaml",
+        "--run parameters/sweep/lora_ner_span.yaml runtime=a100",
+        "--point 3 parameters/sweep/lora_ner_span.yaml runtime=a100",
+    )
     todo = sweep.add_mutually_exclusive_group()
     todo.add_argument(
         "--point", type=int, metavar="N", help="train point N, unless it is finished (SLURM arrays)"
@@ -120,10 +127,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--pending", action="store_true", help="print the unfinished points as sbatch --array takes them"
     )
     sweep.add_argument("file", help="parameters/sweep/NAME.yaml, as wandb sweep takes it")
-    sweep.add_argument(
-        "overrides", nargs=argparse.REMAINDER, help="group=choice and name=value for all points"
+    take_overrides(sweep, " for all points")
+    predict = add(
+        _predict,
+        "find the mentions of texts, files or folders",
+        '"Aspirin can trigger asthma attacks ."',
+        "--file abstract.txt",
+        "--file abstracts.jsonl --out mentions.jsonl",
+        "--file brat_folder --format brat --out predicted",
+        "--file corpus.PubTator.txt --out mentions.conll --model runs/my-run",
+        "--file abstracts.jsonl --out mentions.jsonl --base-url http://127.0.0.1:8001",
     )
-    predict = add("predict", "find the mentions of texts, files or folders")
     predict.add_argument("texts", nargs="*", help="texts to read")
     predict.add_argument(
         "--file",
@@ -153,30 +167,23 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the folder of the model that would answer, for a vLLM server to load, and stop",
     )
-    export = add("export-adapter", "write a run's best adapter to a folder to share, with a model card")
+    export = add(
+        _export_adapter,
+        "write a run's best adapter to a folder to share, with a model card",
+        "runs/my-run my-adapter",
+    )
     export.add_argument("run", help="run folder")
     export.add_argument("out", help="folder to write; its name is the adapter's")
-    sync = add("wandb-sync", "send to W&B what runs could not send while they ran")
+    sync = add(_wandb_sync, "send to W&B what runs could not send while they ran", "runs/my-run")
     sync.add_argument("runs", nargs="+", help="run folders")
+    parser.epilog = "\n".join(["examples:", *first_examples, "", fill(EXIT_CODES, 100)])
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    verbs = {
-        "run": _run,
-        "parameters": _parameters,
-        "preflight": _preflight,
-        "report": _report,
-        "publish": _publish,
-        "replaced": _replaced,
-        "sweep": _sweep,
-        "predict": _predict,
-        "export-adapter": _export_adapter,
-        "wandb-sync": _wandb_sync,
-    }
     try:
-        return verbs[options.command](options)
+        return options.verb(options)
     except RunInterrupted as error:
         print(error)
         return INTERRUPTED
@@ -197,10 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _epilog(examples: Sequence[str]) -> str:
-    return "examples:\n" + "\n".join(f"  python -m biomerge_lib {example}" for example in examples)
 
 
 def _run(options: argparse.Namespace) -> int:

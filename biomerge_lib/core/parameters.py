@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -219,49 +219,45 @@ class Parameters(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Parameters:
-        problems = []
-        if self.corpus_weights and len(self.corpus_weights) != len(self.corpora):
-            problems.append(
-                f"corpus_weights has {len(self.corpus_weights)} values and corpora has {len(self.corpora)}: one each"
-            )
-        if len(self.split_shares) not in (0, 3):
-            problems.append("split_shares has three values, for train, dev and test, or none")
-        if self.max_new_tokens < self.max_target_tokens:
-            problems.append(
-                f"max_new_tokens={self.max_new_tokens} is below max_target_tokens={self.max_target_tokens}: "
-                "trained answers could not be decoded"
-            )
-        if self.fast_metrics and self.head_loss_weight == 0:
-            problems.append("fast_metrics=true with head_loss_weight=0 would score an untrained token head")
-        if self.watch_metric == "token_head" and not self.fast_metrics:
-            problems.append(
-                "watch_metric=token_head needs fast_metrics=true (there is no token head without)"
-            )
-        if self.save_steps % self.eval_steps:
-            problems.append(
-                f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}: the best checkpoint "
-                "could not be kept"
-            )
-        if self.deepspeed and not Path(self.deepspeed).is_file():
-            problems.append(f"deepspeed={self.deepspeed}: no such file")
-        if self.deepspeed and self.backend == "unsloth":
-            problems.append("deepspeed needs backend=peft (Unsloth trains on one device)")
-        if self.num_processes > 1 and self.backend == "unsloth":
-            problems.append("num_processes > 1 needs backend=peft (Unsloth trains on one device)")
-        if self.trainable == "all" and self.backend == "unsloth":
-            problems.append("trainable=all needs backend=peft (Unsloth is here for its LoRA layers)")
-        if self.trainable == "all" and self.deepspeed:
-            problems.append("trainable=all does not go with deepspeed: set deepspeed=null")
-        if "compiled" in self.step_launch and self.backend == "unsloth":
-            problems.append(f"step_launch={self.step_launch} needs backend=peft (Unsloth compiles by itself)")
-        graphed = "graphed" in self.step_launch
-        if graphed and not (self.packing and self.num_processes == 1):
-            problems.append(f"step_launch={self.step_launch} needs packing=true and num_processes=1")
-        if graphed and self.gradient_checkpointing:
-            problems.append(f"step_launch={self.step_launch} needs gradient_checkpointing=false")
-        if problems:
+        if problems := list(self._contradictions()):
             raise ValueError("; ".join(problems))
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.corpus_weights and len(self.corpus_weights) != len(self.corpora):
+            yield f"corpus_weights has {len(self.corpus_weights)} values and corpora has {len(self.corpora)}: one each"
+        if len(self.split_shares) not in (0, 3):
+            yield "split_shares has three values, for train, dev and test, or none"
+        if self.max_new_tokens < self.max_target_tokens:
+            short = (
+                f"max_new_tokens={self.max_new_tokens} is below max_target_tokens={self.max_target_tokens}"
+            )
+            yield f"{short}: trained answers could not be decoded"
+        if self.fast_metrics and self.head_loss_weight == 0:
+            yield "fast_metrics=true with head_loss_weight=0 would score an untrained token head"
+        if self.watch_metric == "token_head" and not self.fast_metrics:
+            yield "watch_metric=token_head needs fast_metrics=true (there is no token head without)"
+        if self.save_steps % self.eval_steps:
+            odd = f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}"
+            yield f"{odd}: the best checkpoint could not be kept"
+        if self.deepspeed and not Path(self.deepspeed).is_file():
+            yield f"deepspeed={self.deepspeed}: no such file"
+        if self.trainable == "all" and self.deepspeed:
+            yield "trainable=all does not go with deepspeed: set deepspeed=null"
+        if self.backend == "unsloth":
+            if self.deepspeed:
+                yield "deepspeed needs backend=peft (Unsloth trains on one device)"
+            if self.num_processes > 1:
+                yield "num_processes > 1 needs backend=peft (Unsloth trains on one device)"
+            if self.trainable == "all":
+                yield "trainable=all needs backend=peft (Unsloth is here for its LoRA layers)"
+            if "compiled" in self.step_launch:
+                yield f"step_launch={self.step_launch} needs backend=peft (Unsloth compiles by itself)"
+        if "graphed" in self.step_launch:
+            if not (self.packing and self.num_processes == 1):
+                yield f"step_launch={self.step_launch} needs packing=true and num_processes=1"
+            if self.gradient_checkpointing:
+                yield f"step_launch={self.step_launch} needs gradient_checkpointing=false"
 
     @property
     def run_name(self) -> str:
@@ -346,7 +342,9 @@ def check_parameters(values: Mapping[str, Any]) -> Parameters:
 def check_names(names: Iterable[str]) -> None:
     """Raise ParameterError if a name is no parameter, naming the nearest valid one."""
     unknown = [
-        f"unknown parameter {name!r}.{_suggest(name)}" for name in names if name not in PARAMETER_NAMES
+        f"unknown parameter {name!r}." + nearest(OTHER_NAMES.get(name, name), PARAMETER_NAMES)
+        for name in names
+        if name not in PARAMETER_NAMES
     ]
     if unknown:
         raise ParameterError(" ".join(unknown) + " `python -m biomerge_lib parameters` lists all.")
@@ -385,12 +383,8 @@ def notebook_parameter_names(notebook: Path | str) -> list[str]:
     return [name for cell in tagged for name in _assigned_names("".join(cell["source"]))]
 
 
-def _compose(overrides: tuple[str, ...]) -> dict[str, Any]:
-    return dict(_compose_cached(overrides))
-
-
 @cache
-def _compose_cached(overrides: tuple[str, ...]) -> dict[str, Any]:
+def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -403,44 +397,31 @@ def _compose_cached(overrides: tuple[str, ...]) -> dict[str, Any]:
             config = compose("config", overrides=[word for word in overrides if word not in named_as_group])
         OmegaConf.set_struct(config, False)
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group))
-        return cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        return cast(Mapping[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ParameterError(str(error).strip().splitlines()[0]) from None
 
 
 def _normalise_overrides(overrides: Sequence[str]) -> list[str]:
-    words = list(overrides)
+    words = iter(overrides)
     normalised = []
-    while words:
-        word = words.pop(0)
+    for word in words:
         if word.startswith("--") and "=" not in word:
-            if not words:
+            value = next(words, None)
+            if value is None:
                 raise ParameterError(f"{word} has no value.")
-            word = f"{word}={words.pop(0)}"
+            word = f"{word}={value}"
         word = word.lstrip("-+")
-        name, separator, _ = word.partition("=")
+        name, separator, choice = word.partition("=")
         if not separator:
             raise ParameterError(f"{word!r} is no override; write name=value or group=choice.")
-        if name in _GROUPS - PARAMETER_NAMES:
-            _check_choice(name, word.partition("=")[2])
-        else:
+        if name not in _GROUPS - PARAMETER_NAMES:
             check_names([name])
+        elif choice not in (choices := sorted(path.stem for path in (PARAMETERS_DIR / name).glob("*.yaml"))):
+            known = ", ".join(choices)
+            raise ParameterError(f"unknown {name}={choice}.{nearest(choice, choices)} There are: {known}.")
         normalised.append(word)
     return normalised
-
-
-def _check_choice(group: str, choice: str) -> None:
-    choices = sorted(path.stem for path in (PARAMETERS_DIR / group).glob("*.yaml"))
-    if choice not in choices:
-        raise ParameterError(
-            f"unknown {group}={choice}.{nearest(choice, choices)} There are: {', '.join(choices)}."
-        )
-
-
-def _suggest(name: str) -> str:
-    if name in OTHER_NAMES:
-        return f" Did you mean {OTHER_NAMES[name]!r}?"
-    return nearest(name, PARAMETER_NAMES)
 
 
 def _is_injected(cell: str) -> bool:
