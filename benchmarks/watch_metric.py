@@ -101,7 +101,7 @@ def score_checkpoint(
     parameters: Parameters,
 ) -> dict[str, float]:
     """Greedy F1 on the ``chosen`` records and on all of them, with the seconds of each."""
-    from biomerge_lib.model.span_loss import read_trained_rows_in_place
+    from biomerge_lib.model.reach_ins import read_trained_rows_in_place
 
     model = cast(Any, load_adapter(backbone, checkpoint, dtype=parameters.dtype))
     read_trained_rows_in_place(model.get_base_model())  # as in training; PEFT's own way cannot be graphed

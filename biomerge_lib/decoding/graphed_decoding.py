@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from biomerge_lib.model.packing import ATTENTION as PACKED
+from biomerge_lib.model.reach_ins import attention_of, is_under_deepspeed, set_attention
 
 if TYPE_CHECKING:
     from transformers import StaticCache
@@ -35,14 +36,8 @@ def can_graph(model: CausalLM) -> bool:
     that waits for the GPU (and with ZeRO-3 fetches the weights layer by layer).
     """
     layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    return (
-        model.device.type == "cuda"
-        and layer_types == {"full_attention"}
-        and not any(
-            "deepspeed" in getattr(hook, "__module__", "") for hook in model._forward_pre_hooks.values()
-        )
-        and not any(hasattr(weights, "ds_id") for weights in model.parameters())
-    )
+    full = layer_types == {"full_attention"}
+    return model.device.type == "cuda" and full and not is_under_deepspeed(model)
 
 
 class GraphedDecoder:
@@ -174,13 +169,13 @@ class _Step:
 @contextmanager
 def _shared_heads(model: CausalLM) -> Iterator[None]:
     """Attention of one token through :func:`attend_one_token` inside the block, where the model's own is PyTorch's."""
-    before = model.config._attn_implementation
+    before = attention_of(model)
     if before in ("sdpa", PACKED):
-        model.config._attn_implementation = ATTENTION
+        set_attention(model, ATTENTION)
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        set_attention(model, before)
 
 
 def attend_one_token(

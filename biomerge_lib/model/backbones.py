@@ -182,6 +182,8 @@ def _load_source_model(backbone: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from biomerge_lib.model.reach_ins import forget_gguf
+
     source, gguf = _locate(backbone, ("config.json",))
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **gguf)
@@ -190,10 +192,7 @@ def _load_source_model(backbone: str) -> PreTrainedModel:
     if not gguf:
         return model
     config = model.config
-    # Weights read from a GGUF are dequantised, but the config still says GGUF and refuses to be saved.
-    for leftover in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, leftover):
-            delattr(config, leftover)
+    forget_gguf(config)
     plain = type(model)(config)
     plain.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
     plain.load_state_dict(model.state_dict())

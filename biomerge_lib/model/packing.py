@@ -3,7 +3,7 @@
 examples --[RowCollator]--> rows (1, T) and their boundaries --[packed_row]--> attention within each sentence
 
 Short sentences cost a GPU its launches, not its arithmetic; one long row has the launches of one sentence and no
-padding. Knows nothing of losses.
+padding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from biomerge_lib.core.errors import ModelError
+from biomerge_lib.model.reach_ins import set_attention
 from biomerge_lib.prompts.prompt import IGNORE
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ class PackedCollator:
     row_multiple: int = 1
     target_multiple: int = 1
     sentences: int | None = None
-    filler_length: int = (
-        64  # no longer than the model's longest sentence, or attention leaves tokens undefined
-    )
+    filler_length: int = 64  # at most the model's longest sentence, or attention leaves tokens undefined
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = [len(example["input_ids"]) for example in examples]
@@ -152,7 +151,7 @@ def unpack_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Let the model read packed rows wherever ``packed_row`` describes one; all else goes through PyTorch's SDPA."""
-    model.config._attn_implementation = ATTENTION
+    set_attention(model, ATTENTION)
 
 
 def packed_row(cu_seq_lens: torch.Tensor, max_seq_len: int) -> dict[str, Any]:

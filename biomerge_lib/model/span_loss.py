@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from biomerge_lib.model.packing import packed_row, use_packed_attention
+from biomerge_lib.model.reach_ins import read_trained_rows_in_place
 from biomerge_lib.prompts.prompt import B_I_O, IGNORE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from biomerge_lib.model.backbones import CausalLM
 
 
@@ -37,9 +36,8 @@ def install_span_loss(model: CausalLM, *, head_loss_weight: float, max_seq_len: 
     def forward(self: CausalLM, *args: Any, labels: torch.Tensor | None = None, **batch: Any) -> Any:
         if labels is None:
             return own_forward(*args, **batch)
-        batch = {
-            name: value for name, value in batch.items() if value is not None
-        }  # what PEFT's forward adds
+        # PEFT's forward adds arguments that are None.
+        batch = {name: value for name, value in batch.items() if value is not None}
         return span_loss(
             self, labels=labels, head_loss_weight=head_loss_weight, max_seq_len=max_seq_len, **batch
         )
@@ -111,50 +109,3 @@ def _mean_loss(summed: torch.Tensor, count: torch.Tensor | int | None, labels: t
     if count is None:
         count = (labels != IGNORE).sum().clamp(min=1)
     return summed / count
-
-
-def read_trained_rows_in_place(model: CausalLM) -> None:
-    """Let a PEFT model look its ``trainable_token_indices`` up where they are read.
-
-    PEFT puts the trained rows into a copy of the whole table at every forward, whose gradient is as large (1 GB each
-    for Llama 3), and sends their indices to the GPU anew, for which a CUDA graph cannot be captured.
-    """
-    for module, read in ((model.get_input_embeddings(), _embed), (model.lm_head, _project)):
-        adapter = getattr(module, "token_adapter", None)
-        # Gemma's embedding scales what it reads, so it is left as it is.
-        if adapter is None or type(adapter.base_layer) not in (torch.nn.Embedding, torch.nn.Linear):
-            continue
-        ids = torch.tensor(adapter.token_indices["default"], device=adapter.base_layer.weight.device)
-        module.forward = functools.partial(_read_rows, read, module.forward, adapter, ids)
-
-
-def _read_rows(
-    read: Callable[..., torch.Tensor],
-    peft_forward: Callable[..., torch.Tensor],
-    adapter: Any,
-    ids: torch.Tensor,
-    inputs: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    if adapter.disable_adapters or adapter.merged:
-        return peft_forward(inputs, *args, **kwargs)
-    # Module and rows are asked for at every call, so that DeepSpeed can fetch what it keeps elsewhere.
-    return read(inputs, adapter.base_layer, ids, adapter.trainable_tokens_delta["default"])
-
-
-def _embed(
-    input_ids: torch.Tensor, table: torch.nn.Module, ids: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
-    """Rows (B, T, H) of a frozen embedding, those of ``ids`` (R,) from ``values`` (R, H)."""
-    is_trained = input_ids[..., None] == ids  # (B, T, R)
-    frozen = table(input_ids).masked_fill(is_trained.any(-1, keepdim=True), 0)
-    return frozen + is_trained.to(frozen.dtype) @ values.to(frozen.dtype)
-
-
-def _project(
-    hidden: torch.Tensor, table: torch.nn.Module, ids: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
-    """Logits (..., V) of hidden states (..., H), those of ``ids`` from ``values``."""
-    logits = table(hidden)
-    return logits.index_copy(-1, ids, F.linear(hidden, values.to(hidden.dtype)).to(logits.dtype))

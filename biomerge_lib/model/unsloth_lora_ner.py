@@ -106,6 +106,7 @@ def load_lora_model(
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from biomerge_lib.model.reach_ins import train_added_rows
     from biomerge_lib.model.span_loss import install_span_loss
 
     torch.manual_seed(seed)
@@ -130,9 +131,7 @@ def load_lora_model(
         model = FastModel.get_peft_model(
             model, **adapter, bias="none", use_gradient_checkpointing=False, random_state=seed
         )
-        for name, parameter in model.named_parameters():
-            if "trainable_tokens_delta" in name:  # which Unsloth freezes with the embeddings
-                parameter.requires_grad_(True)
+        train_added_rows(model)
     else:
         model = get_peft_model(model, LoraConfig(**adapter, task_type="CAUSAL_LM"))
     if gradient_checkpointing:
@@ -146,14 +145,15 @@ def load_lora_model(
 def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
     """A backbone through Unsloth's ``FastModel``, which compiles transformers' own layers on a GPU.
 
-    ``FastLanguageModel`` has an attention of its own and refuses a token head. What ``FastModel``
-    hangs on the model for generation is taken off again: greedy decoding is the same with both backends.
+    ``FastLanguageModel`` has an attention of its own and refuses a token head.
 
     Raises:
         ModelError: Unsloth cannot load it.
     """
     import torch
     from unsloth import FastModel
+
+    from biomerge_lib.model.reach_ins import remove_unsloth_generate
 
     try:
         model, _ = FastModel.from_pretrained(
@@ -168,7 +168,7 @@ def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
         raise ModelError(
             f"{folder}: Unsloth cannot load this backbone ({error}). Set backend=peft."
         ) from error
-    model.__dict__.pop("generate", None)
+    remove_unsloth_generate(model)
     return model
 
 

@@ -1,7 +1,4 @@
-"""Knows how a training pass reaches the GPU: compiled decoder layers, or one CUDA graph for forward and backward.
-
-Knows nothing of what the pass computes.
-"""
+"""Knows how a training pass reaches the GPU: compiled decoder layers, or one CUDA graph for forward and backward."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+
+from biomerge_lib.model.reach_ins import compile_once, zero_at_once
 
 if TYPE_CHECKING:
     from biomerge_lib.model.backbones import LayerStack
@@ -23,8 +22,7 @@ def compile_layers(decoder: LayerStack) -> None:
     Decoding and scoring run uncompiled under ``torch.compiler.set_stance("force_eager")``.
     """
     for layer in decoder.layers:
-        if layer._compiled_call_impl is None:  # else all would be compiled anew
-            layer.compile(dynamic=True)
+        compile_once(layer)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class GraphedPass:
 
     def _attach_gradients(self) -> None:
         if self.parameters[0].grad is None:
-            torch._foreach_zero_(self._gradients)
+            zero_at_once(self._gradients)
             for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
                 parameter.grad = gradient
 

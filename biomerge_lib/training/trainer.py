@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -45,6 +44,13 @@ from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
 from biomerge_lib.model.backbones import BACKBONE_NOTE, backbone_sha256, refuse_other_backbone
 from biomerge_lib.model.packing import PackedCollator, RowCollator, free_gpu_bytes, plan_rows, unpack_rows
+from biomerge_lib.model.reach_ins import (
+    count_compiled_graphs,
+    count_recomputing,
+    recompute_none,
+    take_over_trainer,
+    to_device,
+)
 from biomerge_lib.model.unsloth_lora_ner import load_full_model, load_lora_model, refuse_narrow_card
 from biomerge_lib.prompts.ner_span import SpanCollator, build_dataset
 from biomerge_lib.prompts.prompt import IGNORE
@@ -119,9 +125,8 @@ class NerTrainer(Trainer):
         # The model divides its loss by num_items_in_batch, the target tokens of the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._words_in_step: torch.Tensor | None = None
-        # For what the Trainer would walk over all modules for at every step.
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.zero_grad = functools.partial(_drop_gradients, self._trained)  # type: ignore[method-assign]  # ours
+        take_over_trainer(self, trained=self._trained, make_sampler=self._order_examples)
         self._graphed: GraphedPass | None = None
         self.model.train()  # a PEFT model says that it is in training, whatever its backbone's modules are in
         self.finite = FiniteLoss(Path(cast(str, self.args.output_dir)), self.args.learning_rate)
@@ -158,21 +163,19 @@ class NerTrainer(Trainer):
         finally:
             self.data_collator = in_evaluation
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> StepSampler:
-        dataset = cast("Dataset", train_dataset if train_dataset is not None else self.train_dataset)
-        args = self.args
+    def _order_examples(self) -> StepSampler:
+        args, lengths = self.args, cast("Dataset", self.train_dataset)["length"][:]
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         grouped = self.parameters.group_by_length
         if grouped is None:
             grouped = not self.parameters.packing
-        return StepSampler(dataset["length"][:], step_size=step_size, seed=args.seed, group_lengths=grouped)
+        return StepSampler(lengths, step_size=step_size, seed=args.seed, group_lengths=grouped)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        write_json(
-            Path(output_dir or cast(str, self.args.output_dir)) / BACKBONE_NOTE,
-            {"sha256": self.backbone_sha256},
-        )
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or cast(str, self.args.output_dir))
+            write_json(folder / BACKBONE_NOTE, {"sha256": self.backbone_sha256})
 
     def training_step(
         self,
@@ -184,7 +187,7 @@ class NerTrainer(Trainer):
             model.train()
         rows, loss = rows_of(inputs), torch.zeros((), device=self.args.device)
         for number, row in enumerate(rows, start=1):
-            batch = self._prepare_inputs({**row, "num_words_in_batch": self._words_in_step})
+            batch = to_device(self, {**row, "num_words_in_batch": self._words_in_step})
             batch["num_items_in_batch"] = num_items_in_batch
             # Several processes add their gradients up once, with the last row's.
             alone = self.accelerator.no_sync(model) if number < len(rows) else nullcontext()
@@ -215,10 +218,7 @@ class NerTrainer(Trainer):
     def count_compilations(self) -> int:
         """How many graphs PyTorch has compiled so far, and this Trainer captured."""
         captures = self._graphed.count_captures() if self._graphed else 0
-        return counters["stats"]["unique_graphs"] + captures
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | None:
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        return count_compiled_graphs() + captures
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # walks over all modules at every step, for a number that nobody reads
@@ -234,7 +234,7 @@ class NerTrainer(Trainer):
 
         A row is a sentence, filled with IGNORE: answers (sentences, longest answer), labels (sentences, T).
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs = to_device(self, inputs)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = model(**inputs)
         if prediction_loss_only:
@@ -310,11 +310,6 @@ class NerTrainer(Trainer):
 def rows_of(batch: Batch) -> list[Batch]:
     """The rows of a training batch, each a pass of its own: those of a ``RowCollator``, or the batch itself."""
     return batch.get("rows", [batch])
-
-
-def _drop_gradients(parameters: Sequence[torch.nn.Parameter], set_to_none: bool = True) -> None:
-    for parameter in parameters:
-        parameter.grad = None
 
 
 class EpochEndEvaluation(TrainerCallback):
@@ -532,8 +527,7 @@ def build_trainer(
         row_tokens, recomputing = choose_rows(parameters, model, launch, lengths)
         train_collator = RowCollator(collator, row_tokens)
         # The last ones keep theirs: these are freed before the first recomputation.
-        for layer in model.get_decoder().layers[recomputing:]:
-            layer.gradient_checkpointing = False
+        recompute_none(model.get_decoder().layers[recomputing:])
     epoch_end, stop, speed = EpochEndEvaluation(), StopOnRequest(), SteadySpeed()
     tracking = TrackingCallback(parameters, Path(checkpoints).parent, stop)
     trainer = NerTrainer(
@@ -677,9 +671,7 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
         "best_checkpoint": best,
         "step_launch": trainer.launch,
         **({"row_tokens": trainer.row_tokens} if trainer.row_tokens else {}),
-        "checkpointed_layers": sum(
-            getattr(layer, "gradient_checkpointing", False) for layer in trainer.model.get_decoder().layers
-        ),
+        "checkpointed_layers": count_recomputing(trainer.model.get_decoder().layers),
         "stopped_early": stopped_early,
     }
     if torch.cuda.is_available():
