@@ -200,7 +200,7 @@ def measure_way(way: str, options: dict[str, Any]) -> None:
         import unsloth  # noqa: F401
     import torch
 
-    import biomerge_lib.training.trainer  # noqa: F401
+    import biomerge_lib.training.run  # noqa: F401
     from biomerge_lib.prompts.ner_span import read_split
     from biomerge_lib.prompts.tokenizer import load_tokenizer
 
@@ -325,14 +325,14 @@ def our_parameters(way: str, options: dict[str, Any], **changes: Any):
 
 
 def load_ours(way: str, options: dict[str, Any]):
-    from biomerge_lib.training.trainer import build_model
+    from biomerge_lib.training.run import build_model
 
     return build_model(our_parameters(way, options), options["backbone"])
 
 
 def build_ours(way: str, model, tokenizer, records, options: dict[str, Any]):
     """This project's Trainer, as 03_train builds it, without evaluation and checkpoints; and what it has seen."""
-    from biomerge_lib.training.trainer import build_trainer
+    from biomerge_lib.training.run import build_trainer
 
     parameters = our_parameters(
         way,

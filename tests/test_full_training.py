@@ -18,7 +18,7 @@ from biomerge_lib.experiment.checkpoints import best_checkpoint, find_damage
 from biomerge_lib.model.packing import PackedCollator
 from biomerge_lib.model.unsloth_lora_ner import load_causal_lm, merge_checkpoint
 from biomerge_lib.prompts.ner_span import encode_example
-from biomerge_lib.training.trainer import build_model, build_trainer, train
+from biomerge_lib.training.run import build_model, build_trainer, train
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")

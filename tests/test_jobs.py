@@ -5,10 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.experiment import jobs
-from biomerge_lib.training import trainer as training
+from biomerge_lib.training import run as training
 
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
 
@@ -42,7 +43,7 @@ def train(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_path):
             checkpoints=folder / "checkpoints",
         )
 
-        class AtStep(training.TrainerCallback):
+        class AtStep(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
                 (at_step or {}).get(state.global_step + 1, lambda: None)()
 

@@ -8,7 +8,8 @@ from transformers import TrainerCallback
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.model.packing import PackedCollator, RowCollator, plan_rows
-from biomerge_lib.training.trainer import build_model, build_trainer, choose_rows
+from biomerge_lib.training.batches import choose_rows
+from biomerge_lib.training.run import build_model, build_trainer
 from biomerge_lib.training.trainer_callbacks import SteadySpeed
 
 
@@ -100,7 +101,7 @@ def test_rows_and_recomputation_are_planned_by_the_free_memory(free_gb, compiled
 
 def test_a_card_too_small_for_one_row_is_refused_before_training(monkeypatch, tiny_parameters):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("biomerge_lib.training.trainer.free_gpu_bytes", lambda: 3e9)
+    monkeypatch.setattr("biomerge_lib.training.batches.free_gpu_bytes", lambda: 3e9)
     model = SimpleNamespace(config=LLAMA_8B, num_parameters=lambda only_trainable: 0)
     options = {"dtype": "bfloat16", "row_tokens": "auto"}
     with pytest.raises(
@@ -140,10 +141,9 @@ def test_every_module_trains_in_each_step_also_behind_an_evaluation(
 
 
 def test_steady_speed_leaves_out_what_is_no_step(monkeypatch):
-    speed = SteadySpeed()
+    speed = SteadySpeed(lambda: (torch.tensor(tokens), compiled))
     clock, tokens, compiled = 0.0, 0, 0
     monkeypatch.setattr("biomerge_lib.training.trainer_callbacks.time.monotonic", lambda: clock)
-    speed.count = lambda: (torch.tensor(tokens), compiled)
     for step in range(20):
         clock, tokens = clock + 2.0, tokens + 100
         if step == 8:
@@ -158,4 +158,4 @@ def test_steady_speed_leaves_out_what_is_no_step(monkeypatch):
         "steady_step_ms": 2000.0,
         "steady_steps": 12,
     }
-    assert SteadySpeed().read() == {}
+    assert SteadySpeed(speed.count).read() == {}

@@ -9,14 +9,10 @@ from transformers import TrainerState
 
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.model.backbones import backbone_sha256
-from biomerge_lib.training.trainer import (
-    NerTrainer,
-    build_model,
-    build_trainer,
-    explain_early_stop,
-    explain_gap,
-    train,
-)
+from biomerge_lib.training.launch import train_run
+from biomerge_lib.training.outcome import explain_early_stop, explain_gap
+from biomerge_lib.training.run import build_model, build_trainer, train
+from biomerge_lib.training.trainer import NerTrainer
 
 
 @pytest.fixture
@@ -59,7 +55,7 @@ def test_only_the_best_checkpoint_remains(make_trainer, monkeypatch):
         return metrics
 
     monkeypatch.setattr(NerTrainer, "evaluate", rising)
-    monkeypatch.setattr("biomerge_lib.training.trainer.evaluate_greedily", lambda trainer, prefix: {})
+    monkeypatch.setattr(NerTrainer, "evaluate_greedily", lambda trainer: {})
     trainer = make_trainer()
     trainer.train()
     kept = [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")]
@@ -80,7 +76,7 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(make_trainer, monke
         return metrics
 
     monkeypatch.setattr(NerTrainer, "evaluate", falling)
-    monkeypatch.setattr("biomerge_lib.training.trainer.evaluate_greedily", lambda trainer, prefix: {})
+    monkeypatch.setattr(NerTrainer, "evaluate_greedily", lambda trainer: {})
     trainer = make_trainer()
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
@@ -124,7 +120,7 @@ def test_the_last_loss_is_logged_however_seldom_losses_are(make_trainer, tmp_pat
     ]
 
 
-def test_training_writes_metrics_and_a_finished_run_is_not_trained_again(make_trainer, tmp_path):
+def test_training_writes_metrics_and_a_finished_run_is_not_trained_again(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer()
     metrics = train(trainer, tmp_path / "runs/tiny")
     assert metrics["steps"] == 6 and metrics["best_checkpoint"].startswith("checkpoint-")
@@ -134,14 +130,8 @@ def test_training_writes_metrics_and_a_finished_run_is_not_trained_again(make_tr
     # Once at the epoch's end; once more when the best checkpoint is an earlier one.
     passes = 1 if metrics["best_checkpoint"] == "checkpoint-6" else 2
     assert [entry["step"] for entry in history if "greedy_dev_ner_f1" in entry] == [6] * passes
-
-    class Untouchable:
-        args = trainer.args
-
-        def train(self, **_):
-            raise AssertionError("trained again")
-
-    assert train(Untouchable(), tmp_path / "runs/tiny") == metrics
+    monkeypatch.setattr("biomerge_lib.training.launch.prepare_backbone", None)  # what a training begins with
+    assert train_run(tmp_path / "runs/tiny", trainer.parameters) == metrics
 
 
 def test_a_checkpoint_is_an_adapter_not_a_copy_of_the_backbone(make_trainer, tiny_prepared, tmp_path):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from biomerge_lib.core.errors import BioMergeError, ModelError, ParameterError
+from biomerge_lib.training.batches import build_collator
 from biomerge_lib.training.launch import take_gpu
-from biomerge_lib.training.trainer import build_collator, choose_launch, training_arguments
+from biomerge_lib.training.run import training_arguments
+from biomerge_lib.training.trainer import choose_launch
 
 SMALL, LARGE = 135_000_000, 8_000_000_000
 

@@ -16,8 +16,9 @@ from biomerge_lib.core.records import write_records
 from biomerge_lib.experiment.runs import Run, load_run_parameters, prepare_run_folder
 from biomerge_lib.model.backbones import build_tokenizer
 from biomerge_lib.prompts.prompt import IGNORE, encode
+from biomerge_lib.training.batches import rows_of
 from biomerge_lib.training.launch import train_run
-from biomerge_lib.training.trainer import build_model, build_trainer, rows_of
+from biomerge_lib.training.run import build_model, build_trainer
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from biomerge_lib.experiment.runs import load_run_parameters, quiet_libraries
 from biomerge_lib.training import launch
-from biomerge_lib.training import trainer as training
+from biomerge_lib.training import run as training
 
 
 class Kill(TrainerCallback):

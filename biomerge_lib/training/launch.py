@@ -24,9 +24,8 @@ from biomerge_lib.model.backbones import prepare_backbone
 from biomerge_lib.model.unsloth_lora_ner import import_backend
 from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_options
 
-_TORCHRUN = (
-    "elastic/multiprocessing/api.py"  # in the first line that torchrun writes when a process has failed
-)
+# In the first line that torchrun writes when a process has failed.
+_TORCHRUN = "elastic/multiprocessing/api.py"
 _KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
 
 
@@ -44,7 +43,7 @@ def read_records(parameters: Parameters) -> dict[str, list[Record]]:
 def train_run(
     folder: Path, parameters: Parameters, records: dict[str, list[Record]] | None = None
 ) -> dict[str, Any]:
-    """Train the run in ``folder`` (or go on with it) and return its metrics; see :func:`training.train`.
+    """Train the run in ``folder`` (or go on with it) and return its metrics; see :func:`run.train`.
 
     ``records`` are those of :func:`read_records`, where they have been read; torchrun's processes read for themselves.
 
@@ -70,7 +69,7 @@ def _train_here(
 ) -> dict[str, Any]:
     import_backend(parameters.backend)
     from biomerge_lib.prompts.tokenizer import load_tokenizer
-    from biomerge_lib.training.trainer import build_model, build_trainer, train
+    from biomerge_lib.training.run import build_model, build_trainer, train
 
     backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
     model = build_model(parameters, backbone)
@@ -87,9 +86,8 @@ def _train_here(
 def _torchrun(folder: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["-m", "biomerge_lib.training.launch", str(folder)]
-    threads = max(
-        1, len(os.sched_getaffinity(0)) // processes
-    )  # each; torchrun's own choice is one, and a banner
+    # Threads of each; torchrun's own choice is one, and a banner.
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     environment["PYTHONPATH"] = os.pathsep.join([str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")])
     lines: list[str] = []
@@ -108,9 +106,8 @@ def _torchrun(folder: Path, processes: int) -> None:
                 "it: the machine ran out of memory, or someone killed it. The same command goes on from the newest "
                 "checkpoint."
             )
-        own = list(
-            itertools.takewhile(lambda line: _TORCHRUN not in line, lines)
-        )  # else what it says hides them
+        # Else torchrun's own words hide the processes' last ones.
+        own = list(itertools.takewhile(lambda line: _TORCHRUN not in line, lines))
         raise BioMergeError(f"torchrun ended with {process.returncode}:\n{''.join((own or lines)[-30:])}")
 
 

@@ -1,7 +1,7 @@
 """Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B, who watches.
 
-stop request --[StopOnRequest]--> checkpoint; logged numbers --[TrackingCallback]--> W&B, --[ProgressBar]--> a bar;
-a loss that is no number --[FiniteLoss]--> the batch in a file, and the end
+an epoch's end --[EpochEndEvaluation]--> F1 and a checkpoint; stop request --[StopOnRequest]--> checkpoint;
+logged numbers --[TrackingCallback]--> W&B, --[ProgressBar]--> a bar; steps --[SteadySpeed]--> tokens a second
 
 Of transformers' own: ``enable_jit_checkpoint`` listens for SIGTERM in the training process, which is a notebook's
 kernel or one of several processes here, so the request is a file. ``WandbCallback`` renames ``eval_ner_f1``, by
@@ -10,21 +10,24 @@ which a sweep ranks, and sends every argument.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.files import write_text
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment import jobs, tracking
 
 if TYPE_CHECKING:
     import wandb
+
+WATCH_METRIC = "eval_ner_f1"  # of the reading that watch_metric names
 
 
 class StopOnRequest(TrainerCallback):
@@ -53,14 +56,54 @@ class StopOnRequest(TrainerCallback):
             jobs.note_interrupted(f"checkpoint-{state.global_step} of {state.max_steps} steps")
 
 
+class EpochEndEvaluation(TrainerCallback):
+    """At each epoch's end: the watch metric, a checkpoint, and a greedy pass over dev.
+
+    ``evaluate_greedily`` is None where each evaluation decodes greedily anyway.
+    """
+
+    def __init__(self, stop: StopOnRequest, evaluate_greedily: Callable[[], object] | None):
+        self.stop = stop
+        self.evaluate_greedily = evaluate_greedily
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log |= state.global_step >= state.max_steps  # the curve's last point
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.stop.stopped_at is not None:
+            return control  # in the middle of an epoch
+        here = (entry for entry in state.log_history if entry["step"] == state.global_step)
+        evaluated = any(WATCH_METRIC in entry for entry in here)
+        control.should_evaluate = control.should_save = not evaluated
+        if self.evaluate_greedily is not None:
+            self.evaluate_greedily()
+            _keep_log(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}", state)
+        return control
+
+
+def _keep_log(checkpoint: Path, state: TrainerState) -> None:
+    """Write the log as it stands now into a checkpoint that was saved before its epoch's greedy pass, atomically."""
+    saved = checkpoint / "trainer_state.json"
+    if state.is_world_process_zero and saved.is_file():
+        history = json.loads(saved.read_text(encoding="utf-8")) | {"log_history": state.log_history}
+        write_text(saved, json.dumps(history, indent=2) + "\n")
+
+
 class TrackingCallback(TrainerCallback):
     """Sends the numbers of ``log_history.json`` under the same names, with tokens a second and memory."""
 
-    def __init__(self, parameters: Parameters, run_folder: Path, stop: StopOnRequest):
+    def __init__(
+        self, parameters: Parameters, run_folder: Path, stop: StopOnRequest, count_tokens: Callable[[], int]
+    ):
         self.parameters = parameters
         self.run_folder = run_folder
         self.stop = stop
-        self.count_tokens: Callable[[], int] = lambda: 0
+        self.count_tokens = count_tokens
         self._run: wandb.Run | None = None
         self._counted = (0.0, 0)  # when, how many tokens
 
@@ -69,7 +112,7 @@ class TrackingCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self._run = tracking.open_run(self.parameters, self.run_folder)
-            self._counted = (time.time(), self.count_tokens())
+            self._counted = (time.monotonic(), self.count_tokens())
 
     def on_log(
         self,
@@ -83,7 +126,7 @@ class TrackingCallback(TrainerCallback):
             return
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         if "loss" in numbers:
-            (then, before), self._counted = self._counted, (time.time(), self.count_tokens())
+            (then, before), self._counted = self._counted, (time.monotonic(), self.count_tokens())
             numbers["tokens_per_second"] = (self._counted[1] - before) / (self._counted[0] - then)
             if torch.cuda.is_available():
                 numbers["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -111,8 +154,8 @@ class SteadySpeed(TrainerCallback):
 
     WARM_STEPS = 5
 
-    def __init__(self) -> None:
-        self.count: Callable[[], tuple[torch.Tensor | int, int]] = lambda: (0, 0)
+    def __init__(self, count: Callable[[], tuple[torch.Tensor | int, int]]):
+        self.count = count
         self._last: tuple[float, torch.Tensor | int, int] | None = None
         self._steps: list[tuple[float, torch.Tensor | int]] = []  # seconds and tokens
 
@@ -190,59 +233,6 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-class FiniteLoss:
-    """Stops a training whose loss is no number, with the batch in a file.
-
-    Looking at a loss waits for it, so on a GPU each is looked at when the next pass has been launched.
-    """
-
-    def __init__(self, folder: Path, learning_rate: float):
-        self.folder = folder
-        self.learning_rate = learning_rate
-        self._launched: tuple | None = None
-
-    def watch(self, loss: torch.Tensor, batch: dict, step: int) -> None:
-        """Take note of a pass's loss.
-
-        Raises:
-            ModelError: the pass before (without a GPU: this one) gave no finite loss.
-        """
-        if not loss.is_cuda:
-            self._check(loss, batch, step)
-            return
-        on_host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-        on_host.copy_(loss, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        before, self._launched = self._launched, (arrived, on_host, batch, step)
-        self._look(before)
-
-    def finish(self) -> None:
-        """Look at the last pass's loss, too.
-
-        Raises:
-            ModelError: it is not finite.
-        """
-        self._look(self._launched)
-
-    def _look(self, launched: tuple | None) -> None:
-        if launched:
-            arrived, *seen = launched
-            arrived.synchronize()
-            self._check(*seen)
-
-    def _check(self, loss: torch.Tensor, batch: dict, step: int) -> None:
-        if torch.isfinite(loss):
-            return
-        path = self.folder / f"bad_batch_step{step}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: value for name, value in batch.items() if torch.is_tensor(value)}, path)
-        raise ModelError(
-            f"the loss is {float(loss)} at step {step}; the batch is in {path}. Lower learning_rate "
-            f"({self.learning_rate}) or set dtype=float32 to find the cause."
-        )
 
 
 def _any_process(asked: bool, args: TrainingArguments) -> bool:

@@ -63,7 +63,7 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
     from biomerge_lib.prompts.ner_span import describe_model
     from biomerge_lib.prompts.prompt import encode
     from biomerge_lib.prompts.tokenizer import load_tokenizer
-    from biomerge_lib.training.trainer import build_model, build_trainer, train
+    from biomerge_lib.training.run import build_model, build_trainer, train
 
     started = time.monotonic()
     folder.mkdir(parents=True)

@@ -1,0 +1,238 @@
+"""Knows a training of one process from its parameters to its files.
+
+parameters + records --[build_model, build_trainer]--> NerTrainer --[train]--> checkpoints/, training.json,
+log_history.json
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+
+from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.core.files import write_json
+from biomerge_lib.core.parameters import Parameters
+from biomerge_lib.core.records import Record
+from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
+from biomerge_lib.experiment.jobs import RunInterrupted
+from biomerge_lib.model.backbones import refuse_other_backbone
+from biomerge_lib.model.packing import PackedCollator, RowCollator
+from biomerge_lib.model.reach_ins import recompute_none
+from biomerge_lib.model.unsloth_lora_ner import load_full_model, load_lora_model, refuse_narrow_card
+from biomerge_lib.prompts.ner_span import SpanCollator, build_dataset
+from biomerge_lib.training.batches import build_collator, choose_rows, folds
+from biomerge_lib.training.graphed_pass import compile_layers
+from biomerge_lib.training.outcome import collect_metrics, explain_early_stop
+from biomerge_lib.training.trainer import NerTrainer, OneGpuArguments, choose_launch
+from biomerge_lib.training.trainer_callbacks import WATCH_METRIC
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerFast
+
+    from biomerge_lib.model.backbones import CausalLM
+
+
+def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | CausalLM:
+    """The prepared backbone with a fresh token head, to be trained whole or through a fresh adapter.
+
+    Raises:
+        ModelError: the card, the backend or the backbone cannot do it.
+    """
+    refuse_narrow_card(parameters.dtype)
+    common: dict[str, Any] = {
+        "token_head": parameters.fast_metrics,
+        "head_loss_weight": parameters.head_loss_weight,
+        "gradient_checkpointing": parameters.gradient_checkpointing,
+        "max_length": parameters.max_input_tokens + parameters.max_target_tokens,
+        "seed": parameters.seed,
+    }
+    if parameters.trainable == "all":
+        return load_full_model(backbone_folder, **common)
+    return load_lora_model(
+        backbone_folder,
+        backend=parameters.backend,
+        dtype=parameters.dtype,
+        lora_rank=parameters.lora_rank,
+        lora_alpha=parameters.lora_alpha,
+        lora_dropout=parameters.lora_dropout,
+        **common,
+    )
+
+
+def build_trainer(
+    model: PeftModel | CausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    records: dict[str, list[Record]],
+    parameters: Parameters,
+    *,
+    checkpoints: Path | str,
+) -> NerTrainer:
+    """Wire model, data and parameters into a Trainer.
+
+    Args:
+        records: the splits ``train`` and ``dev`` (and ``test`` when ``run_test_eval``).
+        checkpoints: folder of ``checkpoint-<step>`` folders.
+
+    Raises:
+        DataError: dev has no records or no entity (no metric could be computed).
+    """
+    if not any(record.spans for record in records["dev"]):
+        raise DataError(
+            "the dev records hold no entity: there is nothing to measure. Check dev.jsonl or eval_limit."
+        )
+    datasets = {
+        split: build_dataset(
+            records[split],
+            tokenizer,
+            parameters.prompt_format,
+            max_target_tokens=parameters.max_target_tokens,
+            cache_dir=parameters.cache_dir,
+        )
+        for split in ("train", "dev")
+    }
+    step_size = parameters.per_device_train_batch_size * parameters.gradient_accumulation_steps
+    steps = len(datasets["train"]) / (step_size * parameters.num_processes) * parameters.num_train_epochs
+    launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
+    if "compiled" in launch:
+        compile_layers(model.get_decoder())
+    lengths = datasets["train"]["length"][:]
+    collator = build_collator(parameters, tokenizer.pad_token_id, launch, lengths)
+    train_collator: SpanCollator | PackedCollator | RowCollator = collator
+    row_tokens = None
+    if isinstance(collator, PackedCollator) and folds(parameters):
+        row_tokens, recomputing = choose_rows(parameters, model, launch, lengths)
+        train_collator = RowCollator(collator, row_tokens)
+        # The last ones keep theirs: these are freed before the first recomputation.
+        recompute_none(model.get_decoder().layers[recomputing:])
+    return NerTrainer(
+        records=records,
+        parameters=parameters,
+        launch=launch,
+        row_tokens=row_tokens,
+        model=model,
+        args=training_arguments(parameters, checkpoints),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["dev"],
+        data_collator=collator,
+        train_collator=train_collator,
+        processing_class=tokenizer,
+    )
+
+
+def training_arguments(parameters: Parameters, checkpoints: Path | str) -> OneGpuArguments:
+    """The Trainer's arguments for a set of parameters."""
+    on_cpu = not torch.cuda.is_available()
+    batch, parts = parameters.per_device_train_batch_size, parameters.gradient_accumulation_steps
+    if folds(parameters):
+        batch, parts = batch * parts, 1
+    return OneGpuArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=parameters.per_device_eval_batch_size,
+        gradient_accumulation_steps=parts,
+        num_train_epochs=parameters.num_train_epochs,
+        learning_rate=parameters.learning_rate,
+        lr_scheduler_type=parameters.lr_scheduler_type,
+        warmup_steps=parameters.warmup_ratio,
+        bf16=parameters.dtype == "bfloat16",
+        gradient_checkpointing=False,  # the model has it already, or not
+        logging_steps=parameters.logging_steps,
+        eval_strategy="steps",
+        eval_steps=parameters.eval_steps,
+        save_strategy="steps",
+        save_steps=parameters.save_steps,
+        save_total_limit=parameters.save_total_limit,
+        load_best_model_at_end=True,
+        metric_for_best_model=WATCH_METRIC,
+        greater_is_better=True,
+        dataloader_num_workers=parameters.num_workers,
+        dataloader_pin_memory=parameters.pin_memory and not on_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        deepspeed=parameters.deepspeed,
+        logging_nan_inf_filter=False,  # FiniteLoss, which does not wait for the GPU
+        report_to=[],  # TrackingCallback
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
+        seed=parameters.seed,
+        use_cpu=on_cpu,
+    )
+
+
+def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
+    """Train (or go on from the newest checkpoint), reload the best checkpoint, score dev greedily, keep it all.
+
+    Writes ``training.json`` (the returned metrics) and ``log_history.json`` to the run folder.
+
+    Raises:
+        ModelError: the newest checkpoint is of another backbone, the GPU's memory or the disk is full, or the loss is
+            no number.
+        RunInterrupted: the job asked for an end; a checkpoint is there.
+    """
+    checkpoints = Path(cast(str, trainer.args.output_dir))
+    last = find_resumable_checkpoint(checkpoints)
+    if last:
+        refuse_other_backbone(last, cast(str, trainer.model.config.name_or_path))
+        print(f"going on from {last}")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    with _full_memory_or_disk_named(trainer):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.finite.finish()
+    if trainer.stop.stopped_at is not None:
+        raise RunInterrupted(f"stopped on request after {trainer.stop.stopped_at} steps, with a checkpoint")
+    seconds = time.monotonic() - started
+    if trainer.state.global_step < trainer.state.max_steps:
+        print(explain_early_stop(trainer.parameters, trainer.state))
+    best = Path(
+        trainer.state.best_model_checkpoint or cast(Path, find_resumable_checkpoint(checkpoints))
+    ).name
+    metrics = collect_metrics(trainer, best, seconds)
+    if trainer.parameters.run_test_eval:
+        metrics |= {f"test_{name}": value for name, value in trainer.score_greedily("test").items()}
+    if trainer.is_world_process_zero():
+        write_json(run_folder / "log_history.json", trainer.state.log_history)
+        write_json(run_folder / "training.json", metrics)
+    return metrics
+
+
+@contextmanager
+def _full_memory_or_disk_named(trainer: NerTrainer) -> Iterator[None]:
+    """Raise ModelError, with what to lower, where the GPU's memory or the disk is full inside the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        batch, rows = trainer.parameters.per_device_train_batch_size, trainer.row_tokens
+        smaller = (
+            f"lower row_tokens (here {rows}; a number also has every layer recompute, with gradient_checkpointing=true)"
+            if rows
+            else f"lower per_device_train_batch_size ({batch}; raise gradient_accumulation_steps by as much)"
+        )
+        raise ModelError(
+            f"out of GPU memory at step {trainer.state.global_step}: {smaller}, set gradient_checkpointing=true, or, "
+            f"if it was an evaluation, lower per_device_eval_batch_size ({trainer.args.per_device_eval_batch_size}). "
+            f"The run goes on from its newest checkpoint. ({error})"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _disk_is_full(error):
+            raise
+        raise ModelError(
+            f"{trainer.args.output_dir}: no space for a checkpoint at step {trainer.state.global_step} ({error}). Free "
+            "some, or lower save_total_limit; the same command then goes on from the newest whole checkpoint."
+        ) from error
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """safetensors and PyTorch's archive writer wrap the system's error number into text."""
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text.lower()
+    return full or "PytorchStreamWriter failed" in text
