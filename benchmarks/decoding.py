@@ -14,6 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from biomerge_lib.core.prompt_format import find_words
 from biomerge_lib.decoding.answer_grammar import CONSTRAINTS
 from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import Prediction, build_prompts, collect_predictions, keep_probable
+from biomerge_lib.decoding.vllm_client import GreedyClient
 from biomerge_lib.decoding.vllm_server import VllmServer
 from biomerge_lib.eval_vllm import evaluate_split
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
@@ -122,14 +124,9 @@ def decode_with_vllm(
     options: dict[str, Any] = {"max_model_len": limit, "extra_arguments": ["--no-enable-prefix-caching"]}
     server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", **options)
     with server:
-        asking: dict[str, Any] = {
-            "base_url": server.base_url,
-            "api_key": server.api_key,
-            "model_id": server.model_id,
-        }
-        asking |= {"split": "dev", "prompt_format": manifest.prompt_format}
-        asking |= {"max_new_tokens": manifest.max_new_tokens}
-        evaluate_split(records[:4], tokenizer, out=f"{scratch}/warm.jsonl", progress=None, **asking)
+        client = GreedyClient(server=server, tokenizer=tokenizer, max_new_tokens=manifest.max_new_tokens)
+        style = manifest.prompt_format
+        evaluate_split(records[:4], client, style, split="dev", out=f"{scratch}/warm.jsonl", progress=None)
         # An answer of one token takes as long as reading its prompt: what no company can speed up.
         jobs: list[tuple[str, str, Any, int, int | None]] = []
         jobs += [("one by one, first token only", "off", records[:few], 1, 1)] if few else []
@@ -137,14 +134,14 @@ def decode_with_vllm(
         jobs += [("64 at a time", constraint, records, 64, None) for constraint in constraints]
         for name, constraint, asked, concurrency, max_new_tokens in jobs:
             load = load_now()
-            evaluation = evaluate_split(
-                asked,
-                tokenizer,
-                out=f"{scratch}/{dtype}-{constraint}-{concurrency}.jsonl",
+            of_job = replace(
+                client,
                 concurrency=concurrency,
                 constrained_decoding=constraint,
-                **(asking | ({"max_new_tokens": max_new_tokens} if max_new_tokens else {})),
+                max_new_tokens=max_new_tokens or client.max_new_tokens,
             )
+            out = f"{scratch}/{dtype}-{constraint}-{concurrency}.jsonl"
+            evaluation = evaluate_split(asked, of_job, style, split="dev", out=out)
             decoder = f"vLLM {dtype}, {name}"
             row = measure(decoder, constraint, evaluation.predictions, seconds=evaluation.seconds, load=load)
             print(row, flush=True)

@@ -29,7 +29,7 @@ from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import Prediction, build_prompts, collect_predictions
-from biomerge_lib.decoding.vllm_client import served_names
+from biomerge_lib.decoding.vllm_client import GreedyClient, served_names
 from biomerge_lib.decoding.vllm_server import EXECUTION, VllmServer
 from biomerge_lib.eval_vllm import evaluate_split
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
@@ -79,19 +79,16 @@ def serve(
         model_dir, dtype=dtype, execution=execution, log_path=logs / f"{name}.log", max_model_len=limit
     )
     with server:
-        asking: dict[str, Any] = {
-            "base_url": server.base_url,
-            "api_key": server.api_key,
-            "model_id": server.model_id,
-        }
-        asking |= {"split": "dev", "concurrency": concurrency}
-        asking |= {"prompt_format": manifest.prompt_format, "max_new_tokens": manifest.max_new_tokens}
-        warm_up = evaluate_split(
-            records[:WARM_UP], tokenizer, out=scratch / f"warm-{name}.jsonl", progress=None, **asking
+        client = GreedyClient(
+            server=server,
+            tokenizer=tokenizer,
+            max_new_tokens=manifest.max_new_tokens,
+            concurrency=concurrency,
         )
-        evaluation = evaluate_split(
-            records, tokenizer, out=scratch / f"{name}.jsonl", progress=None, **asking
-        )
+        style, few = manifest.prompt_format, scratch / f"warm-{name}.jsonl"
+        warm_up = evaluate_split(records[:WARM_UP], client, style, split="dev", out=few, progress=None)
+        out = scratch / f"{name}.jsonl"
+        evaluation = evaluate_split(records, client, style, split="dev", out=out, progress=None)
     prompts = build_prompts(records, tokenizer, manifest.prompt_format)
     start_up = cast(float, server.startup_seconds) + warm_up.seconds
     return {

@@ -1,8 +1,6 @@
 """Knows how to score a split with a running vLLM server; needs the server and a tokenizer, no training stack.
 
-    python -m biomerge_lib.eval_vllm --split dev --port 8001 --data_dir data/union_span/ner
-
-Knows nothing of starting servers (``vllm_server``) or of comparing decoders (``parity``).
+python -m biomerge_lib.eval_vllm --split dev --port 8001 --data_dir data/union_span/ner
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,15 +25,16 @@ from biomerge_lib.decoding.answer_grammar import CONSTRAINTS
 from biomerge_lib.decoding.partial_answers import PartialAnswers
 from biomerge_lib.decoding.predictions import (
     Prediction,
+    Prompt,
     RawAnswer,
     build_prompts,
     collect_predictions,
     write_predictions,
 )
-from biomerge_lib.decoding.vllm_client import GreedyClient, complete_url, find_served_model, served_names
+from biomerge_lib.decoding.vllm_client import API_KEY, GreedyClient, RunningServer, find_served_model
 from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.prompts.ner_span import cue_record, read_split
-from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
+from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.scoring.ner_metrics import score_predictions
 
 EXAMPLES = """examples:
@@ -80,30 +78,20 @@ class Evaluation:
 
 def evaluate_split(
     records: Sequence[Record],
-    tokenizer: PlainTokenizer,
+    client: GreedyClient,
     prompt_format: PromptFormat,
     *,
     split: str,
     out: Path | str,
-    base_url: str,
-    model_id: str,
-    api_key: str,
-    max_new_tokens: int,
-    concurrency: int = 64,
-    constrained_decoding: str = "off",
-    span_threshold: float | None = None,
     weights: str | None = None,
-    request_seconds: float = 120,
-    max_retries: int = 5,
+    span_threshold: float | None = None,
     progress: str | None = "vLLM",
 ) -> Evaluation:
-    """Answer every record greedily through the server and write the predictions to ``out``.
+    """Let the client's model answer every record and write the predictions to ``out``.
 
     Each answer is kept in ``<out>.partial.jsonl`` as it comes; the same call after a crash asks only for the rest.
-    ``constrained_decoding`` (``answer_grammar``) makes the server refuse what the grammar forbids;
     ``span_threshold`` drops less probable spans. ``weights`` (``files.fingerprint_weights``) tells retrained models of
-    one name apart. Time-outs, lost connections, 429 and 5xx are retried ``max_retries`` times with growing, random
-    pauses.
+    one name apart.
 
     Raises:
         DataError: no records, or the partial file is broken or in use.
@@ -111,29 +99,14 @@ def evaluate_split(
     """
     if not records:
         raise DataError(f"{split}: no records to score.")
-    served = find_served_model(base_url, api_key, names=[model_id])
-    prompts = build_prompts(records, tokenizer, prompt_format)
-    needed = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
-    if served.max_model_len and needed > served.max_model_len:
-        raise ServerError(
-            f"the longest prompt and {max_new_tokens} new tokens make {needed}, but {served.id!r} takes "
-            f"{served.max_model_len}. Start it with --max-model-len {needed}, or lower max_input_tokens."
-        )
+    prompts = build_prompts(records, client.tokenizer, prompt_format)
+    _check_context(client, prompts)
     all_ids = json.dumps([prompt.prompt_ids for prompt in prompts]).encode()
-    job = dict(split=split, model=served.id, weights=weights, max_new_tokens=max_new_tokens)
-    job |= asdict(prompt_format) | dict(constrained_decoding=constrained_decoding)
-    job |= dict(prompts=len(prompts), prompts_sha256=hashlib.sha256(all_ids).hexdigest())
-    client = GreedyClient(
-        base_url=base_url,
-        api_key=api_key,
-        model_id=served.id,
-        tokenizer=tokenizer,
-        max_new_tokens=max_new_tokens,
-        concurrency=concurrency,
-        request_seconds=request_seconds,
-        max_retries=max_retries,
-        constrained_decoding=constrained_decoding,
+    job = dict(
+        split=split, model=client.server.model_id, weights=weights, max_new_tokens=client.max_new_tokens
     )
+    job |= asdict(prompt_format) | dict(constrained_decoding=client.constrained_decoding)
+    job |= dict(prompts=len(prompts), prompts_sha256=hashlib.sha256(all_ids).hexdigest())
     with PartialAnswers(f"{out}.partial.jsonl", job) as partial:
         resumed = len(partial.answers)
         todo = {number: prompt for number, prompt in enumerate(prompts) if number not in partial.answers}
@@ -155,17 +128,25 @@ def evaluate_split(
             ) from None
         seconds = time.monotonic() - started
         answers = [partial.answers[number] for number in range(len(prompts))]
+        constrained = client.constrained_decoding != "off"
         predictions = collect_predictions(
-            records,
-            prompts,
-            answers,
-            constrained=constrained_decoding != "off",
-            span_threshold=span_threshold,
+            records, prompts, answers, constrained=constrained, span_threshold=span_threshold
         )
         write_predictions(out, predictions)
         partial.remove()
     new_tokens = sum(len(answers[number].token_ids) + (answers[number].finish == "eos") for number in todo)
     return Evaluation(predictions, len(todo), resumed, seconds, new_tokens, retries)
+
+
+def _check_context(client: GreedyClient, prompts: Sequence[Prompt]) -> None:
+    server = client.server
+    served = find_served_model(server.base_url, server.api_key, names=[server.model_id])
+    needed = max(len(prompt.prompt_ids) for prompt in prompts) + client.max_new_tokens
+    if served.max_model_len and needed > served.max_model_len:
+        raise ServerError(
+            f"the longest prompt and {client.max_new_tokens} new tokens make {needed}, but {served.id!r} takes "
+            f"{served.max_model_len}. Start it with --max-model-len {needed}, or lower max_input_tokens."
+        )
 
 
 def choose_asking(stored: Mapping[str, Any], given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -218,7 +199,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--base-url", help="address of a server elsewhere, e.g. http://node7:8001/v1; instead of --port")
     add(
         "--api-key-env",
-        default="VLLM_API_KEY",
+        default=API_KEY,
         help="environment variable with the server's key (%(default)s)",
     )
     add("--model", type=Path, help="run folder or merged model folder (default: the folder the server names)")
@@ -270,18 +251,17 @@ def _share(word: str) -> float:
 def _evaluate(options: argparse.Namespace) -> None:
     data_path = Path(options.data_dir) / f"{options.split}.jsonl"
     records = read_split(options.data_dir, options.split, limit=options.limit)
-    base_url = complete_url(options.base_url or f"http://127.0.0.1:{options.port}")
-    api_key = os.environ.get(options.api_key_env) or "EMPTY"
+    address = options.base_url or f"http://127.0.0.1:{options.port}"
     model = options.model
     if model is None:
-        served = find_served_model(base_url, api_key)
-        model = Path(served.root or served.id)
+        server = RunningServer(address, key_variable=options.api_key_env)
+        model = Path(server.model.root or server.model_id)
         if not model.is_dir():
             raise ParameterError(
-                f"{base_url} serves {served.id!r}, no folder of this machine: name it with --model."
+                f"{server.base_url} serves {server.model_id!r}, no folder of this machine: name it with --model."
             )
     model_dir, stored = read_model_folder(model)
-    served = find_served_model(base_url, api_key, names=[*served_names(model_dir), str(model)])
+    server = RunningServer(address, model_dir, key_variable=options.api_key_env)
     chosen = choose_asking(stored, {name: getattr(options, name) for name in ASKED_WITH}, where=str(model))
     manifest = Manifest.of(chosen, where=model_dir)
     if cues := manifest.cue_options():
@@ -290,27 +270,30 @@ def _evaluate(options: argparse.Namespace) -> None:
     out = options.out or run_folder / f"predictions-{options.split}-vllm.jsonl"
     print(f"{data_path}: {len(records)} records, sha256 {file_sha256(data_path)[:12]}")
     asked = {name: chosen[name] for name in ASKED_WITH}
-    print(f"{served.id} at {base_url}: {', '.join(f'{name}={value}' for name, value in asked.items())}")
+    print(
+        f"{server.model_id} at {server.base_url}: {', '.join(f'{name}={value}' for name, value in asked.items())}"
+    )
+    client = GreedyClient(
+        server=server,
+        tokenizer=load_plain_tokenizer(model_dir),
+        max_new_tokens=manifest.max_new_tokens,
+        concurrency=options.concurrency,
+        constrained_decoding=options.constrained_decoding,
+    )
     evaluation = evaluate_split(
         records,
-        load_plain_tokenizer(model_dir),
+        client,
         manifest.prompt_format,
         split=options.split,
         out=out,
-        base_url=base_url,
-        model_id=served.id,
-        api_key=api_key,
-        concurrency=options.concurrency,
-        constrained_decoding=options.constrained_decoding,
-        span_threshold=options.span_threshold,
         weights=fingerprint_weights(model_dir),
-        max_new_tokens=manifest.max_new_tokens,
+        span_threshold=options.span_threshold,
     )
     scores = score_predictions(evaluation.predictions)
     _print_scores(scores, evaluation)
     print(f"wrote {out}")
     if options.metrics:
-        origin = {"split": options.split, "model": served.id}
+        origin = {"split": options.split, "model": server.model_id}
         origin |= {name: getattr(options, name) for name in ("constrained_decoding", "span_threshold")}
         write_json(options.metrics, {**scores, **evaluation.speed(), **asked, **origin})
 

@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import START
@@ -38,7 +39,7 @@ from biomerge_lib.core.records import write_records
 from biomerge_lib.decoding.answer_grammar import build_grammar
 from biomerge_lib.decoding.partial_answers import PartialAnswers
 from biomerge_lib.decoding.predictions import RawAnswer, build_prompts, read_predictions
-from biomerge_lib.decoding.vllm_client import find_served_model
+from biomerge_lib.decoding.vllm_client import GreedyClient, find_served_model
 from biomerge_lib.decoding.vllm_server import VllmServer, installed_vllm, open_server, read_log_tail
 from biomerge_lib.eval_vllm import (
     choose_asking,
@@ -63,22 +64,17 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def evaluate(tokenizer, tmp_path):
     def run(server, records=None, **options):
-        options = {
-            "split": "dev",
-            "model_id": MODEL_ID,
-            "api_key": KEY,
-            "concurrency": 4,
-            "prompt_format": PROMPTS,
-            **options,
-        }
+        address = SimpleNamespace(
+            base_url=server.base_url, api_key=options.pop("api_key", KEY), model_id=MODEL_ID
+        )
+        of_client = {field.name for field in fields(GreedyClient)}
+        asking = {name: options.pop(name) for name in of_client & options.keys()}
+        asking = {"max_new_tokens": 32, "concurrency": 4} | asking
         return evaluate_split(
             make_records() if records is None else records,
-            tokenizer,
-            out=options.pop("out", tmp_path / "predictions.jsonl"),
-            base_url=server.base_url,
-            max_new_tokens=32,
-            progress=None,
-            **options,
+            GreedyClient(server=address, tokenizer=tokenizer, **asking),
+            options.pop("prompt_format", PROMPTS),
+            **{"split": "dev", "out": tmp_path / "predictions.jsonl", "progress": None} | options,
         )
 
     return run

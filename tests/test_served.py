@@ -20,6 +20,7 @@ from biomerge_lib.core.records import parse_record
 from biomerge_lib.core.spans import TAG, format_spans
 from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import build_prompts, collect_predictions
+from biomerge_lib.decoding.vllm_client import GreedyClient
 from biomerge_lib.decoding.vllm_server import VllmServer
 from biomerge_lib.eval_vllm import evaluate_split
 from biomerge_lib.experiment.guarded_process import find_group_members
@@ -108,16 +109,9 @@ def server(served_folder, tmp_path_factory):
 @pytest.fixture
 def ask(records, plain, tmp_path):
     def run(server, tokenizer=plain, **options):
-        options = {
-            "max_new_tokens": NEW_TOKENS,
-            "split": "dev",
-            "progress": None,
-            "prompt_format": PROMPTS,
-            **options,
-        }
-        address = {"base_url": server.base_url, "model_id": server.model_id, "api_key": server.api_key}
+        client = GreedyClient(server=server, tokenizer=tokenizer, max_new_tokens=NEW_TOKENS, **options)
         out = tmp_path / "predictions.jsonl"
-        return evaluate_split(records, tokenizer, out=out, **address, **options).predictions
+        return evaluate_split(records, client, PROMPTS, split="dev", out=out, progress=None).predictions
 
     return run
 

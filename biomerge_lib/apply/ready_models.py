@@ -96,21 +96,11 @@ def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any
     Raises:
         ServerError: no server there, or one that serves several models or refuses.
     """
-    from biomerge_lib.decoding.vllm_client import GreedyClient, complete_url, find_served_model
+    from biomerge_lib.decoding.vllm_client import GreedyClient, RunningServer
     from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 
     tokenizer = load_plain_tokenizer(folder)
-    url, api_key = complete_url(base_url), os.environ.get("VLLM_API_KEY") or "EMPTY"
-    client = GreedyClient(
-        base_url=url,
-        api_key=api_key,
-        model_id=find_served_model(url, api_key).id,
-        tokenizer=tokenizer,
-        max_new_tokens=max_new_tokens,
-        concurrency=64,
-        request_seconds=120,
-        max_retries=5,
-    )
+    client = GreedyClient(server=RunningServer(base_url), tokenizer=tokenizer, max_new_tokens=max_new_tokens)
 
     def answer(prompts: list[Prompt]) -> list[RawAnswer]:
         answers: dict[int, RawAnswer] = {}

@@ -1,4 +1,4 @@
-"""Knows how to ask a running OpenAI-compatible server for the answers to prompts; knows nothing of files or scores.
+"""Knows how to ask a running OpenAI-compatible server for the answers to prompts.
 
     prompt ids --[/v1/completions, greedy, many at a time]--> RawAnswer
 
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import openai
 
@@ -27,6 +27,7 @@ HOW_TO_START = (
     "Start one: VLLM_API_KEY=... python -m vllm.entrypoints.openai.api_server --model runs/RUN/merged "
     "--served-model-name RUN --host 127.0.0.1 --port 8001"
 )
+API_KEY = "VLLM_API_KEY"  # the environment variable
 _RETRIED = (408, 409, 429)
 _MODELS_RETRIES = 2
 # One line a request would bury a notebook's output.
@@ -57,7 +58,7 @@ def find_served_model(base_url: str, api_key: str, *, names: Sequence[str] | Non
             api_key=api_key,
             max_retries=_MODELS_RETRIES,
             timeout=20,
-            http_client=_sync_http(base_url),
+            http_client=openai.DefaultHttpxClient(trust_env=_may_use_proxy(base_url)),
         ) as client:
             cards = list(client.models.list())
     except openai.OpenAIError as error:
@@ -92,18 +93,35 @@ def complete_url(address: str) -> str:
     return address.rstrip("/").removesuffix("/v1") + "/v1"
 
 
+class Server(Protocol):
+    """Where a model is served and under which name: a ``RunningServer`` or a ``VllmServer``."""
+
+    @property
+    def base_url(self) -> str: ...
+    @property
+    def api_key(self) -> str: ...
+    @property
+    def model_id(self) -> str: ...
+
+
 class RunningServer:
     """A server that somebody else started, checked and never stopped; a stand-in for ``VllmServer``.
 
-    The key comes from the environment variable ``VLLM_API_KEY``: a notebook's parameters are stored in its output.
+    It serves the model in ``model_dir``; with None whichever, if it is the only one. The key comes from an environment
+    variable: a notebook's parameters are stored in its output.
+
+    Raises:
+        ServerError: no server there, it wants another key, or serves something else.
     """
 
     startup_seconds = 0.0
 
-    def __init__(self, base_url: str, model_dir: Path | str):
+    def __init__(self, base_url: str, model_dir: Path | str | None = None, *, key_variable: str = API_KEY):
         self.base_url = complete_url(base_url)
-        self.api_key = os.environ.get("VLLM_API_KEY") or "EMPTY"
-        self.model_id = find_served_model(self.base_url, self.api_key, names=served_names(model_dir)).id
+        self.api_key = os.environ.get(key_variable) or "EMPTY"
+        names = None if model_dir is None else served_names(model_dir)
+        self.model = find_served_model(self.base_url, self.api_key, names=names)
+        self.model_id = self.model.id
 
     def __enter__(self) -> RunningServer:
         return self
@@ -114,17 +132,20 @@ class RunningServer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreedyClient:
-    """Asks one served model for greedy answers, ``concurrency`` at a time."""
+    """Asks one served model for greedy answers, ``concurrency`` at a time.
 
-    base_url: str
-    api_key: str
-    model_id: str
+    ``constrained_decoding`` (``answer_grammar``) makes the server refuse what the grammar forbids. Requests that take
+    longer than ``request_seconds``, lost connections, 429 and 5xx are retried ``max_retries`` times with growing,
+    random pauses.
+    """
+
+    server: Server
     tokenizer: PlainTokenizer
     max_new_tokens: int
-    concurrency: int
-    request_seconds: float
-    max_retries: int
+    concurrency: int = 64
     constrained_decoding: str = "off"
+    request_seconds: float = 120
+    max_retries: int = 5
 
     def answer_all(self, prompts: dict[int, Prompt], keep: Callable[[int, RawAnswer], None]) -> int:
         """Answer numbered prompts; give each answer to ``keep`` when it comes; return how many requests were retried.
@@ -164,17 +185,17 @@ class GreedyClient:
 
     def _connect(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
-            base_url=self.base_url,
-            api_key=self.api_key,
+            base_url=self.server.base_url,
+            api_key=self.server.api_key,
             timeout=self.request_seconds,
             max_retries=self.max_retries,
-            http_client=_async_http(self.base_url),
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=_may_use_proxy(self.server.base_url)),
         )
 
     async def _answer(self, client: openai.AsyncOpenAI, prompt: Prompt) -> tuple[RawAnswer, int]:
         grammar = build_grammar(prompt.chunk.record.text, self.constrained_decoding)
         raw = await client.completions.with_raw_response.create(
-            model=self.model_id,
+            model=self.server.model_id,
             prompt=None,  # in the extra body, which openai sends as it is: it looks at each token id of this one
             max_tokens=self.max_new_tokens,
             temperature=0,
@@ -239,17 +260,9 @@ def _reason(error: Exception, retries: int) -> str:
     return str(error)
 
 
-def _sync_http(base_url: str) -> openai.DefaultHttpxClient:
-    return openai.DefaultHttpxClient(trust_env=not _is_this_machine(base_url))
-
-
-def _async_http(base_url: str) -> openai.DefaultAsyncHttpxClient:
-    return openai.DefaultAsyncHttpxClient(trust_env=not _is_this_machine(base_url))
-
-
-def _is_this_machine(base_url: str) -> bool:
+def _may_use_proxy(base_url: str) -> bool:
     # A cluster's http_proxy would send requests for 127.0.0.1 to the proxy's own machine.
-    return any(f"//{host}" in base_url for host in ("127.0.0.1", "localhost", "[::1]"))
+    return not any(f"//{host}" in base_url for host in ("127.0.0.1", "localhost", "[::1]"))
 
 
 def _run_async(coroutine: Coroutine) -> Any:

@@ -47,7 +47,7 @@ class VllmServer:
     """A vLLM server as a context manager, or with :meth:`start` and :meth:`stop` (a notebook's cells).
 
     with VllmServer(run.merged, dtype="float32", log_path=run.folder / "vllm.log", max_model_len=640) as server:
-        evaluate_split(..., base_url=server.base_url, api_key=server.api_key, model_id=server.model_id)
+        evaluate_split(records, GreedyClient(server=server, ...), ...)
 
     ``python`` is the interpreter that has vLLM: by default ``$BIOMERGE_VLLM_PYTHON``, or the running one (CUDA
     machines may keep vLLM in an environment of its own). ``port=None`` takes a free one. ``dtype`` is the
