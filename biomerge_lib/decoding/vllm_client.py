@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import openai
+from anyio.from_thread import start_blocking_portal
 
 from biomerge_lib.core.errors import ServerError, nearest
 from biomerge_lib.decoding.answer_grammar import build_grammar
@@ -153,7 +153,9 @@ class GreedyClient:
         Raises:
             ServerError: a prompt is refused, or kept failing after ``max_retries``; names the sentence.
         """
-        return _run_async(self._answer_all(prompts, keep))
+        # A loop in a thread of its own: in Jupyter one runs already, and waiting for a thread can be interrupted.
+        with start_blocking_portal() as portal:
+            return portal.call(self._answer_all, prompts, keep)
 
     async def _answer_all(self, prompts: dict[int, Prompt], keep: Callable[[int, RawAnswer], None]) -> int:
         numbers = iter(prompts)
@@ -263,25 +265,3 @@ def _reason(error: Exception, retries: int) -> str:
 def _may_use_proxy(base_url: str) -> bool:
     # A cluster's http_proxy would send requests for 127.0.0.1 to the proxy's own machine.
     return not any(f"//{host}" in base_url for host in ("127.0.0.1", "localhost", "[::1]"))
-
-
-def _run_async(coroutine: Coroutine) -> Any:
-    """``asyncio.run`` that also works where a loop runs already (Jupyter), and can be interrupted there."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-    finally:
-        asyncio.run_coroutine_threadsafe(_cancel_rest(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-async def _cancel_rest() -> None:
-    rest = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in rest:
-        task.cancel()
-    await asyncio.gather(*rest, return_exceptions=True)
-    await asyncio.get_running_loop().shutdown_asyncgens()
