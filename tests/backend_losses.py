@@ -8,7 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from biomerge_lib.model.unsloth_lora_ner import decoding_mode, import_backend, load_lora_model
+from biomerge_lib.decoding.greedy import decoding_mode
+from biomerge_lib.model.unsloth_lora_ner import import_backend, load_lora_model
 
 backend, prepared, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 import_backend(backend)

@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.model import backbones
 from biomerge_lib.model.backbones import backbone_sha256, build_tokenizer, prepare_backbone
+from biomerge_lib.model.merging import merge_checkpoint
 from biomerge_lib.model.unsloth_lora_ner import (
     load_adapter,
     load_causal_lm,
     load_lora_model,
-    merge_checkpoint,
 )
 from biomerge_lib.prompts.manifest import Manifest, read_manifest
 from biomerge_lib.prompts.prompt import encode

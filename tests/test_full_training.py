@@ -15,8 +15,9 @@ from biomerge_lib.decoding.graphed_decoding import GraphedDecoder
 from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import build_prompts
 from biomerge_lib.experiment.checkpoints import best_checkpoint, find_damage
+from biomerge_lib.model.merging import merge_checkpoint
 from biomerge_lib.model.packing import PackedCollator
-from biomerge_lib.model.unsloth_lora_ner import load_causal_lm, merge_checkpoint
+from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
 from biomerge_lib.prompts.ner_span import encode_example
 from biomerge_lib.training.run import build_model, build_trainer, train
 

@@ -9,9 +9,9 @@ from conftest import START
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import format_spans, parse_spans
 from biomerge_lib.decoding.graphed_decoding import GraphedDecoder, can_graph
-from biomerge_lib.decoding.greedy import greedy_decode, read_answer
+from biomerge_lib.decoding.greedy import decoding_mode, greedy_decode, read_answer
 from biomerge_lib.decoding.predictions import build_prompts, collect_predictions
-from biomerge_lib.model.unsloth_lora_ner import decoding_mode, load_lora_model
+from biomerge_lib.model.unsloth_lora_ner import load_lora_model
 from biomerge_lib.prompts.ner_span import SpanCollator, encode_example
 
 RECORDS = [

@@ -13,7 +13,8 @@ from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.records import write_records
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.model.backbones import build_tokenizer, prepare_backbone
-from biomerge_lib.model.unsloth_lora_ner import choose_lora_layers, load_causal_lm, merge_checkpoint
+from biomerge_lib.model.merging import merge_checkpoint
+from biomerge_lib.model.unsloth_lora_ner import choose_lora_layers, load_causal_lm
 from biomerge_lib.prompts.prompt import encode
 from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.training.launch import train_run

@@ -111,7 +111,7 @@ def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any
 
 
 def _merge(adapter: Path, folder: Path) -> None:
-    from biomerge_lib.model.unsloth_lora_ner import merge_checkpoint
+    from biomerge_lib.model.merging import merge_checkpoint
     from biomerge_lib.prompts.prompt import encode
     from biomerge_lib.prompts.tokenizer import load_tokenizer
 

@@ -1,6 +1,6 @@
 """Knows which answers are allowed to a text, as a grammar that vLLM and transformers (xgrammar) both read.
 
-Knows nothing of models or tokens: the grammar is about characters, so it holds for any tokenizer.
+The grammar is about characters, so it holds for any tokenizer.
 """
 
 from __future__ import annotations

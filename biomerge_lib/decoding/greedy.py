@@ -1,17 +1,18 @@
-"""Knows greedy decoding with transformers: prompts in, answers out. Knows nothing of records or scores."""
+"""Knows greedy decoding with transformers: prompts in, answers out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
 from biomerge_lib.decoding.answer_grammar import build_grammar
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
-from biomerge_lib.model.unsloth_lora_ner import decoding_mode
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
 
     from biomerge_lib.decoding.graphed_decoding import GraphedDecoder
@@ -63,6 +64,20 @@ def greedy_decode(
                 bar.update(len(batch) - len(unfinished))
                 waiting += unfinished
     return [read_answer(row.ids, tokenizer, row.best, row.second) for row in rows]
+
+
+@contextmanager
+def decoding_mode(model: CausalLM | PeftModel) -> Iterator[None]:
+    """Evaluation mode with a KV cache and nothing compiled inside the block; mode and flags as before after it."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def read_answer(

@@ -1,7 +1,6 @@
 """Knows how finished answers survive a crash: one JSON line each, in a file beside the predictions to come.
 
 The first line says what is being answered (split, model, prompts, limits); only the very same job goes on from it.
-Knows nothing of servers or scores.
 """
 
 from __future__ import annotations

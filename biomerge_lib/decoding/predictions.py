@@ -1,8 +1,6 @@
 """Knows the way from records to prompts and from answers back to predictions, whoever decodes.
 
-    records --[build_prompts]--> prompts --(greedy decoding | vLLM)--> answers --[collect_predictions]--> predictions
-
-Knows nothing of models, servers or scores.
+records --[build_prompts]--> prompts --(greedy decoding | vLLM)--> answers --[collect_predictions]--> predictions
 """
 
 from __future__ import annotations
@@ -24,8 +22,6 @@ from biomerge_lib.prompts.prompt import Chunk, encode_chunks, merge_chunks
 
 if TYPE_CHECKING:
     from biomerge_lib.prompts.prompt import Tokenizer
-
-BATCH = 1000  # records tokenised at a time
 
 
 class Decoder(Protocol):
@@ -114,19 +110,16 @@ def collect_predictions(
     ``constrained``: a grammar held, so that only the length limit can leave a span unfinished; such a last part is
     left out (``finish`` still says "length"). ``span_threshold`` drops spans whose probability is lower.
     """
-    by_record: dict[int, list[tuple[Chunk, RawAnswer]]] = {index: [] for index in range(len(records))}
-    hashes: dict[int, list[str]] = {index: [] for index in range(len(records))}
+    answered: list[list[tuple[Prompt, RawAnswer]]] = [[] for _ in records]
     for prompt, answer in zip(prompts, answers, strict=True):
-        by_record[prompt.record_index].append((prompt.chunk, answer))
-        hashes[prompt.record_index].append(hash_ids(prompt.prompt_ids))
+        answered[prompt.record_index].append((prompt, answer))
     predictions = []
-    for index, record in enumerate(records):
-        pairs = by_record[index]
-        texts = [_whole_parts(answer) if constrained else answer.text for _, answer in pairs]
+    for index, (record, pairs) in enumerate(zip(records, answered, strict=True)):
         parsed = [
-            parse_answer(text, len(chunk.record.text)) for (chunk, _), text in zip(pairs, texts, strict=True)
+            parse_answer(_whole_parts(answer) if constrained else answer.text, len(prompt.chunk.record.text))
+            for prompt, answer in pairs
         ]
-        pred = merge_chunks([chunk for chunk, _ in pairs], [answer.spans for answer in parsed])
+        pred = merge_chunks([prompt.chunk for prompt, _ in pairs], [answer.spans for answer in parsed])
         probabilities = _span_probabilities(pairs)
         prediction = Prediction(
             index=index,
@@ -141,7 +134,7 @@ def collect_predictions(
             unreadable=sum(len(answer.unreadable) for answer in parsed),
             out_of_text=sum(len(answer.out_of_text) for answer in parsed),
             unsorted=sum(not answer.is_sorted for answer in parsed),
-            prompt_hashes=hashes[index],
+            prompt_hashes=[hash_ids(prompt.prompt_ids) for prompt, _ in pairs],
             probabilities=[probabilities[span] for span in pred] if set(pred) <= set(probabilities) else [],
             logprobs=[answer.logprobs for _, answer in pairs],
             margins=[answer.margins for _, answer in pairs],
@@ -195,13 +188,13 @@ def _whole_parts(answer: RawAnswer) -> str:
     return answer.text if answer.finish == "eos" else answer.text.rpartition(";")[0]
 
 
-def _span_probabilities(pairs: Sequence[tuple[Chunk, RawAnswer]]) -> dict[Span, float]:
+def _span_probabilities(pairs: Sequence[tuple[Prompt, RawAnswer]]) -> dict[Span, float]:
     """Of a span written twice, the more probable time counts."""
     found: dict[Span, float] = {}
-    for chunk, answer in pairs:
+    for prompt, answer in pairs:
         for (_, span), logprob in zip(read_parts(answer.text), answer.part_logprobs, strict=False):
             if span is not None:
-                moved = (span[0] + chunk.offset, span[1] + chunk.offset)
+                moved = (span[0] + prompt.chunk.offset, span[1] + prompt.chunk.offset)
                 found[moved] = max(found.get(moved, 0.0), round(math.exp(logprob), 6))
     return found
 

@@ -1,6 +1,6 @@
 """Knows how to start one vLLM server for a model folder and how to leave nothing of it behind.
 
-Knows nothing of prompts, records or scores. The server is vLLM's own OpenAI-compatible one, on 127.0.0.1, with an
+The server is vLLM's own OpenAI-compatible one, on 127.0.0.1, with an
 API key, in a process group of its own, its output in a log file.
 """
 
@@ -23,9 +23,10 @@ from typing import Any
 
 from biomerge_lib.core.errors import ServerError
 from biomerge_lib.decoding.vllm_client import RunningServer, served_names
-from biomerge_lib.experiment.guarded_process import GuardedProcess, find_group_members
+from biomerge_lib.experiment.guarded_process import GuardedProcess
 
 HOST = "127.0.0.1"
+GPU_SHARE, CPU_CACHE_GIB = "0.9", "2"  # memory of a GPU in all; on a CPU that for keys and values
 # Below Linux's ephemeral range, from which outgoing connections take ports while vLLM is still importing.
 FREE_PORTS = range(20000, 32000)
 _VERSIONS = """import importlib.metadata as m
@@ -51,8 +52,7 @@ class VllmServer:
 
     ``python`` is the interpreter that has vLLM: by default ``$BIOMERGE_VLLM_PYTHON``, or the running one (CUDA
     machines may keep vLLM in an environment of its own). ``port=None`` takes a free one. ``dtype`` is the
-    arithmetic: ``float32`` answers as transformers does, ``bfloat16`` rounds differently. ``kv_cache_gib`` is the
-    memory for keys and values on a CPU, ``gpu_memory_utilization`` the share of a GPU's memory. ``execution`` (a key of
+    arithmetic: ``float32`` answers as transformers does, ``bfloat16`` rounds differently. ``execution`` (a key of
     ``EXECUTION``; a CPU build is always eager) trades start-up against speed: short answers to some hundred
     sentences are not worth a minute of compiling.
     """
@@ -65,28 +65,22 @@ class VllmServer:
         log_path: Path | str,
         max_model_len: int,
         port: int | None = None,
-        api_key: str | None = None,
-        model_id: str | None = None,
         ready_seconds: float = 600,
         python: str | None = None,
-        kv_cache_gib: int = 2,
-        gpu_memory_utilization: float = 0.9,
         execution: str = "graphs",
         extra_arguments: Sequence[str] = (),
     ):
         self.model_dir = Path(model_dir).resolve()
-        self.model_id = model_id or served_names(self.model_dir)[0]
+        self.model_id = served_names(self.model_dir)[0]
         self.dtype = dtype
         self.log_path = Path(log_path).resolve()
         self.max_model_len = max_model_len
         self.port = port
-        self.api_key = api_key or secrets.token_urlsafe(24)
+        self.api_key = secrets.token_urlsafe(24)
         self.ready_seconds = ready_seconds
         chosen = python or os.environ.get("BIOMERGE_VLLM_PYTHON") or sys.executable
         # The server runs in its log's folder, from where a relative path would lead elsewhere.
         self.python = str(Path(chosen).absolute()) if os.sep in chosen else chosen
-        self.kv_cache_gib = kv_cache_gib
-        self.gpu_memory_utilization = gpu_memory_utilization
         self.execution = execution
         self.extra_arguments = list(extra_arguments)
         self.version: str | None = None
@@ -106,11 +100,6 @@ class VllmServer:
     @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.exit_code is None
-
-    @property
-    def processes(self) -> list[int]:
-        """Ids of the server's processes, its engine's among them."""
-        return find_group_members(self._process.group) if self._process is not None else []
 
     def __enter__(self) -> VllmServer:
         return self.start()
@@ -168,7 +157,7 @@ class VllmServer:
         # The model folder's generation_config must not change sampling behind the requests' back.
         command += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
         if not _is_cpu_build(self.version):
-            command += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
+            command += ["--gpu-memory-utilization", GPU_SHARE]
         command += EXECUTION[self.executes]
         return command + self.extra_arguments
 
@@ -183,7 +172,7 @@ class VllmServer:
             cores = sorted(os.sched_getaffinity(0))
             threads = ",".join(str(core) for core in cores[1:] or cores)
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
-            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(self.kv_cache_gib))
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         else:
             # The engine's process then has what the server's process has imported already; vLLM spawns it by itself
             # where CUDA has been initialised before.

@@ -1,4 +1,4 @@
-"""Knows where a backbone's weights come from and prepares them once; knows nothing of LoRA or data.
+"""Knows where a backbone's weights come from and prepares them once.
 
 A prepared backbone is a folder ``<backbones_dir>/<name>`` with the causal LM, its embeddings resized for the
 five added tokens, and the tokenizer. Everything later loads that folder, so embeddings are never resized

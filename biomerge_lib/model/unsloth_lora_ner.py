@@ -1,4 +1,4 @@
-"""Knows the model: a causal LM with LoRA and an optional token head; knows nothing of data sets or training loops.
+"""Knows the model: a causal LM with LoRA, or with all weights trained, and an optional token head.
 
 Both backends give the same PEFT model: LoRA on every linear layer of attention and MLP, the five added embedding
 rows, and the head as a ``modules_to_save`` module of the adapter. With every weight trained (``load_full_model``) there
@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.core.errors import ModelError
-from biomerge_lib.core.files import whole_folder
 from biomerge_lib.model.backbones import refuse_other_backbone
-from biomerge_lib.prompts.manifest import Manifest, write_manifest
 from biomerge_lib.prompts.prompt import B_I_O
 from biomerge_lib.prompts.tokenizer import ADDED_TOKENS, load_tokenizer
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
 
     from biomerge_lib.model.backbones import CausalLM
@@ -35,7 +29,6 @@ if TYPE_CHECKING:
 # Those of Llama, Qwen and Gemma, and all that Unsloth knows.
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 UNSLOTH_VERSION = "2026.10.9"  # whose FastModel keeps transformers' modelling code; pyproject.toml pins it
-log = logging.getLogger("biomerge")
 
 
 def import_backend(backend: str) -> None:
@@ -283,121 +276,6 @@ def load_adapter(folder: Path | str, checkpoint: Path | str, *, dtype: str) -> P
         return PeftModel.from_pretrained(model, checkpoint).eval()
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{checkpoint} is no adapter of the backbone in {folder}: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class MergeCheck:
-    """How the merged model differs from backbone + adapter on one prompt.
-
-    ``max_logit_difference`` over all positions and tokens; ``argmax_agreement``: share of positions with the same best
-    token; ``relative_change``: root mean square of that difference over what the adapter itself changes, 0 for a
-    perfect merge and 1 for a lost adapter; ``same_answer``: whether the two greedy answers are equal.
-    """
-
-    max_logit_difference: float
-    argmax_agreement: float
-    relative_change: float
-    same_answer: bool
-
-
-def merge_checkpoint(
-    folder: Path | str,
-    checkpoint: Path | str,
-    out: Path | str,
-    *,
-    dtype: str,
-    manifest: Manifest,
-    probe_ids: Sequence[int],
-) -> MergeCheck:
-    """Write a checkpoint as one plain causal LM folder that vLLM serves, after a comparison of both.
-
-    An adapter is added to the backbone in ``folder``; of a model that was trained whole the token head is left out, and
-    its float32 weights are rounded to ``dtype``.
-
-    ``manifest`` goes beside the weights, so that whoever serves the folder can build the right prompts. ``probe_ids``
-    are the token ids of a prompt on which checkpoint and merged model must agree.
-
-    Raises:
-        ModelError: the merged model's logits differ from the checkpoint's by more than rounding; or the disk is full.
-            An earlier merged folder stays as it is.
-    """
-    import torch
-
-    out = Path(out)
-    is_adapter = (Path(checkpoint) / "adapter_config.json").is_file()
-    model: PeftModel | CausalLM
-    if is_adapter:
-        model = load_adapter(folder, checkpoint, dtype=dtype)
-    else:
-        model = load_causal_lm(checkpoint, dtype="float32")
-    probe = torch.tensor([probe_ids], device=model.device)
-    with torch.inference_mode():
-        before, answer = model(input_ids=probe).logits.float(), _greedy_answer(model, probe)
-        if is_adapter:
-            with cast("PeftModel", model).disable_adapter():
-                untrained = model(input_ids=probe).logits.float()
-        else:
-            untrained = load_causal_lm(folder, dtype=dtype)(input_ids=probe).logits.float()
-    effect = _root_mean_square(before - untrained)
-    merged = cast("PeftModel", model).merge_and_unload() if is_adapter else model.to(getattr(torch, dtype))
-    if hasattr(merged, "token_head"):
-        del merged.token_head
-    with torch.inference_mode():
-        change = merged(input_ids=probe).logits.float() - before
-        check = MergeCheck(
-            max_logit_difference=float(change.abs().max()),
-            argmax_agreement=float(((before + change).argmax(-1) == before.argmax(-1)).float().mean()),
-            relative_change=_root_mean_square(change) / max(effect, 1e-6),
-            same_answer=_greedy_answer(merged, probe) == answer,
-        )
-    # In bfloat16 (8 bits of mantissa) the merged weights are rounded anew: single logits move by several, all of them
-    # together by far less than what losing the training would change.
-    exact = dtype == "float32"
-    if (exact and check.max_logit_difference > 1e-2) or (
-        check.relative_change > 0.5 and _root_mean_square(change) > 0.25
-    ):
-        raise ModelError(
-            f"merging {checkpoint} changed what the model says: logits by {check.max_logit_difference:.3f} at most, "
-            f"{check.relative_change:.0%} of what its training does; not written. The checkpoint is safe; "
-            "dtype=float32 merges without rounding."
-        )
-    try:
-        with whole_folder(out) as partial:
-            merged.save_pretrained(str(partial))
-            load_tokenizer(folder).save_pretrained(partial)
-            write_manifest(partial, manifest)
-            shutil.rmtree(out, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(
-            f"{out}: the merged model cannot be written ({error}); checkpoint {checkpoint} is safe."
-        ) from error
-    return check
-
-
-def _root_mean_square(values: torch.Tensor) -> float:
-    return float(values.square().mean().sqrt())
-
-
-def _greedy_answer(model: CausalLM | PeftModel, probe: torch.Tensor) -> list[int]:
-    """Up to 32 token ids that greedy decoding writes after a (1, T) prompt."""
-    generated = model.generate(
-        input_ids=probe, attention_mask=probe.new_ones(probe.shape), max_new_tokens=32, do_sample=False
-    )
-    return generated[0, probe.shape[1] :].tolist()
-
-
-@contextmanager
-def decoding_mode(model: CausalLM | PeftModel) -> Iterator[CausalLM | PeftModel]:
-    """Evaluation mode with a KV cache and nothing compiled inside the block; mode and flags as before after it."""
-    import torch
-
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield model
-    finally:
-        model.train(was_training)
 
 
 def _attach_token_head(model: CausalLM, wanted: bool) -> None:

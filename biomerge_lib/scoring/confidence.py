@@ -1,7 +1,4 @@
-"""Knows what the spans' probabilities are worth: precision against coverage, calibration, and a threshold.
-
-Knows nothing of models or plots; it reads predictions.
-"""
+"""Knows how far the spans' probabilities can be trusted: precision against coverage, calibration, a threshold."""
 
 from __future__ import annotations
 

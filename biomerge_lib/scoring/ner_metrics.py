@@ -1,4 +1,4 @@
-"""Knows how to score spans; knows nothing of models or prompts.
+"""Knows how to score spans.
 
 The headline is exact-span micro F1: a predicted span counts when start and end both equal a gold span's.
 """

@@ -1,7 +1,7 @@
 """Knows how to compare two decoders' predictions of the same records, and to name why they differ.
 
-Made for transformers' greedy decoding (04) against vLLM (05): what was trained must be what is served. Knows
-nothing of models or servers; it judges from token ids, texts, finish reasons and the dtypes it is told.
+Made for transformers' greedy decoding (04) against vLLM (05): what was trained must be what is served. It
+judges from token ids, texts, finish reasons and the dtypes it is told.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
     from biomerge_lib.corpora.readers import read_corpus
     from biomerge_lib.decoding.greedy import greedy_decode
     from biomerge_lib.decoding.predictions import build_prompts
-    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm, merge_checkpoint
+    from biomerge_lib.model.merging import merge_checkpoint
+    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
     from biomerge_lib.prompts.ner_span import describe_model
     from biomerge_lib.prompts.prompt import encode
     from biomerge_lib.prompts.tokenizer import load_tokenizer
