@@ -96,12 +96,11 @@ def complete_url(address: str) -> str:
 class Server(Protocol):
     """Where a model is served and under which name: a ``RunningServer`` or a ``VllmServer``."""
 
+    model_id: str
+    api_key: str
+
     @property
     def base_url(self) -> str: ...
-    @property
-    def api_key(self) -> str: ...
-    @property
-    def model_id(self) -> str: ...
 
 
 class RunningServer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,18 @@ class Preflight:
 
     def add(self, verdict: str, check: str, says: str) -> None:
         self.findings.append(Finding(verdict, check, says))
+
+    def ok(self, check: str, says: str) -> None:
+        self.add(OK, check, says)
+
+    def note(self, check: str, says: str) -> None:
+        self.add(NOTE, check, says)
+
+    def warn(self, check: str, says: str) -> None:
+        self.add(WARNING, check, says)
+
+    def refuse(self, check: str, says: str) -> None:
+        self.add(REFUSED, check, says)
 
     def __str__(self) -> str:
         return "\n".join(f"{f.verdict:<8} {f.check:<11} {f.says}" for f in self.findings)
@@ -129,8 +141,7 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
 
 def _report_counts(found: Preflight, split: str, scan: Scan, parameters: Parameters) -> None:
     digest = file_sha256(Path(parameters.data_dir) / f"{split}.jsonl")[:12]
-    found.add(
-        OK,
+    found.ok(
         split,
         f"{scan.records:,} records of {len(scan.documents):,} documents, {scan.spans:,} mentions, "
         f"{scan.empty / scan.records:.1%} of the records without one; every offset lies in its text (sha256 {digest})",
@@ -142,63 +153,54 @@ def _report_counts(found: Preflight, split: str, scan: Scan, parameters: Paramet
     }
     if not scan.spans and (split != "test" or parameters.run_test_eval):
         purpose = "to learn" if split == "train" else "to score"
-        found.add(REFUSED, split, f"no mention in {split}.jsonl: there is nothing {purpose}")
+        found.refuse(split, f"no mention in {split}.jsonl: there is nothing {purpose}")
     if split == "dev" and scan.records < SMALL_DEV:
-        found.add(NOTE, split, f"F1 on {scan.records} records is noise: set eval_limit higher for a result")
+        found.note(split, f"F1 on {scan.records} records is noise: set eval_limit higher for a result")
     if problem := find_implausible([word for record in scan.sample for word in record.text.split()]):
-        found.add(
-            WARNING,
+        found.warn(
             split,
             f"most words are {problem}, as in {scan.sample[0].text[:40]!r}: was the right column read? 02_data has "
             "token_column and tag_column",
         )
     if scan.reserved:
-        found.add(
-            NOTE, split, f"{scan.reserved:,} texts hold a token such as <B> literally; it becomes one token"
-        )
+        found.note(split, f"{scan.reserved:,} texts hold a token such as <B> literally; it becomes one token")
 
 
 def _report_answers(
-    found: Preflight, sample: Iterable[Record], tokenizer: PlainTokenizer, parameters: Parameters
+    found: Preflight, sample: Sequence[Record], tokenizer: PlainTokenizer, parameters: Parameters
 ) -> None:
-    checked = 0
     for record in sample:
         ids = encode_completion(record.spans, tokenizer)
         if ids.count(tokenizer.eos_token_id) != 1 or ids[-1] != tokenizer.eos_token_id:
-            found.add(REFUSED, "answers", f"an answer's labels do not end with the one EOS: {ids}")
+            found.refuse("answers", f"an answer's labels do not end with the one EOS: {ids}")
             return
         answer = parse_answer(tokenizer.decode(ids[:-1]), len(record.text))
         if tuple(answer.spans) != record.spans or answer.unreadable:
-            found.add(
-                REFUSED,
+            found.refuse(
                 "answers",
                 f"the tokenizer in {parameters.tokenizer_dir} cannot write {record.target!r}: it decodes as "
                 f"{tokenizer.decode(ids[:-1])!r}",
             )
             return
-        checked += 1
-    found.add(OK, "answers", f"EOS is labelled, and {checked:,} answers decode to their spans")
+    found.ok("answers", f"EOS is labelled, and {len(sample):,} answers decode to their spans")
 
 
 def _report_train_lengths(found: Preflight, scan: Scan, parameters: Parameters) -> None:
-    limits = (
-        f"max_input_tokens={parameters.max_input_tokens}, max_target_tokens={parameters.max_target_tokens}"
-    )
+    limits = f"max_input_tokens={parameters.max_input_tokens}"
+    limits += f", max_target_tokens={parameters.max_target_tokens}"
     if scan.impossible:
-        found.add(REFUSED, "limits", f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
+        found.refuse("limits", f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
     else:
-        found.add(
-            OK,
+        found.ok(
             "limits",
             f"{scan.long_prompts:,} prompts and {scan.long_targets:,} targets of train are over the limits ({limits}): "
             f"{scan.chunked:,} records are cut into chunks, nothing is truncated",
         )
     if scan.chunked > 0.2 * scan.records:
-        found.add(WARNING, "limits", f"{scan.chunked / scan.records:.0%} of train is cut: raise the limits")
+        found.warn("limits", f"{scan.chunked / scan.records:.0%} of train is cut: raise the limits")
     about = "" if scan.is_exact else "about "
     total = scan.prompt_tokens + scan.target_tokens
-    found.add(
-        OK,
+    found.ok(
         "tokens",
         f"{about}{total:,.0f} tokens an epoch; {scan.prompt_tokens / scan.records:.0f} in a mean prompt, "
         f"{scan.target_tokens / scan.records:.0f} in a mean target",
@@ -214,17 +216,15 @@ def _report_train_lengths(found: Preflight, scan: Scan, parameters: Parameters) 
 
 def _report_scored_lengths(found: Preflight, split: str, scan: Scan, parameters: Parameters) -> None:
     if scan.impossible:
-        found.add(REFUSED, split, f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
+        found.refuse(split, f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
     if scan.chunked:
-        found.add(
-            NOTE,
+        found.note(
             split,
             f"{scan.chunked:,} records are cut into chunks and mapped back; {scan.cut_spans:,} of {scan.spans:,} "
             "mentions lie across a cut and cannot be found",
         )
     if scan.long_targets:
-        found.add(
-            NOTE,
+        found.note(
             split,
             f"{scan.long_targets:,} answers are longer than max_new_tokens={parameters.max_new_tokens} and would be "
             "cut off (a chunk's answer is shorter)",
@@ -249,7 +249,7 @@ def _report_sentences(found: Preflight, scans: dict[str, Scan], parameters: Para
         if both:
             dataset, doc_id = min(both)
             says = f"{len(both):,} documents stand in train and in {split}, e.g. {dataset}/{doc_id}"
-            found.add(REFUSED, "leaks", says + ": splits are by document")
+            found.refuse("leaks", says + ": splits are by document")
         shared = len(own & scan.sentences())
         says = f"{shared:,} sentences of {split} also stand in train"
         advice = "; 02_data with drop_leaks=train takes them out" if shared else ""
@@ -264,16 +264,14 @@ def _report_cues(found: Preflight, scans: dict[str, Scan], parameters: Parameter
     if not parameters.corpus_cue:
         says = f"train mixes {len(trained)} corpora ({names}) and no prompt says which policy is asked for"
         if len(trained) > 1:
-            found.add(WARNING, "cues", says + ": set corpus_cue=true")
+            found.warn("cues", says + ": set corpus_cue=true")
         else:
-            found.add(OK, "cues", f"one corpus ({names}): no cue needed")
+            found.ok("cues", f"one corpus ({names}): no cue needed")
         if unseen:
-            found.add(WARNING, "cues", f"scored but not trained on: {', '.join(sorted(unseen))}")
+            found.warn("cues", f"scored but not trained on: {', '.join(sorted(unseen))}")
         return
     default = scans["train"].cues[parameters.default_cue]
-    found.add(
-        OK, "cues", f"{names}; {default:,} training records with the default cue {parameters.default_cue!r}"
-    )
+    found.ok("cues", f"{names}; {default:,} training records with the default cue {parameters.default_cue!r}")
     if unseen:
         says = f"{', '.join(sorted(unseen))}: not in train, so asked with the default cue {parameters.default_cue!r}"
         untrained = (
@@ -287,8 +285,8 @@ def _report_context(found: Preflight, parameters: Parameters) -> None:
     configs = [folder / "config.json" for folder in (prepared, Path(parameters.backbone).expanduser())]
     config = next((path for path in configs if path.is_file()), None)
     if config is None:
-        found.add(
-            NOTE, "context", f"{parameters.backbone} is not prepared yet: its longest context is not checked"
+        found.note(
+            "context", f"{parameters.backbone} is not prepared yet: its longest context is not checked"
         )
         return
     context = json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"]
@@ -306,22 +304,20 @@ def _report_steps(found: Preflight, scans: dict[str, Scan], parameters: Paramete
         eval_steps=parameters.eval_steps,
     )
     found.numbers |= {"expected_steps": steps, "expected_evaluations": evaluations, "expected_greedy": greedy}
-    found.add(
-        OK,
+    found.ok(
         "steps",
         f"{steps:,} optimiser steps, {evaluations:,} evaluations, {greedy:,} greedy passes over "
         f"{scans['dev'].records:,} dev records ({scans['dev'].examples:,} prompts)",
     )
     if steps < parameters.eval_steps:
-        found.add(
-            NOTE, "steps", f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
+        found.note(
+            "steps", f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
         )
 
 
 def _report_full_training(found: Preflight, parameters: Parameters) -> None:
     if parameters.learning_rate >= HIGH_RATE:
-        found.add(
-            WARNING,
+        found.warn(
             "weights",
             f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it (2e-4 to "
             "5e-4 for SmolLM2-135M)",
@@ -347,7 +343,7 @@ def _report_device(found: Preflight, parameters: Parameters) -> None:
     device = device_name()
     if device.endswith("cores") and parameters.dtype == "bfloat16":
         says = f"no GPU here ({device}), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
-        found.add(NOTE, "device", says)
+        found.note("device", says)
 
 
 def count_steps(

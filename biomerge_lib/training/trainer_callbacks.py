@@ -115,12 +115,7 @@ class TrackingCallback(TrainerCallback):
             self._counted = (time.monotonic(), self.count_tokens())
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if self._run is None:
             return
@@ -132,9 +127,7 @@ class TrackingCallback(TrainerCallback):
                 numbers["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self._run.log(numbers, step=state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self._run is None:
             return
         if self.stop.stopped_at:
@@ -159,16 +152,12 @@ class SteadySpeed(TrainerCallback):
         self._last: tuple[float, torch.Tensor | int, int] | None = None
         self._steps: list[tuple[float, torch.Tensor | int]] = []  # seconds and tokens
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         before, self._last = self._last, (time.monotonic(), *self.count())
         if before and before[2] == self._last[2]:
             self._steps.append((self._last[0] - before[0], self._last[1] - before[1]))
 
-    def pause(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def pause(self, *args: Any, **kwargs: Any) -> None:
         self._last = None
 
     on_epoch_begin = on_evaluate = on_save = pause
@@ -196,13 +185,8 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="training",
-                unit="step",
-                mininterval=2.0,
-            )
+            done = {"initial": state.global_step, "total": state.max_steps}
+            self._bar = tqdm(desc="training", unit="step", mininterval=2.0, **done)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,12 +195,7 @@ class ProgressBar(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if self._bar is None or not logs:
             return
@@ -227,9 +206,7 @@ class ProgressBar(TrainerCallback):
         if scores:
             print(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
