@@ -109,7 +109,8 @@ def server(served_folder, tmp_path_factory):
 @pytest.fixture
 def ask(records, plain, tmp_path):
     def run(server, tokenizer=plain, **options):
-        client = GreedyClient(server=server, tokenizer=tokenizer, max_new_tokens=NEW_TOKENS, **options)
+        options = {"max_new_tokens": NEW_TOKENS} | options
+        client = GreedyClient(server=server, tokenizer=tokenizer, **options)
         out = tmp_path / "predictions.jsonl"
         return evaluate_split(records, client, PROMPTS, split="dev", out=out, progress=None).predictions
 
