@@ -189,7 +189,7 @@ def test_a_draw_depends_on_its_seed_and_a_larger_one_holds_the_smaller():
 def test_what_cannot_be_merged_is_refused(tmp_path):
     twice = corpus([record("x", doc_id="d1")], [record("y", doc_id="d1")])
     with pytest.raises(DataError, match="a: document 'd1' stands in train and in dev"):
-        build_union({"a": twice})
+        check_documents(twice)
     check_documents({"train": [record("x", doc_id="d1")], "dev": [record("y", doc_id="d2")]})
     two = {"a": corpus(documents("a", 1)), "b": corpus(documents("b", 1))}
     with pytest.raises(ParameterError, match="corpus_weights has 1 values for 2 corpora"):

@@ -17,8 +17,8 @@ from biomerge_lib.apply.texts import Text, iter_texts
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.records import iter_records
 from biomerge_lib.corpora.documents import ReadCounts, read_spans
-from biomerge_lib.corpora.readers import read_iob
-from biomerge_lib.corpora.readers_standoff import read_brat
+from biomerge_lib.corpora.format_brat import read_brat
+from biomerge_lib.corpora.format_iob import read_iob
 from biomerge_lib.corpora.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
 from biomerge_lib.decoding.predictions import RawAnswer
 

@@ -14,9 +14,10 @@ from shared_corpora import shared_corpus
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts, read_spans
-from biomerge_lib.corpora.readers import Corpus, find_source, find_splits, read_corpus, read_iob, read_split
+from biomerge_lib.corpora.readers import Corpus, iter_source, read_corpus
+from biomerge_lib.corpora.reading import READ_ALL, Reading, split_of
 from biomerge_lib.corpora.sentences import find_document, find_lines, find_sentences, join_cut, split_document
-from biomerge_lib.corpora.sources import split_of
+from biomerge_lib.corpora.sources import find_source
 
 GOOD_IOB = "Aspirin\tB-Chemical\nhelps\tO\n\nNo\tO\n"
 SPLITS = {"train": "train", "devel": "dev", "test": "test"}
@@ -42,7 +43,8 @@ def read_lines(tmp_path: Path, content: str | bytes, **options) -> tuple[list[Re
     """A TSV file's records."""
     counts = ReadCounts()
     path = write_files(tmp_path, {"train.tsv": content}) / "train.tsv"
-    return list(read_iob(path, dataset="x", counts=counts, **options)), counts
+    source = find_source(path, splits=("train",), dataset="x")
+    return list(iter_source(source, "train", Reading(**options), counts)), counts
 
 
 def read_one(tmp_path: Path, files: dict[str, str | bytes], **options) -> tuple[list[Record], ReadCounts]:
@@ -97,7 +99,7 @@ def test_iob_corpora_have_their_sentences_and_mentions(name):
         expected = {"begun_by_inside": 1} if (name, split) == ("jnlpba_iob", "train") else {}
         assert counts.annotated == counts.spans == len(all_mentions(corpus[split]))
         assert counts.to_dict().items() >= expected.items() and len(counts.to_dict()) == 5 + len(expected)
-    for split, path in find_splits(shared_corpus(name)).items():
+    for split, [path] in corpus.source.files.items():
         # The IOB2 tags once more, the plain way: the tokens from a B- to before the next O or B-.
         rows = [
             line.split("\t") for line in path.read_text("utf-8").split("\n") if not line.startswith("-DOC")
@@ -575,10 +577,10 @@ def test_a_split_may_be_a_folder_and_a_corpus_a_file(tmp_path):
     corpus = read_corpus(folder, dataset="mine")
     assert [len(records) for records in corpus.values()] == [4, 4, 4]
     assert corpus["dev"][2].doc_id == "mine_dev_b_s00001" and corpus["dev"][2].dataset == "mine"
-    assert find_splits(folder) == {
-        "train": folder / "train",
-        "dev": folder / "devel",
-        "test": folder / "test",
+    assert {split: paths[0].parent.name for split, paths in corpus.source.files.items()} == {
+        "train": "train",
+        "dev": "devel",
+        "test": "test",
     }
     assert set(find_source(folder).file_hashes()) == {"train/", "devel/", "test/"}
     (only,) = read_corpus(folder / "train" / "a.iob2", splits=("test",)).values()
@@ -647,12 +649,12 @@ def test_types_are_named_and_filtered(tmp_path):
 def test_a_split_is_read_record_by_record(tmp_path):
     source = find_source(write_files(tmp_path, {f"{split}.tsv": GOOD_IOB for split in SPLITS}))
     counts = ReadCounts()
-    records = read_split(source, "train", counts=counts)
+    records = iter_source(source, "train", READ_ALL, counts)
     assert next(records).text == "Aspirin helps" and counts.sentences == 1
     with pytest.raises(
         ParameterError, match="sentence_split must be one of segtok, lines, document, not 'line'"
     ):
-        next(read_split(source, "train", sentence_split="line", counts=counts))
+        read_corpus(tmp_path, sentence_split="line")
     with pytest.raises(ParameterError, match="Did you mean 'cover'"):
         read_corpus(tmp_path, discontinuous="covers")
 
@@ -823,7 +825,7 @@ BAD = {
         {"train.tsv": "IL\tO\n2\tX-Gene\n"},
         r"train.tsv:2: unknown tag 'X-Gene'; tags are O, B-",
     ),
-    "iob: not UTF-8": ({"train.tsv": b"IL\tO\n\xe9\tO\n"}, r"train.tsv:2: not UTF-8 \(byte 1 of the line\)"),
+    "iob: not UTF-8": ({"train.tsv": b"IL\tO\n\xe9\tO\n"}, r"train.tsv:2: not UTF-8 \(byte 6 of the file\)"),
     "iob: empty": ({"train.tsv": "\n\n"}, r"train.tsv: the file has no sentences"),
     "iob: no entity": ({"train.tsv": "IL\tO\n"}, r"no entity in train; is this an annotated corpus\?"),
     "brat: .ann alone": (
@@ -960,14 +962,15 @@ def test_a_document_belongs_to_one_split(tmp_path):
     assert read_corpus(folder)["test"][0].doc_id == "dtest"
     write_files(folder, {"test/dtrain.txt": "Other", "test/dtrain.ann": ""})
     with pytest.raises(
-        DataError, match="document 'dtrain' is in train and in test; a document belongs to one split"
+        DataError, match="document 'dtrain' stands in train and in test; a document belongs to one split"
     ):
         read_corpus(folder)
 
 
 def test_splits_that_are_missing_or_twice(tmp_path):
     with pytest.raises(
-        DataError, match=r"nowhere: no such corpus folder. A corpus is a folder, FORMAT:folder \(iob, brat"
+        DataError,
+        match=r"nowhere: no such corpus folder. A corpus is a folder, FORMAT:folder \(brat, pubtator",
     ):
         read_corpus(tmp_path / "nowhere")
     folder = write_files(tmp_path, {f"{split}.tsv": GOOD_IOB for split in ("train", "test")})

@@ -15,7 +15,8 @@ from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import file_sha256, whole_file, write_json
 from biomerge_lib.core.records import SPLITS, Record, write_records
 from biomerge_lib.corpora.draws import draw_splits
-from biomerge_lib.corpora.readers import Corpus, find_source, read_corpus
+from biomerge_lib.corpora.readers import Corpus, read_corpus
+from biomerge_lib.corpora.sources import find_source
 from biomerge_lib.corpora.union import SEED, Union, build_union
 
 

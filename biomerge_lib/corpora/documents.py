@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -227,9 +227,3 @@ def trim(text: str, start: int, end: int) -> Span:
     while start < end and (text[end - 1].isspace() or text[end - 1] == BOM):
         end -= 1
     return start, end
-
-
-def split_lines(text: str) -> Iterator[tuple[int, str]]:
-    r"""Number and content of each line; only ``\n`` and ``\r\n`` end one (``str.splitlines`` also knows U+2028)."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        yield number, line.removesuffix("\r")

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 
 from biomerge_lib.core.records import Record
 
-Document = tuple[str, str]  # (dataset, doc_id)
+DocumentKey = tuple[str, str]  # (dataset, doc_id): an id names a document inside its data set
 
 
-def document_of(record: Record) -> Document:
+def document_of(record: Record) -> DocumentKey:
     return record.dataset, record.doc_id
 
 
@@ -26,7 +26,7 @@ def place_in_draw(name: str, seed: int) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def draw_share(documents: Iterable[Document], share: float, seed: int) -> set[Document]:
+def draw_share(documents: Iterable[DocumentKey], share: float, seed: int) -> set[DocumentKey]:
     """That share of each corpus's documents, and at least one document of each corpus."""
     by_dataset = defaultdict(set)
     for dataset, doc_id in documents:
@@ -56,13 +56,13 @@ def draw_splits(records: Iterable[Record], shares: Sequence[float], seed: int) -
     return parts
 
 
-def draw_sentences(records: Iterable[Record], sentences: int, seed: int) -> set[Document]:
+def draw_sentences(records: Iterable[Record], sentences: int, seed: int) -> set[DocumentKey]:
     """Documents of one corpus that together have at most ``sentences`` records (but at least one document).
 
     Documents are taken in the order of the draw until the next one no longer fits.
     """
     sizes = Counter(map(document_of, records))
-    chosen: set[Document] = set()
+    chosen: set[DocumentKey] = set()
     taken = 0
     for dataset in {dataset for dataset, _ in sizes}:
         for name in _in_order(dataset, {doc_id for _, doc_id in sizes}, seed):

@@ -15,7 +15,7 @@ from typing import Any
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import Record
-from biomerge_lib.corpora.draws import Document, document_of
+from biomerge_lib.corpora.draws import DocumentKey, document_of
 
 LEAK_DIRECTIONS = (("train", "dev"), ("train", "test"), ("dev", "test"))
 # "Results :" stands in many papers; a shared sentence of so few words says little.
@@ -59,7 +59,7 @@ def key_of(record: Record) -> Keyed:
 
 def check_documents(splits: Mapping[str, Iterable[Record]]) -> None:
     """Raise DataError if a document stands in two splits: splits are by document."""
-    home: dict[Document, str] = {}
+    home: dict[DocumentKey, str] = {}
     for split, records in splits.items():
         for document in {document_of(record) for record in records}:
             other = home.setdefault(document, split)

@@ -1,9 +1,9 @@
 """Knows how a corpus becomes records and what every reader must refuse; knows nothing of prompts or models.
 
-source --[sources]--> files of each split --[readers_*]--> documents --[documents, sentences]--> records
+source --[sources]--> files of each split --[format_*]--> documents --[documents, sentences]--> records
 
-``sources`` says how a corpus is spelled and found, ``documents`` what is done with mentions, ``sentences`` how
-documents are cut, ``readers_iob``, ``readers_standoff`` and ``readers_hub`` what each format is.
+``sources`` says how a corpus is spelled and found and which formats there are, ``format_*`` how each is read,
+``tags`` and ``documents`` what is done with tags and mentions, ``sentences`` how documents are cut.
 """
 
 from __future__ import annotations
@@ -11,28 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from biomerge_lib.core.errors import DataError, ParameterError, nearest
-from biomerge_lib.core.records import SPLITS, Record, iter_records
-from biomerge_lib.corpora.documents import DISCONTINUOUS, Document, ReadCounts, read_spans
-from biomerge_lib.corpora.readers_hub import read_hub
-from biomerge_lib.corpora.readers_iob import Column, read_iob
-from biomerge_lib.corpora.readers_standoff import read_bioc, read_brat, read_pubtator
+from biomerge_lib.core.records import SPLITS, Record
+from biomerge_lib.corpora.documents import DISCONTINUOUS, ReadCounts, read_spans
+from biomerge_lib.corpora.leakage import check_documents
+from biomerge_lib.corpora.reading import Column, Reading, Source
 from biomerge_lib.corpora.sentences import SPLITTERS, split_document
-from biomerge_lib.corpora.sources import SAMPLE, SAMPLE_DIR, Source, find_source, find_splits, split_of
-
-__all__ = [
-    "SAMPLE",
-    "SAMPLE_DIR",
-    "Corpus",
-    "Source",
-    "find_source",
-    "find_splits",
-    "read_corpus",
-    "read_iob",
-    "read_split",
-]
+from biomerge_lib.corpora.sources import FORMATS, find_source
 
 
 class Corpus(dict[str, list[Record]]):
@@ -77,31 +63,26 @@ def read_corpus(
             is in two splits, a type is in none, or nothing is annotated.
         ParameterError: an unknown ``sentence_split`` or ``discontinuous``.
     """
-    types = [types] if isinstance(types, str) else types
-    found = find_source(source, splits=splits, dataset=dataset)
-    records: dict[str, list[Record]] = {}
-    counts = {split: ReadCounts() for split in splits}
-    split_of_document: dict[tuple[str, str], str] = {}
-    for split in splits:
-        records[split] = list(
-            read_split(
-                found,
-                split,
-                types=types,
-                sentence_split=sentence_split,
-                discontinuous=discontinuous,
-                token_column=token_column,
-                tag_column=tag_column,
-                counts=counts[split],
+    for name, value, valid in (
+        ("sentence_split", sentence_split, tuple(SPLITTERS)),
+        ("discontinuous", discontinuous, DISCONTINUOUS),
+    ):
+        if value not in valid:
+            raise ParameterError(
+                f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
             )
-        )
-        for document in dict.fromkeys((record.dataset, record.doc_id) for record in records[split]):
-            other = split_of_document.setdefault(document, split)
-            if other != split:
-                raise DataError(
-                    f"{found.location}: document {document[1]!r} is in {other} and in {split}; "
-                    "a document belongs to one split (rename or remove one)."
-                )
+    types = [types] if isinstance(types, str) else types
+    how = Reading(
+        types=frozenset(types) if types else None,
+        sentence_split=sentence_split,
+        discontinuous=discontinuous,
+        token_column=token_column,
+        tag_column=tag_column,
+    )
+    found = find_source(source, splits=splits, dataset=dataset)
+    counts = {split: ReadCounts() for split in splits}
+    records = {split: list(iter_source(found, split, how, counts[split])) for split in splits}
+    check_documents(records)
     corpus = Corpus(found, records, counts)
     for name in types or ():
         if name not in corpus.types:
@@ -114,104 +95,29 @@ def read_corpus(
     return corpus
 
 
-def read_split(
-    source: Source,
-    split: str,
-    *,
-    types: Collection[str] | None = None,
-    sentence_split: str = "segtok",
-    discontinuous: str = "skip",
-    token_column: Column = None,
-    tag_column: Column = None,
-    counts: ReadCounts,
-) -> Iterator[Record]:
-    """Read one split record by record, counting into ``counts`` (memory holds one document and all their names).
+def iter_source(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:
+    """Read one split record by record, counting into ``counts`` (memory holds one file and the documents' names).
 
     Raises:
         DataError: as :func:`read_corpus`, for what one split can show.
-        ParameterError: an unknown ``sentence_split`` or ``discontinuous``.
     """
-    for name, value, valid in (
-        ("sentence_split", sentence_split, tuple(SPLITTERS)),
-        ("discontinuous", discontinuous, DISCONTINUOUS),
-    ):
-        if value not in valid:
-            raise ParameterError(
-                f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
-            )
-    wanted = frozenset(types) if types else None
-    columns = {"token_column": token_column, "tag_column": tag_column}
-    if source.format == "iob":
-        yield from _iter_iob(source, split, wanted, counts, columns)
-    elif source.format == "jsonl":
-        yield from _iter_jsonl(source, split, wanted, counts)
-    else:
-        doc_ids: set[str] = set()
-        for item in _iter_items(source, split, wanted, counts, columns):
-            if isinstance(item, Record):
-                doc_ids.add(item.doc_id)
-                yield item
-            elif item.text.strip() or item.mentions:
-                doc_ids.add(item.doc_id)
-                spans = read_spans(item, types=wanted, discontinuous=discontinuous, counts=counts)
-                yield from split_document(
-                    item, spans, dataset=source.name, sentence_split=sentence_split, counts=counts
-                )
-            else:
-                counts.empty_documents += 1
-        counts.documents += len(doc_ids)
+    documents = set()
+    for record in _iter_records(source, split, how, counts):
+        documents.add((record.dataset, record.doc_id))
+        yield record
+    counts.documents = len(documents)
     if not counts.sentences:
         raise DataError(f"{source.location}: {split} has no text.")
 
 
-def _iter_iob(
-    source: Source,
-    split: str,
-    types: Collection[str] | None,
-    counts: ReadCounts,
-    columns: Mapping[str, Column],
-) -> Iterator[Record]:
-    paths = source.files[split]
-    for path in paths:
-        # Files of a split's folder may have the same names in all folders: documents without an id need the split's.
-        tells_split = len(paths) == 1 and split_of(path.name) == split
-        prefix = None if tells_split else f"{source.name}_{split}_{path.stem}"
-        yield from read_iob(
-            path, dataset=source.name, types=types, doc_prefix=prefix, counts=counts, **columns
-        )
-
-
-def _iter_jsonl(
-    source: Source, split: str, types: Collection[str] | None, counts: ReadCounts
-) -> Iterator[Record]:
-    if types:
-        raise DataError(f"{source.location}: the project's JSONL has no entity types to filter by.")
-    documents = set()
-    for path in source.files[split]:
-        for record in iter_records(path):
-            documents.add((record.dataset, record.doc_id))
-            counts.sentences += 1
-            counts.annotated += len(record.spans)
-            counts.spans += len(record.spans)
-            yield record
-    counts.documents += len(documents)
-
-
-def _iter_items(
-    source: Source,
-    split: str,
-    types: Collection[str] | None,
-    counts: ReadCounts,
-    columns: Mapping[str, Column],
-) -> Iterator[Record | Document]:
-    if source.format == "hub":
-        where = f"hub:{source.location} {split}"
-        stream = source.streams[split]
-        options: dict[str, Any] = {"dataset": source.name, "split": split, **columns}
-        yield from read_hub(stream, where=where, types=types, counts=counts, **options)
-    elif source.format == "brat":
-        yield from read_brat(source.files[split], counts)
-    else:
-        read = read_bioc if source.format == "bioc" else read_pubtator
-        for path in source.files[split]:
-            yield from read(path, counts)
+def _iter_records(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:
+    for item in FORMATS[source.format].read(source, split, how, counts):
+        if isinstance(item, Record):
+            yield item
+        elif item.text.strip() or item.mentions:
+            spans = read_spans(item, types=how.types, discontinuous=how.discontinuous, counts=counts)
+            yield from split_document(
+                item, spans, dataset=source.name, sentence_split=how.sentence_split, counts=counts
+            )
+        else:
+            counts.empty_documents += 1

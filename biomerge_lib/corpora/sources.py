@@ -18,68 +18,32 @@ each also with "set" (``CDR_TrainingSet.BioC.xml``, ``NCBItestset_corpus.txt``).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.records import SPLITS
-from biomerge_lib.corpora.readers_hub import TOKEN_COLUMNS, open_hub
-from biomerge_lib.corpora.readers_iob import MARKERS, TAG
+from biomerge_lib.corpora.format_bioc import BIOC
+from biomerge_lib.corpora.format_brat import BRAT
+from biomerge_lib.corpora.format_hub import HUB, open_hub
+from biomerge_lib.corpora.format_iob import IOB
+from biomerge_lib.corpora.format_jsonl import JSONL
+from biomerge_lib.corpora.format_pubtator import PUBTATOR
+from biomerge_lib.corpora.reading import SPLIT_WORDS, Format, Source, split_of
 
+# A file is of the first format that has its ending and takes it for its own.
+FORMATS: dict[str, Format] = {
+    "brat": BRAT,
+    "pubtator": PUBTATOR,
+    "iob": IOB,
+    "bioc": BIOC,
+    "hub": HUB,
+    "jsonl": JSONL,
+}
 SAMPLE = "sample"
 SAMPLE_DIR = Path(__file__).parent / "sample_corpus"
-ENDINGS = {
-    "iob": (".tsv", ".conll", ".iob", ".iob2", ".iobes", ".bio", ".txt"),
-    "brat": (".txt", ".ann"),
-    "pubtator": (".txt", ".pubtator"),
-    "bioc": (".xml",),
-    "jsonl": (".jsonl",),
-    "hub": (".parquet", ".jsonl", ".json"),
-}
-_SPLIT_WORDS = {
-    "train": r"train(?:ing)?",
-    "dev": r"dev(?:el(?:op(?:ment)?)?)?|val(?:id(?:ation)?)?",
-    "test": r"test(?:ing)?",
-}
-_SPLIT_PATTERNS = {
-    split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])|(?:{words})set(?![a-z])")
-    for split, words in _SPLIT_WORDS.items()
-}
-_PUBTATOR_START = re.compile(r"[^|\t]+\|t\|")
 _ABOUT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A corpus that was found and not yet read: ``files`` (or the hub's ``streams``) of each split.
-
-    ``unread`` are files and folders of the format that belong to no split, or to two.
-    """
-
-    name: str
-    format: str
-    location: str
-    files: Mapping[str, Sequence[Path]]
-    streams: Mapping[str, Any] = field(default_factory=dict)
-    unread: Sequence[Path] = ()
-
-    def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of each split's file; of a split's folder, one over the names and hashes of its files."""
-        folder, hashes = Path(self.location), {}
-        for paths in filter(None, self.files.values()):
-            if len(paths) == 1:
-                name = paths[0].relative_to(folder if folder.is_dir() else folder.parent).as_posix()
-                hashes[name] = file_sha256(paths[0])
-            else:
-                lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
-                hashes[paths[0].parent.name + "/"] = hashlib.sha256(lines.encode()).hexdigest()
-        return hashes
 
 
 def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: str | None = None) -> Source:
@@ -92,7 +56,7 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: 
     """
     name, forced = str(source), None
     head, colon, rest = name.partition(":")
-    if colon and head in ENDINGS:
+    if colon and head in FORMATS:
         name, forced = rest, head
     folder = SAMPLE_DIR if name == SAMPLE else Path(name).expanduser()
     if forced == "hub" and not folder.is_dir():
@@ -101,13 +65,13 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: 
             name, {}, splits, dataset or "_".join(filter(None, [Path(repository).name, config]))
         )
     if not folder.exists():
-        forms = f"a folder, FORMAT:folder ({', '.join(ENDINGS)}), hub:owner/name, or {SAMPLE}"
+        forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
         raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
     kind = forced or _find_format(folder)
     own_name = folder.stem if folder.is_file() else folder.resolve().name
     dataset = dataset or (SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}"))
     if kind == "hub":
-        files = {"": [path for path in _hub_files(folder) if path.suffix in ENDINGS["hub"]]}
+        files = {"": [path for path in _hub_files(folder) if path.suffix in FORMATS["hub"].endings]}
         return _hub_source(str(folder), files, splits, dataset)
     candidates, unread = _find_candidates(folder, kind, splits, is_forced=forced is not None)
     for split in splits:
@@ -115,27 +79,6 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: 
             raise DataError(_explain_splits(folder, kind, split, candidates[split], unread))
     files = {split: candidates[split][0] for split in splits}
     return Source(dataset, kind, str(folder), files, unread=tuple(unread))
-
-
-def find_splits(folder: Path) -> dict[str, Path]:
-    """The file (or the folder of files) of each split in a corpus folder.
-
-    Raises:
-        DataError: as :func:`find_source`.
-    """
-    files = find_source(folder).files
-    return {split: paths[0] if len(paths) == 1 else paths[0].parent for split, paths in files.items()}
-
-
-def split_of(name: str) -> str | None:
-    """The split that a file or folder name tells; None where it tells none, or several.
-
-    >>> split_of("CDR_TrainingSet.BioC.xml"), split_of("valid.conll"), split_of("train_dev.tsv")
-    ('train', 'dev', None)
-    """
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    found = [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
-    return found[0] if len(found) == 1 else None
 
 
 def _find_format(folder: Path) -> str:
@@ -149,7 +92,7 @@ def _find_format(folder: Path) -> str:
         subfolders = [path for path in entries if path.is_dir() and split_of(path.name)]
         places = [path for path in entries if path.is_file()]
         places += [path for subfolder in subfolders for path in sorted(subfolder.iterdir())]
-    formats = dict.fromkeys(filter(None, map(_sniff, places)))
+    formats = dict.fromkeys(filter(None, map(_format_of, places)))
     if len(formats) > 1:  # a stray table or text beside the corpus names no split
         named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS)[0].values())]
         formats = dict.fromkeys(named) or formats
@@ -162,56 +105,33 @@ def _find_format(folder: Path) -> str:
         raise DataError(f"{folder}: holds a corpus in {len(formats)} formats; say which: {ways}.")
     endings = sorted({path.suffix for path in places if path.suffix}) or ["no files"]
     raise DataError(
-        f"{folder}: no corpus in a known format ({', '.join(ENDINGS)}) was found among {', '.join(endings)}; "
+        f"{folder}: no corpus in a known format ({', '.join(FORMATS)}) was found among {', '.join(endings)}; "
         f"say which it is: FORMAT:{folder}."
     )
 
 
-def _sniff(path: Path) -> str | None:
+def _format_of(path: Path) -> str | None:
     """The format of a file by its ending and first line; None where it is no corpus file."""
-    ending = path.suffix.lower()
-    if ending == ".ann":
-        return "brat"
-    if ending == ".txt" and path.with_suffix(".ann").exists():
-        return "brat"
-    if ending in ENDINGS["bioc"]:
-        return "bioc"
-    if ending not in (*ENDINGS["iob"], *ENDINGS["pubtator"], *ENDINGS["hub"]) or not path.is_file():
-        return None
-    with path.open("rb") as stream:
-        start = stream.read(1 << 14).decode("utf-8-sig", errors="replace")
-    lines = (line.rstrip("\r") for line in start.split("\n"))
-    line = next((line for line in lines if line.strip() and not line.startswith(MARKERS)), "")
-    if ending in ENDINGS["hub"]:
-        keys = _json_keys(line)
-        if keys.isdisjoint(TOKEN_COLUMNS) and "passages" not in keys:
-            return "jsonl" if ending == ".jsonl" else None
-        return "hub"
-    if ending == ".pubtator" or _PUBTATOR_START.match(line):
-        return "pubtator"
-    columns = line.split("\t" if "\t" in line else None)
-    return "iob" if ending != ".txt" or (len(columns) > 1 and TAG.fullmatch(columns[-1].strip())) else None
-
-
-def _json_keys(line: str) -> set[str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:  # a long first line was cut
-        return set(re.findall(r'"(\w+)"\s*:', line))
-    return set(row) if isinstance(row, dict) else set()
+    if path.is_file():
+        for name, form in FORMATS.items():
+            if path.suffix.lower() in form.endings and (form.has is None or form.has(path)):
+                return name
+    return None
 
 
 def _find_candidates(
     folder: Path, kind: str, splits: Sequence[str], *, is_forced: bool = False
 ) -> tuple[dict[str, list[list[Path]]], list[Path]]:
     """What each split could be (each a list of files), and what is in the format but of no one split."""
+    form = FORMATS[kind]
 
     def is_ours(path: Path) -> bool:
-        if path.suffix.lower() not in ENDINGS[kind] or not path.is_file():
+        if path.suffix.lower() not in form.endings or not path.is_file():
             return False
-        if kind == "brat":
-            return not _ABOUT.fullmatch(path.stem) or path.with_suffix(".ann").exists()
-        return _sniff(path) in ((kind, None) if is_forced else (kind,))
+        found = _format_of(path)
+        if form.is_document_a_file:
+            return found == kind or not _ABOUT.fullmatch(path.stem)
+        return found in ((kind, None) if is_forced else (kind,))
 
     if folder.is_file():
         return {split: [[folder]] if len(splits) == 1 else [] for split in splits}, []
@@ -219,9 +139,7 @@ def _find_candidates(
     unread: list[Path] = []
     loose: list[Path] = []
     for entry in sorted(folder.iterdir()):
-        split = (
-            split_of(entry.name) if entry.is_dir() or kind != "brat" else None
-        )  # BRAT's files are documents
+        split = None if entry.is_file() and form.is_document_a_file else split_of(entry.name)
         if entry.is_dir():
             files = sorted(filter(is_ours, entry.iterdir()))
         else:
@@ -243,8 +161,12 @@ def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]]
     if found:
         names = ", ".join(paths[0].name if len(paths) == 1 else paths[0].parent.name + "/" for paths in found)
         return f"{folder}: {split} has {len(found)} candidates ({names}); keep one of them in the folder."
-    what = "sub-folder of .txt and .ann files" if kind == "brat" else f"{kind} file or sub-folder"
-    words = re.sub(r"\(\?:|[()?]", "", _SPLIT_WORDS[split].split("|")[0])
+    what = (
+        f"sub-folder of {' and '.join(FORMATS[kind].endings)} files"
+        if FORMATS[kind].is_document_a_file
+        else f"{kind} file or sub-folder"
+    )
+    words = re.sub(r"\(\?:|[()?]", "", SPLIT_WORDS[split].split("|")[0])
     left = f" Not read: {', '.join(path.name for path in unread[:5])}." if unread else ""
     return f"{folder}: no {what} whose name says {split} ({words}); or leave {split!r} out of splits.{left}"
 

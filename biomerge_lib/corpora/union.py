@@ -18,7 +18,6 @@ from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.corpora.draws import document_of, draw_sentences
 from biomerge_lib.corpora.leakage import (
     Keyed,
-    check_documents,
     count_conflicts,
     find_conflicts,
     find_duplicates,
@@ -26,7 +25,6 @@ from biomerge_lib.corpora.leakage import (
     key_of,
 )
 
-Corpus = Mapping[str, Sequence[Record]]  # split -> records
 SEED = 42
 log = logging.getLogger("biomerge")
 
@@ -47,7 +45,7 @@ class Union:
 
 
 def build_union(
-    corpora: Mapping[str, Corpus],
+    corpora: Mapping[str, Mapping[str, Sequence[Record]]],
     *,
     drop_leaks: str = "none",
     deduplicate: bool = False,
@@ -67,10 +65,8 @@ def build_union(
         max_per_corpus: draw documents up to so many training sentences of each corpus.
 
     Raises:
-        DataError: a document stands in two splits; or corpora are weighted and one has no training sentence left.
+        DataError: corpora are weighted and one has no training sentence left.
     """
-    for corpus in corpora.values():
-        check_documents(corpus)
     splits = {split: [key_of(r) for corpus in corpora.values() for r in corpus[split]] for split in SPLITS}
     union = Union(splits)
     union.conflicts = find_conflicts(union.splits)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record
-from biomerge_lib.corpora.draws import Document, document_of
+from biomerge_lib.corpora.draws import DocumentKey, document_of
 from biomerge_lib.corpora.leakage import key_of
 from biomerge_lib.prompts.prompt import count_tokens, find_cut_spans, split_record
 
@@ -43,7 +43,7 @@ class Scan:
     empty: int = 0
     datasets: Counter[str] = field(default_factory=Counter)
     cues: Counter[str | None] = field(default_factory=Counter)
-    documents: set[Document] = field(default_factory=set)
+    documents: set[DocumentKey] = field(default_factory=set)
     gold: dict[tuple[bytes, str | None], bytes] = field(default_factory=dict)
     repeated: int = 0
     contradicting: int = 0

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from biomerge_lib.core.files import file_sha256, remember
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, iter_records
-from biomerge_lib.corpora.draws import Document, document_of, draw_share, place_in_draw
+from biomerge_lib.corpora.draws import DocumentKey, document_of, draw_share, place_in_draw
 from biomerge_lib.prompts.manifest import Manifest
 from biomerge_lib.prompts.prompt import (
     BATCH,
@@ -75,7 +75,7 @@ def iter_split(
     path = Path(data_dir) / f"{split}.jsonl"
     if default_cue is not None and trained is None:
         trained = train_datasets(data_dir)
-    documents: set[Document] | None = None
+    documents: set[DocumentKey] | None = None
     total = 0
     if path.is_file() and (subsample < 1.0 or limit is not None):
         sizes = _count_documents(path)
@@ -298,9 +298,9 @@ def _all_cores() -> Iterator[None]:
 
 
 @remember  # preflight draws the same documents as the reading proper
-def _count_documents(path: Path) -> Counter[Document]:
+def _count_documents(path: Path) -> Counter[DocumentKey]:
     """Records a document, from a pass that leaves the checks to the reading proper."""
-    sizes: Counter[Document] = Counter()
+    sizes: Counter[DocumentKey] = Counter()
     with path.open("rb") as lines:
         for line in lines:
             try:

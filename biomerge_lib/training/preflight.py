@@ -21,7 +21,7 @@ from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import parse_answer
-from biomerge_lib.corpora.readers_iob import find_implausible
+from biomerge_lib.corpora.tags import find_implausible
 from biomerge_lib.experiment.provenance import device_name
 from biomerge_lib.model.backbones import backbone_name
 from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records

@@ -1,4 +1,4 @@
-"""Knows the files that hold documents and mentions apart: BRAT, PubTator, BioC XML. Gives documents, not records.
+"""Knows BioC XML.
 
 Read here and not by a converter library, which was measured first on BC5CDR and AnatEM (counts of their README):
 bconv 1.2.1 reads one of BC5CDR's six files (an assertion stops it at parts of composite mentions in two BioC files,
@@ -9,106 +9,19 @@ files in the locale's encoding, checks no mention against its text and names no 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import Span
-from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts, split_lines
-
-_BRAT_OTHER = "EARMNC#*"  # events, attributes, relations, modifications, normalisations, notes, equivalences
-_BRAT_PARTS = re.compile(r"(\S+) (\d+ \d+(?:;\d+ \d+)*)")
-_PUBTATOR_TEXT = re.compile(r"([^|\t]+)\|([a-z])\|(.*)", re.DOTALL)
-
-
-def read_brat(paths: Sequence[Path], counts: ReadCounts) -> Iterator[Document]:
-    r"""Read BRAT standoff: ``NAME.txt`` and ``NAME.ann`` (``T1\tCell 336 341\tcells``) beside each other.
-
-    ``paths`` are the folder's .txt and .ann files, the document's id is NAME. Parts of a discontinuous mention are
-    ``Cell 0 3;8 12``. Lines other than T (events, attributes, notes) are counted.
-
-    Raises:
-        DataError: a .txt without its .ann or the reverse, not UTF-8, or a line that is not BRAT's.
-    """
-    there = set(paths)
-    for path in paths:
-        partner = path.with_suffix(".ann" if path.suffix == ".txt" else ".txt")
-        if partner not in there:
-            raise DataError(
-                f"{path}: no {partner.name} beside it; each .txt needs its .ann, each .ann its .txt."
-            )
-    for path in paths:
-        if path.suffix == ".txt":
-            mentions = tuple(_brat_mentions(path.with_suffix(".ann"), counts))
-            yield Document(path.stem, read_text(path), mentions, str(path))
-
-
-def _brat_mentions(path: Path, counts: ReadCounts) -> Iterator[Mention]:
-    for number, line in split_lines(read_text(path)):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        if line[0] in _BRAT_OTHER:
-            counts.other_lines += 1
-            continue
-        columns = line.split("\t", 2)
-        match = _BRAT_PARTS.fullmatch(columns[1]) if len(columns) == 3 and line[0] == "T" else None
-        if match is None:
-            raise DataError(f"{where}: expected ID<TAB>Type START END<TAB>mention, found {line[:60]!r}.")
-        parts = [part.split(" ") for part in match[2].split(";")]
-        yield Mention(tuple((int(start), int(end)) for start, end in parts), match[1], columns[2], where)
-
-
-def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
-    """Read PubTator: ``ID|t|title`` and ``ID|a|abstract`` lines, then ``ID START END mention type ...`` by tabs.
-
-    The text is the title, a line break, the abstract (offsets count one character between them). Relations
-    (``ID CID ...``) are counted; a blank line or the next title ends a document.
-
-    Raises:
-        DataError: not UTF-8, a line that is neither, or one of another document.
-    """
-    doc_id, start = "", 0
-    texts: list[str] = []
-    mentions: list[Mention] = []
-    for number, line in split_lines(read_text(path).removeprefix("\ufeff")):
-        where = f"{path}:{number}"
-        text = _PUBTATOR_TEXT.fullmatch(line)
-        if texts and (not line.strip() or (text and (text[2] == "t" or text[1] != doc_id))):
-            yield Document(doc_id, "\n".join(texts), tuple(mentions), f"{path}:{start}")
-            texts, mentions = [], []
-        if not line.strip():
-            continue
-        if text and not mentions:
-            if not texts:
-                doc_id, start = text[1], number
-            texts.append(text[3])
-            continue
-        columns = line.split("\t")
-        if not texts or columns[0] != doc_id or len(columns) < 4:
-            expected = f"a line of document {doc_id!r}" if texts else "ID|t|title"
-            raise DataError(f"{where}: expected {expected} (PubTator), found {line[:60]!r}.")
-        if columns[1][:1].isalpha():
-            counts.other_lines += 1
-        elif (
-            len(columns) < 5
-            or not columns[1].isdecimal()
-            or not columns[2].isdecimal()
-            or not columns[4].strip()
-        ):
-            raise DataError(f"{where}: expected ID, START, END, mention, type by tabs, found {line[:60]!r}.")
-        else:
-            span = (int(columns[1]), int(columns[2]))
-            mentions.append(Mention((span,), columns[4].strip(), columns[3], where))
-    if texts:
-        yield Document(doc_id, "\n".join(texts), tuple(mentions), f"{path}:{start}")
+from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
+from biomerge_lib.corpora.reading import Format, Reading, Source
 
 
 def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:
-    """Read BioC XML: each passage, or each of its sentences where it has them, becomes a document of its own.
+    """Read a file: each passage, or each of its sentences where it has them, becomes a document of its own.
 
     Passages share their document's id. A mention's type is its infon ``type``; an annotation without words is not
     checked against the text. Relations are counted.
@@ -222,18 +135,9 @@ def _number(digits: str, where: str) -> int:
     return int(digits)
 
 
-def read_text(path: Path) -> str:
-    """The file's characters as they are (no line end is changed).
+def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
+    for path in source.files[split]:
+        yield from read_bioc(path, counts)
 
-    Raises:
-        DataError: not UTF-8 (named as ``file:line``).
-    """
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file). "
-            f"If it is Latin-1: iconv -f latin1 -t UTF-8 {path} > NEW_FILE"
-        ) from None
+
+BIOC = Format((".xml",), _read)

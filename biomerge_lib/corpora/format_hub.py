@@ -6,16 +6,19 @@ A row is a sentence (``tokens`` and ``ner_tags``: numbers named by ClassLabel, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.readers_iob import (
+from biomerge_lib.corpora.reading import Column, Format, Reading, Source, first_line
+from biomerge_lib.corpora.tags import (
     LOOKED_AT,
-    Column,
     ParsedTag,
     make_record,
     parse_tag,
@@ -43,23 +46,14 @@ def open_hub(name: str) -> Mapping[str, Any]:
         raise DataError(f"hub:{name}: datasets cannot load it ({reason}).") from error
 
 
-def read_hub(
-    stream: Any,
-    *,
-    where: str,
-    dataset: str,
-    split: str,
-    types: Collection[str] | None,
-    counts: ReadCounts,
-    token_column: Column = None,
-    tag_column: Column = None,
-) -> Iterator[Record | Document]:
+def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record | Document]:
     """Read one split: sentences come as records, ``bigbio_kb`` rows as documents.
 
     Raises:
         DataError: the columns are missing, contradict each other or must be named, an unknown tag, or numbers without
             names.
     """
+    stream, where = source.streams[split], f"hub:{source.location} {split}"
     looked_at: list[str] = []
     make_tags: Callable[[Any, str], list[ParsedTag]] | None = None
     for number, row in enumerate(_rows(stream, where)):
@@ -67,24 +61,23 @@ def read_hub(
         if "passages" in row and "entities" in row:
             yield from _bigbio_documents(row, at)
             continue
-        words_in = _column(row, "token_column", token_column, TOKEN_COLUMNS, at)
-        tags_in = _column(row, "tag_column", tag_column, TAG_COLUMNS, at)
+        words_in = _column(row, "token_column", how.token_column, TOKEN_COLUMNS, at)
+        tags_in = _column(row, "tag_column", how.tag_column, TAG_COLUMNS, at)
         if make_tags is None:
             make_tags = _tag_maker(stream.features, tags_in)
         tokens, tags = row[words_in] or [], make_tags(row[tags_in] or [], at)
         if len(tokens) != len(tags):
             raise DataError(f"{at}: {len(tokens)} {words_in} but {len(tags)} {tags_in}.")
         words = [str(token).strip() for token in tokens]
-        if not all(words):
-            counts.blank_tokens += words.count("")
-            tags = [tag for tag, word in zip(tags, words, strict=True) if word]
-            words = [word for word in words if word]
+        counts.blank_tokens += words.count("")
+        tags = [tag for tag, word in zip(tags, words, strict=True) if word]
+        words = list(filter(None, words))
         document = next((str(row[name]) for name in DOCUMENT_COLUMNS if row.get(name)), None)
-        doc_id = document or f"{dataset}_{split}_s{number:05d}"
-        if token_column is None and len(looked_at) < LOOKED_AT:
+        doc_id = document or f"{source.name}_{split}_s{number:05d}"
+        if how.token_column is None and len(looked_at) < LOOKED_AT:
             looked_at += words
         if words:
-            yield make_record(words, tags, doc_id, dataset, types=types, counts=counts)
+            yield make_record(words, tags, doc_id, source.name, types=how.types, counts=counts)
         else:
             counts.empty_documents += 1
     refuse_implausible(looked_at, where, "column " + " or ".join(TOKEN_COLUMNS))
@@ -160,3 +153,16 @@ def _bigbio_documents(row: Mapping[str, Any], where: str) -> Iterator[Document]:
             raise DataError(f"{where}: an entity without offsets.")
         mentions.append(Mention(tuple(parts), entity["type"] or UNTYPED, " ".join(entity["text"]), where))
     yield Document(doc_id, text, tuple(mentions), where)
+
+
+def _has(path: Path) -> bool:
+    line = first_line(path)
+    try:
+        row = json.loads(line)
+        keys = set(row) if isinstance(row, dict) else set()
+    except json.JSONDecodeError:  # a long first line was cut
+        keys = set(re.findall(r'"(\w+)"\s*:', line))
+    return not keys.isdisjoint({*TOKEN_COLUMNS, "passages"})
+
+
+HUB = Format((".parquet", ".jsonl", ".json"), _read, _has)

@@ -1,0 +1,128 @@
+"""Knows what a corpus format is: what its reader is given, and what it gives. Knows no format."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.records import Record
+from biomerge_lib.corpora.documents import Document, ReadCounts
+
+Column = int | str | None
+SPLIT_WORDS = {
+    "train": r"train(?:ing)?",
+    "dev": r"dev(?:el(?:op(?:ment)?)?)?|val(?:id(?:ation)?)?",
+    "test": r"test(?:ing)?",
+}
+_SPLIT_PATTERNS = {
+    split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])|(?:{words})set(?![a-z])")
+    for split, words in SPLIT_WORDS.items()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A corpus that was found and not yet read: ``files`` (or the hub's ``streams``) of each split.
+
+    ``unread`` are files and folders of the format that belong to no split, or to two.
+    """
+
+    name: str
+    format: str
+    location: str
+    files: Mapping[str, Sequence[Path]]
+    streams: Mapping[str, Any] = field(default_factory=dict)
+    unread: Sequence[Path] = ()
+
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of each split's file; of a split's folder, one over the names and hashes of its files."""
+        folder, hashes = Path(self.location), {}
+        for paths in filter(None, self.files.values()):
+            if len(paths) == 1:
+                name = paths[0].relative_to(folder if folder.is_dir() else folder.parent).as_posix()
+                hashes[name] = file_sha256(paths[0])
+            else:
+                lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
+                hashes[paths[0].parent.name + "/"] = hashlib.sha256(lines.encode()).hexdigest()
+        return hashes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a corpus is read; see :func:`~biomerge_lib.corpora.readers.read_corpus`. ``types`` None keeps all."""
+
+    types: frozenset[str] | None = None
+    sentence_split: str = "segtok"
+    discontinuous: str = "skip"
+    token_column: Column = None
+    tag_column: Column = None
+
+
+READ_ALL = Reading()
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A corpus format, as the module of its reader describes it.
+
+    ``has(path)`` says whether a file with one of the ``endings`` is of the format (None: every one is).
+    ``read(source, split, how, counts)`` reads a split and counts what it finds: sentences come as records, documents
+    with their mentions as they are. With ``is_document_a_file`` a split is always a folder.
+
+    Raises:
+        DataError: (``read``) whatever is malformed, named as ``file:line``.
+    """
+
+    endings: tuple[str, ...]
+    read: Callable[[Source, str, Reading, ReadCounts], Iterator[Record | Document]]
+    has: Callable[[Path], bool] | None = None
+    is_document_a_file: bool = False
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file or folder name tells; None where it tells none, or several.
+
+    >>> split_of("CDR_TrainingSet.BioC.xml"), split_of("valid.conll"), split_of("train_dev.tsv")
+    ('train', 'dev', None)
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    found = [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
+    return found[0] if len(found) == 1 else None
+
+
+def first_line(path: Path, *, but: str | tuple[str, ...] = ()) -> str:
+    """The first line of a file that is not blank and does not begin with ``but`` (of 16 kB; nothing beyond)."""
+    with path.open("rb") as stream:
+        start = stream.read(1 << 14).decode("utf-8-sig", errors="replace")
+    lines = (line.rstrip("\r") for line in start.split("\n"))
+    return next((line for line in lines if line.strip() and not line.startswith(but)), "")
+
+
+def read_text(path: Path) -> str:
+    """The file's characters as they are (no line end is changed).
+
+    Raises:
+        DataError: not UTF-8 (named as ``file:line``).
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file). "
+            f"If it is Latin-1: iconv -f latin1 -t UTF-8 {path} > NEW_FILE"
+        ) from None
+
+
+def split_lines(text: str) -> Iterator[str]:
+    r"""The lines of a text; only ``\n`` and ``\r\n`` end one (``str.splitlines`` also knows U+2028)."""
+    for line in StringIO(text.removeprefix("\ufeff").replace("\r\n", "\n"), newline="\n"):
+        yield line.removesuffix("\n")

@@ -1,0 +1,102 @@
+"""Knows tag schemes (IOB, IOB2, IOBES, BILOU), and makes records of tagged sentences; knows nothing of files.
+
+A sentence is its tokens joined by one space. A mention runs from a tag that begins it (B, S, U) to before the next O,
+the next beginning, or a tag of another type; E, L, S and U also end it. A tag that would continue (I, E, L) but has
+nothing before it to continue begins a mention, as in conlleval; so IOB1 files are read rightly too (``begun_by_inside``
+counts them). Adjacent mentions stay two, a repeated mention is marked wherever it is tagged, nesting cannot be written
+with tags.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.records import Record
+from biomerge_lib.core.spans import Span
+from biomerge_lib.corpora.documents import UNTYPED, ReadCounts
+
+TAG = re.compile(r"O|([BIESLU])(?:-(.*))?")
+_BEGINS, _CONTINUES, _ENDS = frozenset("BSU"), frozenset("IEL"), frozenset("ESLU")
+_NUMBER = re.compile(r"\d+(?:[-.:_]\d+)*")
+LOOKED_AT = 1000  # tokens
+ParsedTag = tuple[str | None, str]
+OUTSIDE: ParsedTag = (None, "")
+
+
+def refuse_implausible(tokens: Sequence[str], where: str, column: str) -> None:
+    """Refuse what a column holds in place of tokens; numbers and repetitions may be meant where it was named.
+
+    Raises:
+        DataError: it says how to name the columns.
+    """
+    if problem := find_implausible(tokens):
+        shown = ", ".join(map(repr, tokens[:4]))
+        raise DataError(
+            f"{where}: {column} should be the tokens, but holds {problem} ({shown}): set token_column (and tag_column) "
+            "to the right one, a number from 0 or a name."
+        )
+
+
+def find_implausible(tokens: Sequence[str]) -> str | None:
+    """What more than half of some tokens are, where that can be no text; two tokens or fewer say nothing."""
+    found = {
+        "tags": sum(TAG.fullmatch(token) is not None for token in tokens),
+        "running numbers": sum(_NUMBER.fullmatch(token) is not None for token in tokens),
+        "repetitions": sum(one == other for one, other in pairwise(tokens)),
+    }
+    return next((what for what, count in found.items() if 2 * count > len(tokens) > 2), None)
+
+
+def parse_tag(tag: str, where: str) -> ParsedTag:
+    """``B-Chemical`` as ``("B", "Chemical")``, ``O`` as ``(None, "")``.
+
+    Raises:
+        DataError: an unknown tag.
+    """
+    match = TAG.fullmatch(tag.strip())
+    if match is None:
+        tags = "tags are O, B-Type, I-Type, E-Type, S-Type (or L-, U-), with or without a type"
+        raise DataError(f"{where}: unknown tag {tag.strip()!r}; {tags}. In another column: set tag_column.")
+    return (match[1], match[2] or UNTYPED) if match[1] else OUTSIDE
+
+
+def make_record(
+    tokens: Sequence[str],
+    tags: Sequence[ParsedTag],
+    doc_id: str,
+    dataset: str,
+    *,
+    types: Collection[str] | None,
+    counts: ReadCounts,
+) -> Record:
+    """The record of a sentence; mentions of types that are not asked for are left out."""
+    counts.sentences += 1
+    if tags.count(OUTSIDE) == len(tags):  # half of all sentences
+        return Record(" ".join(tokens), (), doc_id, dataset)
+    spans: list[Span] = []
+    kinds: list[str] = []
+    current: str | None = None
+    position = 0
+    for token, (prefix, kind) in zip(tokens, tags, strict=True):
+        end = position + len(token)
+        if prefix is None:
+            current = None
+        else:
+            if prefix in _CONTINUES and current == kind:
+                spans[-1] = (spans[-1][0], end)
+            else:
+                counts.begun_by_inside += prefix in _CONTINUES
+                spans.append((position, end))
+                kinds.append(kind)
+            current = None if prefix in _ENDS else kind
+        position = end + 1
+    counts.annotated += len(kinds)
+    counts.types.update(kinds)
+    if types is not None:
+        spans = [span for span, kind in zip(spans, kinds, strict=True) if kind in types]
+        counts.other_types += len(kinds) - len(spans)
+    counts.spans += len(spans)
+    return Record(" ".join(tokens), tuple(spans), doc_id, dataset)
