@@ -1,4 +1,4 @@
-"""Splits stream, draws repeat, cues reach the prompt, and tokenised data are read again only when nothing changed."""
+"""Splits are parsed once, draws repeat, cues reach the prompt, and tokens are cached until something changes."""
 
 import json
 from dataclasses import replace
@@ -10,19 +10,18 @@ from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, parse_record, read_records, write_records
 from biomerge_lib.corpora.conversion import write_corpus
-from biomerge_lib.prompts import token_cache
+from biomerge_lib.prompts import ner_span
 from biomerge_lib.prompts.ner_span import (
     build_dataset,
     cue_record,
     describe_model,
     encode_example,
-    hash_split,
+    hash_records,
+    hash_tokenizer,
     iter_examples,
-    iter_split,
     read_split,
     train_datasets,
 )
-from biomerge_lib.prompts.token_cache import hash_records, hash_tokenizer
 
 PROMPTS = PromptFormat(offset_anchors="start", corpus_cue=True, max_input_tokens=300)
 PLAIN = replace(PROMPTS, corpus_cue=False)
@@ -57,12 +56,16 @@ def test_a_limit_is_spread_evenly(data_dir):
     assert read_split(data_dir, "dev", subsample=0.5, limit=5) == [part[i * len(part) // 5] for i in range(5)]
 
 
-def test_a_split_is_read_as_it_is_asked_for_and_a_bad_line_stops_it(tmp_path):
+def test_a_split_is_parsed_once_and_a_bad_line_stops_it(tmp_path, monkeypatch):
+    write_records(tmp_path / "train.jsonl", [ASPIRIN])
+    assert read_split(tmp_path, "train") == [ASPIRIN]
+    with monkeypatch.context() as patched:
+        patched.setattr(ner_span, "iter_records", lambda path: pytest.fail("parsed again"))
+        assert read_split(tmp_path, "train", subsample=0.5, limit=7) == [ASPIRIN]
+        assert train_datasets(tmp_path) == {"example"}
+    write_records(tmp_path / "train.jsonl", [ASPIRIN, ASPIRIN])  # a file that is written anew is another one
+    assert read_split(tmp_path, "train") == [ASPIRIN, ASPIRIN]
     (tmp_path / "train.jsonl").write_text(ASPIRIN.to_json() + "\n{broken\n")
-    records = iter_split(tmp_path, "train")
-    assert next(records) == ASPIRIN
-    with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON"):
-        next(records)
     with pytest.raises(DataError, match=r"train\.jsonl:2: not JSON"):
         read_split(tmp_path, "train", subsample=0.5)
     with pytest.raises(DataError, match=r"dev\.jsonl: no such file"):
@@ -91,9 +94,6 @@ def test_unseen_corpora_get_the_default_cue(tmp_path):
     # Another model's corpora, where the data have a train split of their own.
     records = read_split(tmp_path, "dev", default_cue="any", trained=["mine"])
     assert [PROMPTS.cue(record) for record in records] == ["any", "mine", "mine"]
-    named = hash_split(tmp_path, "dev", default_cue="any")
-    assert named == hash_split(tmp_path, "dev", default_cue="any", trained=["example"])
-    assert named != hash_split(tmp_path, "dev", default_cue="any", trained=["mine"])
 
 
 def test_a_run_trains_and_is_scored_with_the_cues_its_parameters_ask_for(tiny_parameters, tmp_path):
@@ -148,14 +148,7 @@ def test_memory_and_cache_hold_the_same_examples(tokenizer, data_dir, tmp_path):
     in_memory = list(build_dataset(records, tokenizer, **EXAMPLES))
     assert len(in_memory) > len(records)  # some are chunked
     assert list(build_dataset(records, tokenizer, cache_dir=tmp_path, **EXAMPLES)) == in_memory
-    streamed = build_dataset(
-        iter_split(data_dir, "train"),
-        tokenizer,
-        cache_dir=tmp_path / "b",
-        data_hash=hash_split(data_dir, "train"),
-        **EXAMPLES,
-    )
-    assert list(streamed) == in_memory == list(iter_examples(records, tokenizer, **EXAMPLES))
+    assert in_memory == list(iter_examples(records, tokenizer, **EXAMPLES))
 
 
 def test_tokenised_data_are_read_again_only_when_nothing_changed(tokenizer, data_dir, tmp_path, monkeypatch):
@@ -177,7 +170,7 @@ def test_tokenised_data_are_read_again_only_when_nothing_changed(tokenizer, data
     assert files_after(records, max_target_tokens=48) == 5
     changed = Record(records[0].text, ((0, 3),), records[0].doc_id, records[0].dataset)
     assert files_after([changed, *records[1:]]) == 6
-    monkeypatch.setattr(token_cache, "_code_hash", lambda: "other code")
+    monkeypatch.setattr(ner_span, "_code_hash", lambda: "other code")
     assert files_after(records) == 7
 
 
@@ -193,5 +186,3 @@ def test_names_of_content_tell_differences(tokenizer, plain_tokenizer, data_dir)
     assert len({hash_records([one]) for one in (a, b, Record("a b", ((0, 1),), "d", "x", cue="y"))}) == 3
     assert hash_records([a, b]) != hash_records([b, a])
     assert hash_tokenizer(tokenizer) == hash_tokenizer(tokenizer) != hash_tokenizer(plain_tokenizer)
-    assert hash_split(data_dir, "train") != hash_split(data_dir, "train", subsample=0.5)
-    assert hash_split(data_dir, "train") != hash_split(data_dir, "dev")

@@ -1,9 +1,8 @@
 """Knows how JSONL becomes batches of tensors: the data module. Knows nothing of models.
 
-{train,dev,test}.jsonl --[iter_split]--> records --[encode_example]--> examples --[SpanCollator]--> batches
+{train,dev,test}.jsonl --[read_split]--> records --[build_dataset]--> examples --[SpanCollator]--> batches
 
-Everything streams: records come from the file one by one, examples go to the cache in batches, and a data set is a
-file that is mapped into memory.
+A data set is a file that is mapped into memory; ``datasets`` writes it and finds it again.
 """
 
 from __future__ import annotations
@@ -12,35 +11,19 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.core.files import file_sha256, remember
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, iter_records
-from biomerge_lib.corpora.draws import DocumentKey, document_of, draw_share, place_in_draw
+from biomerge_lib.corpora.draws import document_of, draw_share, place_in_draw
 from biomerge_lib.prompts.manifest import Manifest
-from biomerge_lib.prompts.prompt import (
-    BATCH,
-    IGNORE,
-    Encoding,
-    batched,
-    encode,
-    encode_chunks,
-    word_labels,
-)
-from biomerge_lib.prompts.token_cache import (
-    cache_path,
-    collect_examples,
-    hash_records,
-    hash_tokenizer,
-    open_examples,
-    write_examples,
-)
+from biomerge_lib.prompts.prompt import BATCH, IGNORE, Encoding, encode, encode_chunks, word_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,10 +31,18 @@ if TYPE_CHECKING:
 
     from biomerge_lib.core.parameters import Parameters
 
+# The source code that an example depends on.
+EXAMPLES_CODE = (
+    "core/prompt_format.py",
+    "core/records.py",
+    "core/spans.py",
+    "prompts/ner_span.py",
+    "prompts/prompt.py",
+)
 log = logging.getLogger("biomerge")
 
 
-def iter_split(
+def read_split(
     data_dir: Path | str,
     split: str,
     *,
@@ -61,8 +52,8 @@ def iter_split(
     default_cue: str | None = None,
     cue_dropout: float = 0.0,
     trained: Collection[str] | None = None,
-) -> Iterator[Record]:
-    """Records of a split, checked line by line; memory does not grow with the file.
+) -> list[Record]:
+    """Records of a split; the file is parsed once a process, however often and with what options it is read.
 
     ``subsample`` keeps that share of each corpus's documents (at least one), drawn with ``seed``; ``limit`` keeps so
     many records, spread evenly over the split. With ``default_cue`` the records of corpora that were not ``trained``
@@ -72,36 +63,30 @@ def iter_split(
     Raises:
         DataError: the file is missing, empty, or a line is bad.
     """
-    path = Path(data_dir) / f"{split}.jsonl"
-    if default_cue is not None and trained is None:
-        trained = train_datasets(data_dir)
-    documents: set[DocumentKey] | None = None
-    total = 0
-    if path.is_file() and (subsample < 1.0 or limit is not None):
-        sizes = _count_documents(path)
-        documents = draw_share(sizes, subsample, seed)
-        total = sum(sizes[document] for document in documents)
-    index = -1
-    for record in iter_records(path):
-        if documents is not None and document_of(record) not in documents:
-            continue
-        index += 1
-        if limit is not None and limit < total and not _is_picked(index, limit, total):
-            continue
-        if default_cue is not None and trained is not None:
-            record = cue_record(
-                record, trained=trained, default_cue=default_cue, cue_dropout=cue_dropout, seed=seed
-            )
-        yield record
+    records = list(_parse(Path(data_dir) / f"{split}.jsonl"))
+    if subsample < 1.0:
+        documents = draw_share(map(document_of, records), subsample, seed)
+        records = [record for record in records if document_of(record) in documents]
+    if limit is not None and limit < len(records):
+        records = [records[index * len(records) // limit] for index in range(limit)]
+    if default_cue is not None:
+        trained = train_datasets(data_dir) if trained is None else trained
+        cues: dict[str, Any] = {"default_cue": default_cue, "cue_dropout": cue_dropout, "seed": seed}
+        records = [cue_record(record, trained=trained, **cues) for record in records]
+    return records
 
 
-def read_split(data_dir: Path | str, split: str, **options: Any) -> list[Record]:
-    """The records of :func:`iter_split`, all at once."""
-    return list(iter_split(data_dir, split, **options))
+def _parse(path: Path) -> tuple[Record, ...]:
+    return _parsed(path) if path.is_file() else tuple(iter_records(path))  # which says what is missing
+
+
+@remember
+def _parsed(path: Path) -> tuple[Record, ...]:
+    return tuple(iter_records(path))
 
 
 def training_options(parameters: Parameters) -> dict[str, Any]:
-    """The options of :func:`iter_split` for the records that a run trains on."""
+    """The options of :func:`read_split` for the records that a run trains on."""
     draw = {"subsample": parameters.subsample, "seed": parameters.seed}
     return (
         _cue_options(parameters)
@@ -111,7 +96,7 @@ def training_options(parameters: Parameters) -> dict[str, Any]:
 
 
 def scoring_options(parameters: Parameters) -> dict[str, Any]:
-    """The options of :func:`iter_split` for the records that a run is scored on, whatever decodes them."""
+    """The options of :func:`read_split` for the records that a run is scored on, whatever decodes them."""
     return _cue_options(parameters) | {"limit": parameters.eval_limit}
 
 
@@ -143,7 +128,7 @@ def train_datasets(data_dir: Path | str) -> frozenset[str]:
         card = json.loads(card_path.read_text(encoding="utf-8"))["splits"]["train"]
         if "datasets" in card and card["sha256"] == file_sha256(path):
             return frozenset(dataset for dataset, sizes in card["datasets"].items() if sizes["sentences"])
-    return frozenset(record.dataset for record in iter_records(path))
+    return frozenset(record.dataset for record in _parse(path))
 
 
 def cue_record(
@@ -196,66 +181,84 @@ def iter_examples(
 ) -> Iterator[dict[str, Any]]:
     """Tokenised examples, with their ``length`` and ``prompt_length``; over-long records are chunked, never truncated.
 
-    How many were chunked is logged at the end.
-
     Raises:
         DataError: a word or a gold span that fits no chunk.
     """
-    seen = chunked = 0
     for pieces in encode_chunks(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens):
-        seen += 1
-        chunked += len(pieces) > 1
         for chunk, ids in pieces:
             example = label_encoding(chunk.record, ids)
             sizes = {"length": len(example["input_ids"]), "prompt_length": len(ids.prompt_ids)}
             yield {**example, **sizes}
-    if chunked:
-        log.info("%d of %d records were over the token limits and were cut into chunks", chunked, seen)
 
 
 def build_dataset(
-    records: Iterable[Record],
+    records: Sequence[Record],
     tokenizer: PreTrainedTokenizerFast,
     prompt_format: PromptFormat,
     *,
     max_target_tokens: int,
     cache_dir: Path | str | None = None,
-    data_hash: str | None = None,
 ) -> Dataset:
     """The examples of :func:`iter_examples` as a data set; tokenised once and then read from ``cache_dir``.
 
-    Args:
-        records: a list; or an iterator, whose content ``data_hash`` names (:func:`hash_split`).
-        cache_dir: folder of tokenised data; None keeps them in memory.
+    A cache file is named by a hash of everything that its contents depend on, so that it is never stale: the records,
+    the tokenizer, the format of prompts, the limits, and the source code that turns one into the other. Without
+    ``cache_dir`` the examples stay in memory.
 
     Raises:
         DataError: a word or a gold span that fits no chunk.
     """
-    examples = iter_examples(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
-    batches = batched(examples, BATCH)
-    if cache_dir is None:
-        with _all_cores():
-            return collect_examples(batches)
-    path = cache_path(
-        cache_dir,
-        records=data_hash or hash_records(records),
-        tokenizer=hash_tokenizer(tokenizer),
-        prompt_format=asdict(prompt_format),
-        max_target_tokens=max_target_tokens,
-    )
-    if path.is_file():
-        log.info("tokenised data from %s", path)
-        return open_examples(path)
+    from datasets import Dataset, Features, List, Value, disable_progress_bars
+
+    options: dict[str, Any] = {"prompt_format": prompt_format, "max_target_tokens": max_target_tokens}
+    said = [hash_records(records), hash_tokenizer(tokenizer), asdict(prompt_format), max_target_tokens]
+    name = hashlib.sha256(json.dumps([*said, _code_hash()]).encode()).hexdigest()[:24]
+
+    def tokenise(batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
+        examples = list(iter_examples([records[i] for i in batch["record"]], tokenizer, **options))
+        return {column: [example[column] for example in examples] for column in features}
+
+    ids, number = List(Value("int32")), Value("int32")
+    features = {"input_ids": ids, "labels": ids, "token_labels": List(Value("int8"))}
+    features |= {"length": number, "prompt_length": number}
+    disable_progress_bars()
     with _all_cores():
-        return write_examples(path, batches)
+        dataset = Dataset.from_dict({"record": list(range(len(records)))}).map(
+            tokenise,
+            batched=True,
+            batch_size=BATCH,
+            remove_columns="record",
+            features=Features(features),
+            keep_in_memory=cache_dir is None,
+            cache_file_name=None if cache_dir is None else str(Path(cache_dir) / f"{name}.arrow"),
+            new_fingerprint=name,
+        )
+    if len(dataset) > len(records):
+        log.info("%d records became %d examples: long ones are cut into chunks", len(records), len(dataset))
+    return dataset
 
 
-def hash_split(data_dir: Path | str, split: str, **options: Any) -> str:
-    """A name of the content of :func:`iter_split` with these options, without reading it."""
-    if options.get("default_cue"):
-        options["trained"] = sorted(options.get("trained") or train_datasets(data_dir))
-    content = file_sha256(Path(data_dir) / f"{split}.jsonl"), sorted(options.items())
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def hash_records(records: Iterable[Record]) -> str:
+    """A name of the records' content: text, spans, data set and cue, in order."""
+    digest = hashlib.sha256()
+    for record in records:
+        fields = record.text, record.spans, record.dataset, record.cue
+        digest.update(repr(fields).encode())
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A name of what a fast tokenizer does: vocabulary, merges, added tokens, and EOS."""
+    import tokenizers
+
+    backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return f"{backend}-{tokenizer.eos_token_id}-{tokenizers.__version__}"
+
+
+@cache
+def _code_hash() -> str:
+    library = Path(__file__).parents[1]
+    return file_sha256(*(library / name for name in EXAMPLES_CODE))
 
 
 @dataclass(frozen=True)
@@ -295,22 +298,3 @@ def _all_cores() -> Iterator[None]:
         yield
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
-
-
-@remember  # preflight draws the same documents as the reading proper
-def _count_documents(path: Path) -> Counter[DocumentKey]:
-    """Records a document, from a pass that leaves the checks to the reading proper."""
-    sizes: Counter[DocumentKey] = Counter()
-    with path.open("rb") as lines:
-        for line in lines:
-            try:
-                fields = json.loads(line)
-                sizes[fields["dataset"], fields["doc_id"]] += 1
-            except (ValueError, KeyError, TypeError):
-                continue
-    return sizes
-
-
-def _is_picked(index: int, limit: int, total: int) -> bool:
-    """Whether a record is one of the ``limit`` at the positions ``k * total // limit``."""
-    return (-(-index * limit // total)) * total // limit == index

@@ -25,7 +25,7 @@ from biomerge_lib.corpora.tags import find_implausible
 from biomerge_lib.experiment.provenance import device_name
 from biomerge_lib.model.backbones import backbone_name
 from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
-from biomerge_lib.prompts.ner_span import iter_split, scoring_options, training_options
+from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_options
 from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompts.prompt import encode_completion
 from biomerge_lib.prompts.tokenizer import ADDED_TOKENS
@@ -122,7 +122,7 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
     eos = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)
     scans = {
         split: scan_records(
-            iter_split(parameters.data_dir, split, **chosen),
+            read_split(parameters.data_dir, split, **chosen),
             tokenizer,
             parameters.prompt_format,
             # What limits an answer in evaluation is how long the model may write.
@@ -134,7 +134,7 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
     }
     if "test" not in scans and (Path(parameters.data_dir) / "test.jsonl").is_file():
         scans["test"] = Scan()
-        for record in iter_split(parameters.data_dir, "test"):
+        for record in read_split(parameters.data_dir, "test"):
             count_record(scans["test"], record, parameters.prompt_format)
     return scans
 
