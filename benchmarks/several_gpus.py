@@ -31,8 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readiness import TOKENIZER_DIR, read_log
-from benchmarks.training_speed import find_backbone
+from benchmarks.common import read_log
+from benchmarks.random_llama import TOKENIZER_DIR, find_backbone
 from biomerge_lib.core.files import write_json
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 

@@ -44,6 +44,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
+from benchmarks.random_llama import find_backbone
 from benchmarks.training_page import add_runs
 from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
@@ -525,21 +526,6 @@ def with_share(row: dict[str, Any], peak: float | None) -> dict[str, Any]:
     if not (peak and "useful_tflops" in row):
         return row
     return row | {"share_of_peak": round(row["useful_tflops"] / peak, 3)}
-
-
-def find_backbone(shape: str) -> Path:
-    """The folder of a shape's random weights, written if need be in a process whose memory goes with it."""
-    from benchmarks.readiness import SHAPES, TOKENIZER_DIR, build_tokenizer
-
-    if shape not in SHAPES:
-        return Path(shape)
-    folder = PROJECT_DIR / "backbones" / f"llama3-{shape}"
-    if not (folder / "config.json").is_file():
-        if not (TOKENIZER_DIR / "biomerge.json").is_file():
-            build_tokenizer("random/llama3-8b")
-        code = f"from benchmarks.readiness import *; build_backbone(Path({str(folder)!r}), {shape!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True)
-    return folder
 
 
 class Way:

@@ -10,7 +10,7 @@ import yaml
 from transformers import EvalPrediction
 
 from benchmarks import watch_metric
-from benchmarks.readiness import read_log
+from benchmarks.common import read_log
 from biomerge_lib.core.parameters import watch_metric_of
 from biomerge_lib.core.records import write_records
 from biomerge_lib.experiment.runs import Run, load_run_parameters, prepare_run_folder

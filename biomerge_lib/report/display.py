@@ -1,4 +1,4 @@
-"""Knows how records, predictions and curves look in a notebook or a page; computes no scores."""
+"""Knows how records, predictions, tables and curves look in a notebook or a page; computes no scores."""
 
 from __future__ import annotations
 
@@ -120,6 +120,27 @@ def _highlight_error(prediction: Prediction, error: SpanError, *, around: int = 
     cut = [f"cut out of {len(text)} characters"] if (start, end) != (0, len(text)) else []
     note = "; ".join([f"{prediction.doc_id}: " + ", ".join(said), *cut])
     return highlight(text[start:end], inside(prediction.gold), inside(prediction.pred), note)
+
+
+def markdown_table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown; cells are markup already, whole numbers get their commas, and None is an empty cell.
+
+    >>> print(markdown_table(["corpus", "sentences"], [["bc5cdr", 4560], ["mine", None]]))
+    | corpus | sentences |
+    |---|---|
+    | bc5cdr | 4,560 |
+    | mine |  |
+    """
+    header = list(header)
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
+    head, *body = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([head, "|" + "---|" * len(header), *body])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)
 
 
 def show_html(parts: Sequence[str]) -> HTML:

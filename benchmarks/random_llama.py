@@ -1,0 +1,114 @@
+"""A Llama-3 to measure with: the real tokenizer, and a backbone of that shape with random weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.experiment.runs import PROJECT_DIR
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "tiny": {
+        "hidden_size": 128,  # vLLM on a CPU wants heads of 32
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+TOKENIZER_DIR = PROJECT_DIR / "tokenizers" / "llama3_random_tok"
+
+
+def find_backbone(shape: str) -> Path:
+    """The folder of a shape's random weights, made on first use with its tokenizer; any other word is a folder's path.
+
+    The weights are written by a process of its own, with which their memory goes.
+    """
+    if shape not in SHAPES:
+        return Path(shape)
+    if not (TOKENIZER_DIR / "biomerge.json").is_file():
+        build_tokenizer(f"random/llama3-{shape}")
+    folder = PROJECT_DIR / "backbones" / f"llama3-{shape}"
+    if not (folder / "config.json").is_file():
+        command = [sys.executable, "-m", "benchmarks.random_llama", str(folder), shape]
+        subprocess.run(command, cwd=PROJECT_DIR, check=True)
+    return folder
+
+
+def llama3_tokenizer():
+    """The real Llama-3 tokenizer, from the file that the PyPI package llama-models carries."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    spec = find_spec("llama_models")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise SystemExit("the PyPI package llama-models is not installed: run `make env`")
+    path = Path(folders[0]) / "llama3" / "tokenizer.model"
+    reserved = [f"<|reserved_special_token_{index}|>" for index in range(250)]
+    special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved, "<|eot_id|>"]
+    special += [f"<|unused_{index}|>" for index in range(256 - len(special))]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=TikTokenConverter(vocab_file=str(path), extra_special_tokens=special).converted(),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        clean_up_tokenization_spaces=False,
+    )
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    return tokenizer
+
+
+def build_tokenizer(backbone: str) -> None:
+    """Save the tokenizer with BioMerge's five tokens as 01_tokenizer would for a backbone of the hub."""
+    from biomerge_lib.prompts.tokenizer import add_biomerge_tokens, save_tokenizer
+
+    tokenizer = llama3_tokenizer()
+    add_biomerge_tokens(tokenizer)
+    save_tokenizer(tokenizer, TOKENIZER_DIR)
+    (TOKENIZER_DIR / "biomerge.json").write_text(json.dumps({"backbone": backbone}) + "\n")
+
+
+def build_backbone(folder: Path, shape: str) -> None:
+    """Write a prepared backbone of random bfloat16 weights, embeddings already of the size that training wants."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from biomerge_lib.model.backbones import VOCABULARY_MULTIPLE
+    from biomerge_lib.prompts.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(TOKENIZER_DIR)
+    rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    config = LlamaConfig(
+        vocab_size=rows,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **SHAPES[shape],
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    build_backbone(Path(sys.argv[1]), sys.argv[2])
