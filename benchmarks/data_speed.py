@@ -117,79 +117,19 @@ def measure_preflight(folder: str) -> dict[str, Any]:
     return clock.read() | {"train_records": found.numbers["train_records"]}
 
 
-<<<<<<< HEAD
-def measure_preflight(folder: str) -> dict:
-    """Preflight on the same data, imports and all."""
-    from biomerge_lib.core.parameters import compose_parameters
-    from biomerge_lib.training.preflight import check_training
-
-    cpu = time.process_time()
-    words = [f"data_dir={folder}", "eval_limit=null", "corpus_cue=true", f"tokenizer_dir={TOKENIZER}"]
-    seconds, found = timed(lambda: check_training(compose_parameters(words)))
-    records = found.numbers["train_records"]
-    return {"seconds": seconds, "cpu_seconds": cpu_since(cpu), "train_records": records, "peak_mb": peak_mb()}
-
-
-def measure_stream(folder: str) -> dict:
-    """A JSONL split read and tokenised into the cache."""
-    from biomerge_lib.prompts.ner_span import build_dataset, read_split
-
-    _, tokenizer = load_libraries()
-    cpu = time.process_time()
-    before = peak_mb()
-    build, dataset = timed(
-        lambda: build_dataset(
-            read_split(folder, "train"),
-            tokenizer,
-            cache_dir=Path(folder) / "cache",
-            **EXAMPLES,
-        )
-    )
-    cpu_seconds = cpu_since(cpu)
-    sentences = sum(1 for _ in (Path(folder) / "train.jsonl").open("rb"))
-    return {
-        "sentences": sentences,
-        "seconds": build,
-        "cpu_seconds": cpu_seconds,
-        "sentences_per_second": round(sentences / build),
-        "tokens": sum(sum(batch["length"]) for batch in dataset.select_columns("length").iter(10000)),
-        "file_mb": round((Path(folder) / "train.jsonl").stat().st_size / 2**20, 1),
-        "cache_mb": round(sum(path.stat().st_size for path in (Path(folder) / "cache").iterdir()) / 2**20, 1),
-        "imported_mb": before,
-        "peak_mb": peak_mb(),
-    }
-
-
-def measure_reopened(folder: str) -> dict:
-    """The same cache in a new process, and a thousand examples from all over it."""
-    from biomerge_lib.prompts.ner_span import build_dataset, read_split
-
-    _, tokenizer = load_libraries()
-    cpu = time.process_time()
-    seconds, dataset = timed(
-        lambda: build_dataset(
-            read_split(folder, "train"),
-            tokenizer,
-            cache_dir=Path(folder) / "cache",
-            **EXAMPLES,
-        )
-    )
-=======
 def measure_stream(folder: str) -> dict[str, Any]:
-    """A JSONL split tokenised as a stream into the cache, or found there; a thousand examples from all over it."""
-    from biomerge_lib.prompts.ner_span import build_dataset, hash_split, iter_split
+    """A JSONL split read and tokenised into the cache, or found there; a thousand examples from all over it."""
+    from biomerge_lib.prompts.ner_span import build_dataset, read_split
 
     tokenizer, _ = load_libraries()
     imported, cache, clock = peak_mb(), Path(folder) / "cache", Clock()
     with clock.stage("tokenise_seconds"):
         dataset = build_dataset(
-            iter_split(folder, "train"),
+            read_split(folder, "train"),
             tokenizer,
             cache_dir=cache,
-            data_hash=hash_split(folder, "train"),
             **EXAMPLES,
         )
->>>>>>> 58a6e2d (Benchmarks share what they did each for themselves)
     for index in random.Random(0).sample(range(len(dataset)), min(1000, len(dataset))):
         dataset[index]
     found = clock.read()
@@ -261,27 +201,6 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
             "(preflight needs neither).",
             "",
         )
-<<<<<<< HEAD
-        rows = [
-            [
-                *(row[name] for name in (*columns, "peak_mb", "imported_mb")),
-                *(f"{row[name]['seconds']}, {row[name]['peak_mb']}" for name in ("reopened", "preflight")),
-                row["load_at_start"],
-            ]
-            for row in report["scale"]
-        ]
-        lines += ["## Generated JSONL, read and tokenised into the cache", "", *table(header, rows)]
-    REPORT.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-
-
-def table(header: list[str], rows: list[list]) -> list[str]:
-    cells: list[list] = [
-        header,
-        ["---"] * len(header),
-        *([f"{v:,}" if isinstance(v, int) else v for v in row] for row in rows),
-    ]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
-=======
     if report["scale"]:
         columns = {
             "sentences": "sentences",
@@ -299,9 +218,8 @@ def table(header: list[str], rows: list[list]) -> list[str]:
         }
         brief = lambda cell: f"{cell['seconds']}, {cell['peak_mb']}" if isinstance(cell, dict) else cell  # noqa: E731
         rows = [[brief(row[name]) for name in columns] for row in report["scale"]]
-        yield from ("## Generated JSONL, tokenised as a stream into the cache", "")
+        yield from ("## Generated JSONL, read and tokenised into the cache", "")
         yield markdown_table(columns.values(), rows)
->>>>>>> 58a6e2d (Benchmarks share what they did each for themselves)
 
 
 def main() -> None:

@@ -5,13 +5,11 @@
 All get the same token ids and labels and LoRA r = 8 on all linear layers, and none a token head or trained rows of the
 embedding, which this project's own ways have.
 
-    brief     the brief's Trainer arguments: rows padded to 256 + 64 tokens, gradient checkpointing (its batch of 8 x 4
-              is the caller's)
+    brief     the brief's Trainer arguments: rows padded to 256 + 64 tokens, four parts a step, gradient checkpointing
     tuned     the same libraries at their best: grouped by length, padded to the batch's longest, no checkpointing
     trl       SFTTrainer with packing ("bfd") and no checkpointing. Without flash-attn TRL warns that sentences might
               see each other; they do not: transformers builds a block-diagonal mask from the position ids for
               PyTorch's SDPA (tests/test_training_peers.py), at the price of a dense mask.
-    trl+flex  the same with transformers' flex_attention, which skips the mask's empty blocks (needs a GPU)
     unsloth   FastLanguageModel and SFTTrainer of its notebooks: their checkpointing, no dropout, padding-free where
               they choose it
     unsloth tuned  the same without checkpointing
@@ -31,9 +29,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast, Trainer
 
-PEERS = ("brief", "tuned", "trl", "trl+flex", "unsloth", "unsloth tuned")
+PEERS = ("brief", "tuned", "trl", "unsloth", "unsloth tuned")
 BRIEF_ROW = 256 + 64  # the brief's limits for the sentence and for the span string
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(LINEAR_LAYERS)}
+
+
+def parts_of(way: str, batch: int) -> int:
+    """In how many parts a way computes a step of ``batch`` sentences."""
+    return 4 if way == "brief" and batch >= 4 else 1
 
 
 def load_peer(way: str, folder: str) -> PeftModel:
@@ -57,7 +60,7 @@ def load_peer(way: str, folder: str) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
-        attn_implementation="flex_attention" if way == "trl+flex" else "sdpa",
+        attn_implementation="sdpa",
     )
     model.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
     return get_peft_model(model, LoraConfig(**LORA, lora_dropout=0.05, task_type="CAUSAL_LM"))
@@ -70,8 +73,6 @@ def build_peer(
     dataset: Dataset,
     *,
     batch: int,
-    accumulate: int,
-    num_workers: int,
 ) -> Trainer:
     """A peer's Trainer over examples of ``build_dataset``, with ``batch`` sentences an optimiser step.
 
@@ -83,14 +84,14 @@ def build_peer(
     on_gpu = torch.cuda.is_available()
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": batch // accumulate,
-        "gradient_accumulation_steps": accumulate,
+        "per_device_train_batch_size": batch // parts_of(way, batch),
+        "gradient_accumulation_steps": parts_of(way, batch),
         "num_train_epochs": 1,
         "learning_rate": 2e-4,
         "warmup_steps": 0.05,
         "bf16": on_gpu,
         "use_cpu": not on_gpu,
-        "dataloader_num_workers": num_workers,
+        "dataloader_num_workers": 2,
         "logging_steps": 10_000,
         "save_strategy": "no",
         "report_to": [],
@@ -122,7 +123,7 @@ def build_peer(
     else:
         lengths = dataset["length"]
         row = max(round(sum(lengths) / len(lengths) * batch), max(lengths))
-        one_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        one_row = {"per_device_train_batch_size": 1}
         config = SFTConfig(
             **common | one_row, max_length=row, packing=True, packing_strategy="bfd", padding_free=True
         )

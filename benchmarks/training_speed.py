@@ -5,7 +5,7 @@
     python -m benchmarks.training_speed --shape backbones/smollm2-135m --ways packed+graphed --epochs 1000 4560 32000
     python -m benchmarks.training_speed --shape tiny --batches 4 --ways packed padded   # to try it on a CPU
 
-Every way trains LoRA r = 8 on all linear layers on the same anchored sentences, in a process of its own:
+Every way trains LoRA r = 8 on all linear layers on the same sentences with start anchors, in a process of its own:
 
     packed, packed+compiled, ...   this project's Trainer with its parameters of those names
     padded                         this project's Trainer with packing=false
@@ -21,8 +21,8 @@ A row is the mean over the optimiser steps behind the first ones, between two mo
 work; tokens are those that were in these steps, padding left out. "Useful" TFLOP/s count 4 FLOP a weight of the decoder
 and real token (forward, and backward to the inputs; the frozen weights need no gradient), and their share of a measured
 8192 x 8192 x 8192 bfloat16 product. "Compiled anew" counts compilations and graph captures that fell into the measured
-steps. All processes import side by side, then each loads, warms up and measures alone; those that compile warm up side
-by side where there is one batch size. Writes reports/training_speed.json, .md and .svg.
+steps. All processes import side by side, then each loads, warms up and measures alone. Writes
+reports/training_speed.json, .md and .svg.
 """
 
 from __future__ import annotations
@@ -32,27 +32,25 @@ import faulthandler
 import gc
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from benchmarks.common import REPORTS, command
 from benchmarks.random_llama import find_backbone
 from benchmarks.training_page import add_runs
-from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer
+from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer, parts_of
+from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 
-REPORT = PROJECT_DIR / "reports" / "training_speed.json"
 OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "padded": {"packing": False},
-    "padded+checkpointing": {"packing": False, "gradient_checkpointing": True},
     "packed": {},
     "packed+checkpointing": {"gradient_checkpointing": True},
     "packed+compiled": {"step_launch": "compiled"},
@@ -63,30 +61,14 @@ OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "packed+compiled, no head": {"step_launch": "compiled", "fast_metrics": False},
     "unsloth packed": {"backend": "unsloth"},
     "unsloth packed+checkpointing": {"backend": "unsloth", "gradient_checkpointing": True},
-    "unsloth padded": {"backend": "unsloth", "packing": False},
 }
-WAYS = [
-    "unsloth packed",
-    "unsloth packed+checkpointing",
-    "packed+compiled",
-    "packed",
-    "packed+checkpointing",
-    "packed+compiled+checkpointing",
-    "padded",
-    "brief",
-    "tuned",
-    "trl",
-    "unsloth",
-    "unsloth tuned",
-]
+WAYS = [way for way in [*OURS, *PEERS] if "graphed" not in way and "no head" not in way]
 METHOD = __doc__.split("\n\n", 2)[2]
+FORMAT = PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512)
+SENTENCES = 2048  # of the corpus, to draw steps from
 FEWEST_STEPS = 4  # measured, however slow they are
 QUIET_STEPS = 20  # without a capture, before a graphed way is measured
 MOST_WARM_STEPS = 120  # even if it still captures
-
-
-def compiles(way: str) -> bool:
-    return "compiled" in way or "unsloth" in way
 
 
 def warm_steps(way: str) -> int:
@@ -94,7 +76,7 @@ def warm_steps(way: str) -> int:
 
     More of them are left out while graphs are still being captured.
     """
-    return 16 if "graphed" in way else 6 if compiles(way) else 3
+    return 16 if "graphed" in way else 6 if "compiled" in way or "unsloth" in way else 3
 
 
 class Stopwatch:
@@ -102,65 +84,67 @@ class Stopwatch:
 
     ``count`` gives the real tokens and sentences that the Trainer has seen, ``compiled`` what was compiled or captured.
     The first ``warm`` steps are left out, and more, up to ``most_warm``, until ``QUIET_STEPS`` have compiled nothing.
+    It stops the training after ``steps`` measured ones, or when ``seconds`` are over; None measures to its end.
     """
 
     def __init__(
         self,
+        *,
         warm: int,
         most_warm: int,
         steps: int | None,
         seconds: float,
-        *,
         count: Callable[[], tuple[int, int]],
         compiled: Callable[[], int],
-        when_warm: Callable[[], None],
     ) -> None:
-        from transformers import TrainerCallback
-
-        watch = self
+        self.fewest_warm, self.most_warm, self.most_steps, self.seconds = warm, most_warm, steps, seconds
+        self.count, self.compiled = count, compiled
         self.steps = 0
         self.warm: int | None = None  # steps before the first measured one
         self.last_compiled = (0, 0)  # how much was compiled, and at which step that changed last
-        self.warm_end = self.start = 0.0
+        self.start = self.end = 0.0
         self.at_start = (0, 0, 0)  # tokens, sentences, compilations
-        self.end: float  # at the last measured step
 
-        class AtStepEnd(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                watch.steps += 1
-                if watch.warm is None:
-                    if compiled() != watch.last_compiled[0]:
-                        watch.last_compiled = compiled(), watch.steps
-                    quiet = watch.steps - watch.last_compiled[1] >= QUIET_STEPS
-                    if watch.steps >= warm and (quiet or watch.steps >= most_warm):
-                        watch.warm, watch.warm_end = watch.steps, wait_for_gpu()
-                        when_warm()
-                        watch.at_start = (*count(), compiled())
-                        watch.start = time.perf_counter()
-                else:
-                    measured = watch.steps - watch.warm
-                    late = time.perf_counter() - watch.start > seconds and measured >= FEWEST_STEPS
-                    if steps is not None:
-                        control.should_training_stop |= measured >= steps or late
-                    if control.should_training_stop or state.global_step >= state.max_steps:
-                        watch.end = wait_for_gpu()  # before the Trainer puts its things away
-                return control
+    def on_step_end(self, args, state, control, **kwargs):
+        """As the Trainer calls it."""
+        self.steps += 1
+        if self.warm is None:
+            if self.compiled() != self.last_compiled[0]:
+                self.last_compiled = self.compiled(), self.steps
+            quiet = self.steps - self.last_compiled[1] >= QUIET_STEPS
+            if self.steps >= self.fewest_warm and (quiet or self.steps >= self.most_warm):
+                self.warm, self.start = self.steps, wait_for_gpu()
+                self.at_start = (*self.count(), self.compiled())
+            return control
+        measured = self.steps - self.warm
+        late = time.perf_counter() - self.start > self.seconds and measured >= FEWEST_STEPS
+        if self.most_steps is not None:
+            control.should_training_stop |= measured >= self.most_steps or late
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            self.end = wait_for_gpu()  # before the Trainer puts its things away
+        return control
 
-        def read() -> dict[str, Any]:
-            taken, done = watch.end - watch.start, watch.steps - cast(int, watch.warm)
-            tokens, sentences, recompiles = (
-                after - before for after, before in zip((*count(), compiled()), watch.at_start, strict=True)
-            )
-            return {
-                "measured_steps": done,
-                "ms_a_step": round(taken / done * 1e3, 1),
-                "tokens_a_step": round(tokens / done),
-                "tokens_a_second": round(tokens / taken),
-                "sentences_a_second": round(sentences / taken, 1),
-                "recompiles": recompiles,
-            }
+    def callback(self):
+        """What the Trainer takes."""
+        from transformers import TrainerCallback
 
-        self.callback, self.read = AtStepEnd(), read
+        callback = TrainerCallback()
+        callback.on_step_end = self.on_step_end  # type: ignore[method-assign]
+        return callback
+
+    def read(self) -> dict[str, Any]:
+        taken, done = self.end - self.start, self.steps - cast(int, self.warm)
+        after = (*self.count(), self.compiled())
+        tokens, sentences, recompiles = (b - a for a, b in zip(self.at_start, after, strict=True))
+        return {
+            "warm_steps": self.warm,
+            "measured_steps": done,
+            "ms_a_step": round(taken / done * 1e3, 1),
+            "tokens_a_step": round(tokens / done),
+            "tokens_a_second": round(tokens / taken),
+            "sentences_a_second": round(sentences / taken, 1),
+            "recompiles": recompiles,
+        }
 
 
 def wait_for_gpu() -> float:
@@ -171,28 +155,9 @@ def wait_for_gpu() -> float:
     return time.perf_counter()
 
 
-class Turns:
-    """Where a way's process waits until it may go on; one that hangs in between is ended."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.left = 2  # to load the model, and to measure
-
-    def wait(self) -> None:
-        if self.left:
-            self.left -= 1
-            faulthandler.cancel_dump_traceback_later()
-            print("TURN", flush=True)
-            if not sys.stdin.readline():
-                sys.exit("the benchmark itself has ended")
-            self.watch()
-
-    def watch(self) -> None:
-        faulthandler.dump_traceback_later(self.limit, exit=True)
-
-
-def measure_way(way: str, options: dict[str, Any]) -> None:
+def measure_way(options: dict[str, Any]) -> None:
     """All measurements of a way in this process: the model is loaded once, a Trainer is built for each."""
+    way = options["way"]
     started = time.perf_counter()
     if "unsloth" in way:
         # Two processes at once must not write the same files.
@@ -204,28 +169,30 @@ def measure_way(way: str, options: dict[str, Any]) -> None:
     import biomerge_lib.training.run  # noqa: F401
     from biomerge_lib.prompts.ner_span import read_split
     from biomerge_lib.prompts.tokenizer import load_tokenizer
+    from biomerge_lib.training.run import build_model
 
     torch.set_float32_matmul_precision("high")
     tokenizer = load_tokenizer(Path(options["backbone"]))
     records = read_split(options["data_dir"], "train")
-    turns = Turns(options["way_limit"])
     imported = time.perf_counter()
-    turns.wait()
+    print("READY", flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the benchmark itself has ended")
+    faulthandler.dump_traceback_later(options["way_limit"], exit=True)
     start = time.perf_counter()
-    model = load_ours(way, options) if way in OURS else load_peer(way, options["backbone"])
+    folder = options["backbone"]
+    model: Any = build_model(our_parameters(way), folder) if way in OURS else load_peer(way, folder)
     startup = {
         "import_seconds": round(imported - started, 1),
         "load_seconds": round(wait_for_gpu() - start, 1),
     }
-    runs = [
-        {"anchors": anchors, "batch": batch} for anchors in options["anchors"] for batch in options["batches"]
-    ]
+    runs: list[dict[str, Any]] = [{"batch": batch} for batch in options["batches"]]
     runs += [run | {"epoch": size} for run in runs for size in options["epochs"]]
     for run in runs:
-        row: dict[str, Any] = {"way": way} | run
-        turns.watch()
+        row: dict[str, Any] = {"way": way, "anchors": FORMAT.offset_anchors} | run
+        faulthandler.dump_traceback_later(options["way_limit"], exit=True)
         try:
-            row |= startup | measure(way, model, tokenizer, records, options | run, turns)
+            row |= startup | measure(model, tokenizer, records, options | run)
         except Exception as error:
             traceback.print_exc()
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -235,29 +202,30 @@ def measure_way(way: str, options: dict[str, Any]) -> None:
             torch.cuda.empty_cache()
 
 
-def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns: Turns) -> dict[str, Any]:
+def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[str, Any]:
     """One batch size, or one whole epoch (``epoch`` sentences) with the steps behind the first ones measured."""
     import torch
 
-    epoch, batch = options.get("epoch"), options["batch"]
-    size = epoch or max(options["sentences"], batch)
-    records = (records * (size // len(records) + 1))[:size] if epoch else spread(records, size)
-    accumulate = 4 if way == "brief" and batch >= 4 else options["accumulate"]
+    way, batch, epoch = options["way"], options["batch"], options.get("epoch")
+    size = epoch or max(SENTENCES, batch)
+    if epoch:
+        records = (records * (size // len(records) + 1))[:size]
+    elif size < len(records):
+        records = [records[k * len(records) // size] for k in range(size)]  # evenly over all
     start = time.perf_counter()
     build = build_ours if way in OURS else build_peer_trainer
-    trainer, count = build(way, model, tokenizer, records, options | {"accumulate": accumulate})
+    trainer, count = build(way, model, tokenizer, records, batch)
     warm = min(warm_steps(way), epoch // batch - 1) if epoch else warm_steps(way)
     most_warm = MOST_WARM_STEPS if "graphed" in way and not epoch else warm
     watch = Stopwatch(
-        warm,
-        most_warm,
-        None if epoch else options["steps"],
-        options["way_seconds"],
+        warm=warm,
+        most_warm=most_warm,
+        steps=None if epoch else options["steps"],
+        seconds=options["way_seconds"],
         count=count,
         compiled=lambda: count_compilations(trainer),
-        when_warm=turns.wait,
     )
-    trainer.add_callback(watch.callback)
+    trainer.add_callback(watch.callback())
     if not epoch:
         trainer.args.max_steps = most_warm + options["steps"]
     ready = wait_for_gpu()
@@ -270,31 +238,25 @@ def measure(way: str, model, tokenizer, records, options: dict[str, Any], turns:
             p.numel() for n, p in trainer.model.named_parameters() if ".layers." in n and "lora_" not in n
         )
         result |= {
-            "accumulate": accumulate,
+            "accumulate": parts_of(way, batch),
             "decoder_weights": weights,
             "useful_tflops": round(4 * weights * result["tokens_a_second"] / 1e12, 1),
             "sentences": len(records),
             "build_seconds": round(ready - start, 1),
-            "warm_steps": watch.warm,
-            "first_steps_seconds": round(watch.warm_end - ready, 1),
+            "first_steps_seconds": round(watch.start - ready, 1),
         }
         if epoch:
             result["epoch_seconds"] = round(time.perf_counter() - start, 1)
         if torch.cuda.is_available():
             result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
             result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
-        if options.get("profile"):
-            result["gpu_busy"] = profile_steps(trainer, options["profile"])
+        if options["profile"]:
+            result["gpu_busy"] = profile_steps(trainer, Path(options["profile"]))
     finally:
         # The next Trainer wraps the model's forward anew.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
     return result
-
-
-def spread(records: list, size: int) -> list:
-    """So many records, evenly over all."""
-    return records if size >= len(records) else [records[k * len(records) // size] for k in range(size)]
 
 
 def count_compilations(trainer) -> int:
@@ -304,44 +266,33 @@ def count_compilations(trainer) -> int:
     return own() if own else counters["stats"]["unique_graphs"]
 
 
-def our_parameters(way: str, options: dict[str, Any], **changes: Any):
+def our_parameters(way: str, **changes: Any):
     from biomerge_lib.core.parameters import check_parameters, compose_parameters
 
-    values = compose_parameters(["model=smollm2_135m", f"runtime={options['runtime']}"]).model_dump()
+    values = compose_parameters(["model=smollm2_135m", "runtime=h200"]).model_dump()
     values |= {
         "backend": "peft",
         "packing": True,
         "step_launch": "eager",
         "gradient_checkpointing": False,
         "fast_metrics": True,
-        "max_input_tokens": options["max_tokens"],
+        "offset_anchors": FORMAT.offset_anchors,
+        "max_input_tokens": FORMAT.max_input_tokens,
         "num_train_epochs": 1.0,
         "eval_steps": 10_000,
         "save_steps": 10_000,
         "logging_steps": 10_000,
-        "num_workers": options["num_workers"],
+        "num_workers": 2,
         "wandb_mode": "disabled",
     }
     return check_parameters(values | OURS[way] | changes)
 
 
-def load_ours(way: str, options: dict[str, Any]):
-    from biomerge_lib.training.run import build_model
-
-    return build_model(our_parameters(way, options), options["backbone"])
-
-
-def build_ours(way: str, model, tokenizer, records, options: dict[str, Any]):
+def build_ours(way: str, model, tokenizer, records: list, batch: int):
     """This project's Trainer, as 03_train builds it, without evaluation and checkpoints; and what it has seen."""
     from biomerge_lib.training.run import build_trainer
 
-    parameters = our_parameters(
-        way,
-        options,
-        offset_anchors=options["anchors"],
-        per_device_train_batch_size=options["batch"] // options["accumulate"],
-        gradient_accumulation_steps=options["accumulate"],
-    )
+    parameters = our_parameters(way, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
     dev = [record for record in records if record.spans][:2]
     checkpoints = Path(tempfile.mkdtemp()) / "checkpoints"
     trainer = build_trainer(
@@ -357,28 +308,19 @@ def build_ours(way: str, model, tokenizer, records, options: dict[str, Any]):
     return trainer, lambda: (int(trainer.tokens_seen), trainer.examples_seen)
 
 
-def build_peer_trainer(way: str, model, tokenizer, records, options: dict[str, Any]):
+def build_peer_trainer(way: str, model, tokenizer, records: list, batch: int):
     """A peer's Trainer on the same token ids and labels, and what it has seen."""
-    from biomerge_lib.core.prompt_format import PromptFormat
     from biomerge_lib.prompts.ner_span import build_dataset
 
-    dataset = build_dataset(
-        records,
-        tokenizer,
-        PromptFormat(
-            offset_anchors=options["anchors"], corpus_cue=False, max_input_tokens=options["max_tokens"]
-        ),
-        max_target_tokens=128,
-    )
-    names = ("batch", "accumulate", "num_workers")
-    trainer: Any = build_peer(way, model, tokenizer, dataset, **{name: options[name] for name in names})
+    dataset = build_dataset(records, tokenizer, FORMAT, max_target_tokens=128)
+    trainer: Any = build_peer(way, model, tokenizer, dataset, batch=batch)
     seen: list[Any] = [0, 0]
     get_batches = trainer.get_batch_samples
 
     def counting(*arguments):
         batches, items = get_batches(*arguments)
-        for batch in batches:
-            tokens, sentences = count_batch(batch)
+        for found in batches:
+            tokens, sentences = count_batch(found)
             seen[:] = seen[0] + tokens, seen[1] + sentences
         return batches, items
 
@@ -386,19 +328,18 @@ def build_peer_trainer(way: str, model, tokenizer, records, options: dict[str, A
     return trainer, lambda: (int(seen[0]), int(seen[1]))
 
 
-def profile_steps(trainer, path: str) -> dict[str, Any]:
-    """The share of time that the GPU is busy, and where it goes, over a few more steps."""
+def profile_steps(trainer, path: Path) -> dict[str, Any]:
+    """The share of time that the GPU is busy over three more steps; ``path`` gets the table of its kernels."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    loader = trainer.get_train_dataloader()
-    batches = iter(loader)
+    batches = iter(trainer.get_train_dataloader())
     model = trainer.model_wrapped
-    held = [trainer.get_batch_samples(batches, 1, trainer.args.device) for _ in range(4)]
+    held = [trainer.get_batch_samples(batches, 1, trainer.args.device) for _ in range(3)]
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watched:
         start = time.perf_counter()
-        for (inputs, *_), items in held[1:]:
+        for (inputs, *_), items in held:
             trainer.training_step(model, inputs, items)
             trainer._clip_grad_norm(model)
             trainer.optimizer.step()
@@ -406,25 +347,20 @@ def profile_steps(trainer, path: str) -> dict[str, Any]:
         torch.cuda.synchronize()
         wall = time.perf_counter() - start
     kernels = [event for event in watched.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(event.device_time for event in kernels) / 1e6
-    totals: dict[str, list[float]] = {}
-    for event in kernels:
-        total = totals.setdefault(event.name[:90], [0, 0.0])
-        total[0] += 1
-        total[1] += event.device_time / 1e3
-    top = sorted(totals.items(), key=lambda item: -item[1][1])[:40]
-    Path(path).write_text(json.dumps({name: [n, round(ms, 2)] for name, (n, ms) in top}, indent=1))
+    path.write_text(watched.key_averages().table(sort_by="self_device_time_total", row_limit=40))
     return {
-        "busy_share": round(busy / wall, 3),
-        "kernels_a_step": len(kernels) // 3,
-        "profiled_ms": round(wall / 3e-3, 1),
+        "busy_share": round(sum(event.device_time for event in kernels) / 1e6 / wall, 3),
+        "kernels_a_step": len(kernels) // len(held),
+        "profiled_ms": round(wall / len(held) * 1e3, 1),
     }
 
 
-def matrix_peak() -> float:
+def matrix_peak() -> float | None:
     """TFLOP/s of an 8192 x 8192 x 8192 bfloat16 matrix product on random data: the card's measured limit."""
     import torch
 
+    if not torch.cuda.is_available():
+        return None
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(12):
@@ -434,7 +370,49 @@ def matrix_peak() -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return 2 * 8192**3 / statistics.median(times[3:]) / 1e9
+    return round(2 * 8192**3 / statistics.median(times[3:]) / 1e9, 1)
+
+
+class Way:
+    """A way's process: it imports, then waits until it may measure."""
+
+    def __init__(self, way: str, options: dict[str, Any]) -> None:
+        self.way, self.options = way, options
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.training_speed", "--one", json.dumps(options | {"way": way})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            cwd=PROJECT_DIR,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+        self.lines = cast(IO[str], self.process.stdout)
+
+    def wait_for_imports(self) -> None:
+        next((line for line in self.lines if line == "READY\n"), None)
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """Its rows as they come; a process that broke down is a row with its last line."""
+        if self.process.poll() is None:  # else its error is read below
+            go = cast(IO[str], self.process.stdin)
+            go.write("GO\n")
+            go.flush()
+        failed = False
+        for line in self.lines:
+            if line.startswith("ROW "):
+                yield (row := json.loads(line.removeprefix("ROW ")))
+                failed |= "error" in row
+        if self.process.wait() or failed:
+            self.errors.seek(0)
+            text = self.errors.read()
+            print(text[-3000:], file=sys.stderr)
+            if self.process.returncode:
+                last = (text.strip().splitlines() or ["no output"])[-1]
+                if "Timeout (" in text:  # of faulthandler
+                    last = f"hung for {self.options['way_limit']:.0f} s"
+                yield {"way": self.way, "batch": self.options["batches"][0], "error": last[:200]}
 
 
 def main() -> None:
@@ -447,8 +425,6 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data/bc5cdr_iob/ner")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=[*OURS, *PEERS], metavar="WAY")
     parser.add_argument("--batches", nargs="+", type=int, default=[32], help="sentences an optimiser step")
-    parser.add_argument("--accumulate", type=int, default=1, help="parts of a step (brief: always 4)")
-    parser.add_argument("--anchors", nargs="+", default=["start"])
     parser.add_argument("--steps", type=int, default=12, help="measured steps")
     parser.add_argument(
         "--way-seconds", type=float, default=8, help=f"measure no longer, but {FEWEST_STEPS} steps at least"
@@ -457,127 +433,45 @@ def main() -> None:
         "--way-limit", type=float, default=240, help="seconds until a measurement that hangs is ended"
     )
     parser.add_argument(
-        "--abreast", type=int, default=3, help="compiling ways that load and warm up together"
-    )
-    parser.add_argument("--sentences", type=int, default=2048, help="of the corpus, to draw steps from")
-    parser.add_argument(
         "--epochs", nargs="*", type=int, default=[], help="also train whole epochs of so many sentences"
     )
-    parser.add_argument("--max_tokens", type=int, default=512)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--runtime", default="h200")
     parser.add_argument("--profile", help="file for the kernels' times")
-    parser.add_argument("--out", default=str(REPORT), help="JSON file of all runs; this run is added")
+    parser.add_argument(
+        "--out", default=str(REPORTS / "training_speed.json"), help="JSON file of all runs; this run is added"
+    )
     parser.add_argument("--merge", nargs="*", metavar="JSON", help="only add these files' runs to --out")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    # A published command has it: how many ways warmed up together. Now each does alone.
+    parser.add_argument("--abreast", help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     if options["one"]:
-        measure_way(options["one"], json.loads(os.environ["BIOMERGE_BENCHMARK"]))
+        measure_way(options["one"])
         return
+    out = Path(options["out"])
     if options["merge"] is not None:
         files = [json.loads(Path(file).read_text(encoding="utf-8")) for file in options["merge"]]
-        add_runs(Path(options["out"]), [run for file in files for run in file["runs"]], METHOD)
+        add_runs(out, [run for file in files for run in file["runs"]], METHOD)
         return
-    import torch
-
-    folder = find_backbone(options["shape"])
     started = time.perf_counter()
-    processes = [Way(way, options | {"backbone": str(folder)}) for way in options["ways"]]
-    for process in processes:
-        process.wait_for_turn()
-    print(f"{time.perf_counter() - started:.0f} s: all have imported", flush=True)
-    peak = matrix_peak() if torch.cuda.is_available() else None
-    groups = [[process] for process in processes]
-    if len(options["batches"]) == len(options["anchors"]) == 1:
-        together = [process for process in processes if compiles(process.way)]
-        starts = range(0, len(together), options["abreast"])
-        groups = [together[start : start + options["abreast"]] for start in starts]
-        groups += [[process] for process in processes if not compiles(process.way)]
+    backbone = str(find_backbone(options["shape"]))
+    ways = [Way(way, options | {"backbone": backbone}) for way in options["ways"]]
+    for way in ways:
+        way.wait_for_imports()
     run: dict[str, Any] = {
-        "command": "python -m benchmarks.training_speed " + shlex.join(sys.argv[1:]),
+        "command": command("training_speed"),
         "shape": options["shape"],
-        "matrix_peak_tflops": peak and round(peak, 1),
+        "matrix_peak_tflops": matrix_peak(),
         "provenance": provenance(),
+        "rows": [],
     }
-
-    def keep() -> None:
-        """Write all rows so far, so that what comes later can cost nothing that is measured."""
-        rows = [with_share(row, peak) for process in processes for row in process.rows]
-        add_runs(
-            Path(options["out"]),
-            [run | {"seconds": round(time.perf_counter() - started), "rows": rows}],
-            METHOD,
-        )
-
-    for group in groups:
-        for process in group:
-            process.go_on()
-        for process in group:
-            process.wait_for_turn()
-        for process in group:
-            process.go_on()
-            process.wait_for_end(keep)
-            print(f"{time.perf_counter() - started:.0f} s: {process.way} is done", flush=True)
-            keep()
-
-
-def with_share(row: dict[str, Any], peak: float | None) -> dict[str, Any]:
-    """A row with its share of the matrix peak, where both are known."""
-    if not (peak and "useful_tflops" in row):
-        return row
-    return row | {"share_of_peak": round(row["useful_tflops"] / peak, 3)}
-
-
-class Way:
-    """A way's process, which waits for its turns, and the rows that it has printed."""
-
-    def __init__(self, way: str, options: dict[str, Any]) -> None:
-        self.way, self.options = way, options
-        self.rows: list[dict[str, Any]] = []
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as the process)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.training_speed", "--one", way],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            cwd=PROJECT_DIR,
-            env=os.environ | {"BIOMERGE_BENCHMARK": json.dumps(options), "TOKENIZERS_PARALLELISM": "false"},
-        )
-
-    def go_on(self) -> None:
-        with suppress(BrokenPipeError):  # it has ended, which wait_for_end reports
-            stdin = cast(IO[str], self.process.stdin)
-            stdin.write("\n")
-            stdin.flush()
-
-    def wait_for_turn(self, keep: Callable[[], None] | None = None) -> bool:
-        """Read rows until the process waits again, and call ``keep`` after each; False when it has ended."""
-        for line in cast(IO[str], self.process.stdout):
-            if line.startswith("ROW "):
-                print(line.removeprefix("ROW "), end="", flush=True)
-                self.rows.append(json.loads(line.removeprefix("ROW ")))
-                if keep:
-                    keep()
-            elif line == "TURN\n":
-                return True
-        return False
-
-    def wait_for_end(self, keep: Callable[[], None] | None = None) -> None:
-        """Read the last rows; a process that broke down is a row with its last line."""
-        while self.wait_for_turn(keep):
-            self.go_on()
-        self.process.wait()
-        if self.process.returncode or any("error" in row for row in self.rows):
-            self.errors.seek(0)
-            text = self.errors.read()
-            print(text[-3000:], file=sys.stderr)
-            if self.process.returncode:
-                last = (text.strip().splitlines() or ["no output"])[-1]
-                if "Timeout (" in text:  # of faulthandler
-                    last = f"hung for {self.options['way_limit']:.0f} s"
-                where = {"batch": self.options["batches"][0], "anchors": self.options["anchors"][0]}
-                self.rows.append({"way": self.way, **where, "error": last[:200]})
+    for way in ways:
+        for row in way.measure():
+            if run["matrix_peak_tflops"] and "useful_tflops" in row:
+                row["share_of_peak"] = round(row["useful_tflops"] / run["matrix_peak_tflops"], 3)
+            print(json.dumps(row), flush=True)
+            run["rows"].append(row)
+            # Now, so that what comes later can cost nothing that is measured.
+            add_runs(out, [run | {"seconds": round(time.perf_counter() - started)}], METHOD)
 
 
 if __name__ == "__main__":

@@ -43,18 +43,17 @@ def test_published_runs_of_removed_anchor_styles_keep_their_rows():
 def test_a_graphed_way_is_measured_when_its_captures_are_done(captures, first_measured):
     steps = 0
     watch = Stopwatch(
-        16,
-        120,
-        10,
-        60,
+        warm=16,
+        most_warm=120,
+        steps=10,
+        seconds=60,
         count=lambda: (100 * steps, steps),
         compiled=lambda: sum(step <= steps for step in captures),
-        when_warm=lambda: None,
     )
     control = SimpleNamespace(should_training_stop=False)
     while not control.should_training_stop:
         steps += 1
-        watch.callback.on_step_end(None, SimpleNamespace(global_step=steps, max_steps=200), control)
+        watch.on_step_end(None, SimpleNamespace(global_step=steps, max_steps=200), control)
     assert watch.warm == first_measured - 1
     assert watch.read()["measured_steps"] == 10
     assert watch.read()["tokens_a_step"] == 100
