@@ -20,7 +20,7 @@ def test_the_parameters_page_is_what_the_command_writes():
     written = page("parameters.md")
     assert written == parameters_as_markdown()
     assert set(re.findall(r"^\| `(\w+)`", written, flags=re.M)) == PARAMETER_NAMES
-    assert "| `subsample` | Share of the training documents" in written and "| number, > 0, ≤ 1 |" in written
+    assert "| `subsample` | Share of the training documents" in written and "| number > 0, ≤ 1 |" in written
 
 
 def rooms() -> dict[str, list[str]]:

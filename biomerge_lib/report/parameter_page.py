@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
-from pydantic.fields import FieldInfo
 
 from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETERS_DIR, SCORING, Parameters, compose_parameters
+from biomerge_lib.report.display import markdown_table
 
 HEAD = """# Parameters
 
@@ -23,54 +22,60 @@ column names the files that say otherwise. Where several speak, runtime wins ove
 Marks: **s** may be set anew when a trained run is scored (04, 05); **n** does not change what is trained, and so not
 the run's name.
 
-| parameter | meaning | values | default | elsewhere |
-|---|---|---|---|---|
 """
+TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "`true` \\| `false`",
+    "null": "`null`",
+}
+LIMITS = {
+    "exclusiveMinimum": "> {}",
+    "minimum": "≥ {}",
+    "exclusiveMaximum": "< {}",
+    "maximum": "≤ {}",
+    "minLength": "(not empty)",
+    "pattern": "like `{}`",
+}
 
 
 def parameters_as_markdown() -> str:
     """All parameters as a Markdown table: meaning, values, default, and what other files of ``parameters/`` say."""
     defaults = compose_parameters([]).model_dump()
     rows = [
-        f"| `{name}`{_marks(name)} | {_escape(field.description or '')} | {_values(field)} | {_code(defaults[name])} | "
-        f"{_elsewhere(name, defaults[name])} |"
-        for name, field in Parameters.model_fields.items()
+        [
+            f"`{name}`{_mark(name)}",
+            schema["description"].replace("|", "\\|"),
+            _values(schema),
+            _code(defaults[name]),
+            _elsewhere(name, defaults[name]),
+        ]
+        for name, schema in Parameters.model_json_schema()["properties"].items()
     ]
-    return HEAD + "\n".join(rows) + "\n"
+    return HEAD + markdown_table(["parameter", "meaning", "values", "default", "elsewhere"], rows) + "\n"
 
 
-def _marks(name: str) -> str:
+def _mark(name: str) -> str:
     mark = "s" if name in SCORING else "n" if name in NOT_IDENTITY else ""
     return f" **{mark}**" if mark else ""
 
 
-def _values(field: FieldInfo) -> str:
-    """``number > 0, ≤ 1`` for a float with bounds, the choices of a Literal."""
-    return ", ".join([_type_name(field.annotation), *_bounds(field.metadata)])
+def _values(schema: Mapping[str, Any]) -> str:
+    """What a JSON schema allows.
 
-
-def _type_name(annotation: Any) -> str:
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Annotated:
-        return " ".join([_type_name(arguments[0]), *_bounds(arguments[1].metadata)])
-    if get_origin(annotation) is Literal:
-        return " \\| ".join(f"`{choice}`" for choice in arguments)
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(
-            "`null`" if choice is type(None) else _type_name(choice)
-            for choice in sorted(arguments, key=lambda choice: choice is type(None))
-        )
-    if get_origin(annotation) is list:
-        return "list of texts" if arguments[0] is str else "list of numbers > 0"
-    return {int: "whole number", float: "number", bool: "`true` \\| `false`", str: "text"}[annotation]
-
-
-def _bounds(metadata: Iterable[Any]) -> list[str]:
-    signs = {"Gt": "> {0.gt}", "Ge": "≥ {0.ge}", "Lt": "< {0.lt}", "Le": "≤ {0.le}", "MinLen": "not empty"}
-    names = [(type(bound).__name__, bound) for bound in metadata]  # pydantic's, from annotated_types
-    bounds = [signs[name].format(bound) for name, bound in names if name in signs]
-    patterns = [pattern for bound in metadata if (pattern := getattr(bound, "pattern", None))]
-    return [*bounds, *(f"like `{pattern}`" for pattern in patterns)]
+    >>> _values({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "null"}]})
+    'number > 0, ≤ 1 or `null`'
+    """
+    if "anyOf" in schema:
+        return " or ".join(map(_values, schema["anyOf"]))
+    if choices := schema.get("enum") or ([schema["const"]] if "const" in schema else []):
+        return " \\| ".join(f"`{choice}`" for choice in choices)
+    if schema["type"] == "array":
+        item, _, limits = _values(schema["items"]).partition(" ")
+        return f"list of {item}s {limits}".rstrip()
+    limits = ", ".join(LIMITS[name].format(schema[name]) for name in LIMITS if name in schema)
+    return f"{TYPES[schema['type']]} {limits}".rstrip()
 
 
 def _elsewhere(name: str, default: Any) -> str:
@@ -86,7 +91,3 @@ def _elsewhere(name: str, default: Any) -> str:
 
 def _code(value: Any) -> str:
     return f"`{yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}`"
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")

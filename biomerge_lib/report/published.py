@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import whole_folder, write_text
 from biomerge_lib.core.markup import in_markdown
 from biomerge_lib.experiment.runs import PROJECT_DIR, current_stages, outdated_stages, read_metrics
+from biomerge_lib.report.display import markdown_table
 
 REPORTS_DIR = PROJECT_DIR / "reports"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -42,21 +43,14 @@ def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:
     _refuse_other_content(out)
     paths = [*(folder / name for name in PUBLISHED), *sorted(folder.glob(NOTEBOOKS))]
     places = _machine_places(paths)
-    reports_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=reports_dir) as beside:
-        new = Path(beside) / "new"
-        new.mkdir()
-        for path in paths:
-            if path.is_file():
-                text = path.read_text(encoding="utf-8")
-                for place in places:
-                    text = text.replace(place, "")
-                (new / path.name).write_text(text, encoding="utf-8")
-        old = Path(f"{beside}-old")
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(out) as new:
+        new.mkdir(parents=True)
+        for path in filter(Path.is_file, paths):
+            text = path.read_text(encoding="utf-8")
+            for place in places:
+                text = text.replace(place, "")
+            (new / path.name).write_text(text, encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
     return out
 
 
@@ -105,15 +99,16 @@ def _machine_places(paths: Iterable[Path]) -> list[str]:
 
 def results_table(reports_dir: Path = REPORTS_DIR) -> str:
     """A Markdown table of the runs published in a folder, best first; every figure comes from a ``metrics.json``."""
-    rows = [(folder, read_metrics(folder)) for folder in sorted(reports_dir.glob("*")) if folder.is_dir()]
-    rows = [(folder, metrics) for folder, metrics in rows if "03_train" in metrics.get("stages", {})]
-    rows.sort(key=lambda row: -_metric(row[1], "03_train", "greedy_dev_ner_f1"))
-    header = (
-        "| run | data | training | device, seconds | dev F1, Trainer | dev F1, 04 greedy | dev F1, 05 vLLM |\n"
-        "|---|---|---|---|---|---|---|\n"
+    recorded = {folder: read_metrics(folder) for folder in sorted(reports_dir.glob("*")) if folder.is_dir()}
+    runs = [folder for folder, metrics in recorded.items() if "03_train" in metrics.get("stages", {})]
+    runs.sort(
+        key=lambda run: recorded[run]["stages"]["03_train"].get("metrics", {}).get("greedy_dev_ner_f1", 0.0),
+        reverse=True,
     )
+    header = ["run", "data", "training", "device, seconds"]
+    header += ["dev F1, Trainer", "dev F1, 04 greedy", "dev F1, 05 vLLM"]
     above = "" if reports_dir != REPORTS_DIR else f"{REPORTS_DIR.name}/"
-    return header + "".join(_row(folder, metrics, above) for folder, metrics in rows)
+    return markdown_table(header, [_cells(run, recorded[run], above) for run in runs]) + "\n"
 
 
 def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
@@ -127,10 +122,10 @@ def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
         raise DataError(f"{readme}: the markers {BEGIN} and {END} are missing.")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n{results_table(reports_dir)}{END}{after}", encoding="utf-8")
+    write_text(readme, f"{before}{BEGIN}\n{results_table(reports_dir)}{END}{after}")
 
 
-def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
+def _cells(folder: Path, metrics: Mapping[str, Any], above: str) -> list[str]:
     parameters, stages = metrics["parameters"], current_stages(metrics)
     training = stages["03_train"]
     split = parameters["split"]
@@ -147,7 +142,7 @@ def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
         f"seed {parameters['seed']}"
     )
     provenance = training["provenance"]
-    cells = [
+    return [
         f"[{in_markdown(folder.name)}]({above}{quote(folder.name)}/03_train.ipynb)",
         in_markdown(data),
         in_markdown(how),
@@ -156,7 +151,6 @@ def _row(folder: Path, metrics: Mapping[str, Any], above: str) -> str:
         _score(stages.get("04_greedy_dev", {}).get("metrics", {}), f"greedy_{split}"),
         _score(stages.get("05_vllm_eval", {}).get("metrics", {}), f"vllm_{split}"),
     ]
-    return "| " + " | ".join(cells) + " |\n"
 
 
 def _score(metrics: Mapping[str, Any], prefix: str) -> str:
@@ -165,7 +159,3 @@ def _score(metrics: Mapping[str, Any], prefix: str) -> str:
     f1, low, high = (metrics[f"{prefix}_ner_f1{end}"] for end in ("", "_low", "_high"))
     records = metrics.get(f"{prefix}_records")
     return f"**{f1:.3f}** [{low:.3f}, {high:.3f}]" + (f", {records:,} sentences" if records else "")
-
-
-def _metric(metrics: Mapping[str, Any], stage: str, name: str) -> float:
-    return metrics["stages"][stage].get("metrics", {}).get(name, 0.0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.errors import BioMergeError
-from biomerge_lib.core.files import write_json
+from biomerge_lib.core.files import write_json, write_text
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.core.records import SPLITS
@@ -24,6 +24,7 @@ from biomerge_lib.corpora.conversion import write_corpus
 from biomerge_lib.corpora.data_card import conflict_table, leak_table, read_conflicts, seen_table, union_table
 from biomerge_lib.experiment.provenance import PROJECT_DIR, provenance
 from biomerge_lib.prompts.ner_span import read_split
+from biomerge_lib.report.display import bracket, markdown_table
 
 OUT = PROJECT_DIR / "reports" / "union"
 UNION_OPTIONS = (
@@ -57,9 +58,7 @@ def write_union_report(parameters: Parameters, command: str, out: Path = OUT) ->
     where = provenance()
     write_json(out / "union.json", {"command": command, "commit": where["commit"], **card})
     page = out / "README.md"
-    page.write_text(
-        "\n\n".join(_sections(card, parameters.data_dir, command, where["commit"])) + "\n", encoding="utf-8"
-    )
+    write_text(page, "\n\n".join(_sections(card, parameters.data_dir, command, where["commit"])) + "\n")
     return page
 
 
@@ -85,15 +84,12 @@ def _sections(card: Mapping[str, Any], data_dir: str, command: str, commit: str 
         f"are. Options: {chosen}; of two corpora that contradict each other the first in the table above wins."
     )
     steps = union_table(card)
-    yield _table(
-        ["step", *steps.columns],
-        [[name, *row] for name, row in zip(steps.index, steps.values.tolist(), strict=True)],
-    )
-    written = [
-        [split, f"{c['sentences']:,}", f"{c['spans']:,}", c["sha256"][:12]]
-        for split, c in card["splits"].items()
-    ]
+    yield _table(["step", *steps.columns], steps.reset_index().values.tolist())
     yield "What was written:"
+    written = [
+        [split, counts["sentences"], counts["spans"], counts["sha256"][:12]]
+        for split, counts in card["splits"].items()
+    ]
     yield _table(["split", "sentences", "mentions", "SHA-256"], written)
     yield from _leaks(card)
     yield from _conflicts(card, read_conflicts(data_dir))
@@ -103,13 +99,11 @@ def _sections(card: Mapping[str, Any], data_dir: str, command: str, commit: str 
         "same things: a model of the union needs `corpus_cue=true` to know whose policy is asked for."
     )
     seen = seen_table(splits["train"], splits["dev"])
-    yield _table(
-        ["dev of", *seen.columns],
-        [
-            [name, f"{row['mentions']:,.0f}", *(f"{share:.1%}" for share in row[1:])]
-            for name, row in seen.iterrows()
-        ],
-    )
+    shares = [
+        [name, int(mentions), *(f"{share:.1%}" for share in row)]
+        for name, mentions, *row in seen.itertuples()
+    ]
+    yield _table(["dev of", *seen.columns], shares)
     yield (
         "## What this does not see\n\nSentences that differ in more than spelling, spacing and case (another "
         "tokenisation of numbers, a corrected word); documents, where a corpus comes without document ids: its "
@@ -132,9 +126,8 @@ def _leaks(card: Mapping[str, Any]) -> Iterable[str]:
         "several sentences; `in train`: the training sentences that are the same. Nothing is taken out of dev or test, "
         "so what dev shares with test stays, and is listed too."
     )
-    order = before.sort_values("sentences", ascending=False)
     header = ["from", "into", "sentences", "verbatim", "short", "documents", "in train"]
-    yield _table(header, order.values.tolist())
+    yield _table(header, before.sort_values("sentences", ascending=False).values.tolist())
 
 
 def _conflicts(card: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterable[str]:
@@ -145,35 +138,27 @@ def _conflicts(card: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, A
         "## Conflicts\n\nGroups of the same sentence with different gold: within one corpus, and across corpora. "
         f"Between the training sets of two corpora: {listed}. `conflicts.jsonl` beside the data lists all of them."
     )
-    rows = [[*index, *row] for index, row in zip(table.index, table.values.tolist(), strict=True)]
-    yield _table(["when", "where", *table.columns], rows)
+    yield _table(["when", "where", *table.columns], table.reset_index().values.tolist())
     short = [group for group in groups if len(group[0]["text"]) <= EXAMPLE_LENGTH]
     chosen = short[:: max(1, len(short) // EXAMPLES)][:EXAMPLES]
     if chosen:
         yield "A few short ones, with the mentions in brackets:"
-        yield _table(
-            ["corpus", "split", "kept", "sentence"],
+        rows = [
             [
-                [v["dataset"], v["split"], "yes" if v["kept"] else "no", _bracketed(v["text"], v["target"])]
-                for group in chosen
-                for v in group
-            ],
-        )
+                v["dataset"],
+                v["split"],
+                "yes" if v["kept"] else "no",
+                bracket(v["text"], parse_spans(v["target"])),
+            ]
+            for group in chosen
+            for v in group
+        ]
+        yield _table(["corpus", "split", "kept", "sentence"], rows)
 
 
-def _bracketed(text: str, target: str) -> str:
-    for start, end in reversed(parse_spans(target)):
-        text = f"{text[:start]}[{text[start:end]}]{text[end:]}"
-    return text
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    cells = [list(map(in_markdown, header)), ["---"] * len(header), *(map(_cell, row) for row in rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else in_markdown(value)
+def _table(header: Iterable[Any], rows: Iterable[Sequence[Any]]) -> str:
+    shown = [[value if isinstance(value, int) else in_markdown(value) for value in row] for row in rows]
+    return markdown_table(map(in_markdown, header), shown)
 
 
 def main(arguments: Sequence[str]) -> int:
