@@ -17,16 +17,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from biomerge_lib.apply.adapter_export import write_scores
 from biomerge_lib.apply.ready_models import SHIPPED
 from biomerge_lib.apply.tagger import Tagger, load_tagger
-from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.files import file_sha256, write_json, write_text
+from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.readers import read_corpus
 from biomerge_lib.experiment.runs import provenance, quiet_libraries
+from biomerge_lib.report.display import markdown_table
 from biomerge_lib.scoring.ner_metrics import bootstrap_f1, score_spans
 
 OWN = "its own domain"
+BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"  # of the model card's place for the table
 # Corpus in --corpora, the entity types asked for (None: all), punctuation set apart, what the row is.
 ROWS = (
     ("bc5cdr_original", None, True, f"{OWN}, as written"),
@@ -61,6 +63,11 @@ def main() -> None:
     parser.add_argument("--foreign-limit", type=int, default=100, help="of the others (%(default)s)")
     options = parser.parse_args()
     quiet_libraries()
+    card = options.adapter / "README.md"
+    before, begin, rest = card.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{card}: no place for the scores ({BEGIN} ... {END}); export the adapter anew.")
     tagger = load_tagger(adapter=options.adapter)
     where = provenance()
     report = {
@@ -83,7 +90,8 @@ def main() -> None:
             {"corpus": corpus, "types": types, "spaced": spaced, "what": what, "of": len(records), **row}
         )
         print(rows[-1], flush=True)
-        write_scores(options.adapter, {**report, "rows": rows})
+        write_json(options.adapter / "scores.json", {**report, "rows": rows})
+        write_text(card, f"{before}{BEGIN}\n{describe({**report, 'rows': rows})}{END}{after}")
 
 
 def read_rows(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,6 +99,21 @@ def read_rows(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     same = all(stored.get(name) == report[name] for name in ("command", "weights_sha256", "device"))
     return stored["rows"] if same else []
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The table of the model card."""
+    rows = []
+    for row in report["rows"]:
+        corpus = in_markdown(row["corpus"] + (f" ({', '.join(row['types'])})" if row["types"] else ""))
+        interval = f"**{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
+        share = f"{row['sentences']:,} of {row['of']:,}"
+        rows.append([corpus, row["what"], share, f"{row['precision']:.3f}", f"{row['recall']:.3f}", interval])
+    seconds = sum(row["seconds"] for row in report["rows"])
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in report["rows"]))
+    command, device = code_in_markdown(report["command"]), in_markdown(report["device"])
+    table = markdown_table(["dev of", "what it is", "sentences", "precision", "recall", "F1"], rows)
+    return f"{table}\n\n{command}, commit {commits}, {device}, {seconds:,.0f} s.\n"
 
 
 if __name__ == "__main__":

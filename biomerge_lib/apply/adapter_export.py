@@ -19,17 +19,16 @@ import yaml
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_json
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
-from biomerge_lib.core.parameters import Parameters, as_overrides, compose_parameters
+from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
 from biomerge_lib.model.backbones import BACKBONE_NOTE
 from biomerge_lib.prompts.manifest import ASKED_WITH, FILE, Manifest, read_manifest, write_manifest
+from biomerge_lib.report.report_runs import changed_words
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOTES = Path(__file__).parent / "corpus_notes.yaml"
-# Between these lines of a model card stands what benchmarks/shipped_adapter.py measured.
-BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"
 DECODERS = {"greedy": "transformers", "vllm": "vLLM"}
 # Where a run was made, not what it is.
 PLACES = {
@@ -129,40 +128,6 @@ def build_card(
     )
 
 
-def write_scores(adapter: Path | str, report: Mapping[str, Any]) -> Path:
-    """Put what ``benchmarks/shipped_adapter.py`` measured beside the weights, and its table into the model card.
-
-    Raises:
-        DataError: the folder has no model card with a place for the table.
-    """
-    card = Path(adapter) / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if not text.count(BEGIN) == text.count(END) == 1:
-        raise DataError(f"{card}: no place for the scores ({BEGIN} ... {END}); export the adapter anew.")
-    before, rest = text.split(BEGIN)
-    write_json(Path(adapter) / "scores.json", dict(report))
-    card.write_text(f"{before}{BEGIN}\n{_score_table(report)}{END}{rest.split(END)[1]}", encoding="utf-8")
-    return card
-
-
-def _score_table(report: Mapping[str, Any]) -> str:
-    lines = [
-        "| dev of | what it is | sentences | precision | recall | F1 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        corpus = in_markdown(row["corpus"] + (f" ({', '.join(row['types'])})" if row["types"] else ""))
-        interval = f"**{row['f1']:.3f}** [{row['low']:.3f}, {row['high']:.3f}]"
-        share = f"{row['sentences']:,} of {row['of']:,}"
-        scores = f"{row['precision']:.3f} | {row['recall']:.3f} | {interval}"
-        lines.append(f"| {corpus} | {row['what']} | {share} | {scores} |")
-    seconds = sum(row["seconds"] for row in report["rows"])
-    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in report["rows"]))
-    command, device = code_in_markdown(report["command"]), in_markdown(report["device"])
-    made = f"{command}, commit {commits}, {device}, {seconds:,.0f} s."
-    return "\n".join([*lines, "", made, ""])
-
-
 def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a split and decoder; 04's measurement replaces the same one made at the end of 03."""
     rows = {}
@@ -182,16 +147,11 @@ def _commands(name: str, parameters: Parameters) -> list[str]:
     corpora = ",".join(
         corpus if corpus == "sample" else f"path/to/{Path(corpus).name}" for corpus in parameters.corpora
     )
-    defaults = compose_parameters([])
-    values = {
-        field: value
-        for field, value in parameters.model_dump().items()
-        if value != getattr(defaults, field) and field not in PLACES
-    }
+    words = changed_words(parameters.model_dump(), leave_out=PLACES)
     data_dir = f"data_dir={parameters.data_dir}"
     commands = [
         ["run", "02_data", f"corpora=[{corpora}]", data_dir],
-        ["run", "03_train", data_dir, *as_overrides(values), f"run_id={name}"],
+        ["run", "03_train", data_dir, *words, f"run_id={name}"],
         ["export-adapter", f"runs/{name}", name],
     ]
     return [shlex.join(["python", "-m", "biomerge_lib", *command]) for command in commands]

@@ -15,7 +15,6 @@ from biomerge_lib import __version__
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_text
 from biomerge_lib.core.markup import INERT
-from biomerge_lib.core.parameters import as_overrides, compose_parameters
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.decoding.predictions import Prediction, read_predictions
 from biomerge_lib.report.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
@@ -35,6 +34,7 @@ from biomerge_lib.report.report_runs import (
     GREEDY,
     VLLM,
     ReportedRun,
+    changed_words,
     collect_runs,
     is_number,
     runs_table,
@@ -244,12 +244,9 @@ def _page_notes(ranked: Sequence[ReportedRun]) -> list[str]:
 
 
 def _command(run: ReportedRun) -> str:
-    """The command that trains the run: every parameter that differs from the defaults."""
-    defaults = compose_parameters().model_dump() | {"existing_run": run.parameters.get("existing_run")}
-    values = {**run.parameters, "run_id": run.name}
-    given = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
-    words = map(shlex.quote, as_overrides(given))
-    return " \\\n  ".join(["python -m biomerge_lib run 03_train", *words])
+    """The command that trains the run."""
+    words = changed_words(run.parameters | {"run_id": run.name}, leave_out={"existing_run"})
+    return " \\\n  ".join(["python -m biomerge_lib run 03_train", *map(shlex.quote, words)])
 
 
 def _ranges(ranks: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ runs/<run_id>/{metrics.json, parameters.yaml, *.ipynb} --[collect_runs]--> Repor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import yaml
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.parameters import NOT_IDENTITY, watch_metric_of
+from biomerge_lib.core.parameters import NOT_IDENTITY, as_overrides, compose_parameters, watch_metric_of
 from biomerge_lib.experiment.runs import outdated_stages
 from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
 
@@ -167,6 +167,18 @@ def varying_parameters(runs: Sequence[ReportedRun]) -> dict[str, list[Any]]:
         for name, values in columns.items()
         if len({str(run.parameters[name]) for run in runs if name in run.parameters}) > 1
     }
+
+
+def changed_words(parameters: Mapping[str, Any], *, leave_out: Collection[str]) -> list[str]:
+    """``name=value``, as a command takes it, for every parameter that differs from the defaults."""
+    defaults = compose_parameters([]).model_dump()
+    return as_overrides(
+        {
+            name: value
+            for name, value in parameters.items()
+            if name not in leave_out and (name not in defaults or value != defaults[name])
+        }
+    )
 
 
 def is_number(value: Any) -> bool:
