@@ -30,7 +30,9 @@ def predict_texts(options: Namespace) -> int:
     quiet_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading weights, for half a second
     if options.print_model_folder:
-        print(_find_folder(options))
+        from biomerge_lib.apply.ready_models import find_model
+
+        print(find_model(adapter=options.adapter, model=options.model)[0])
         return 0
     kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
     if kind == "brat" and not options.out:
@@ -122,13 +124,3 @@ def _open_out(path: str | None) -> Iterator[TextIO]:
         elif partial.is_file():
             partial.unlink()
         raise
-
-
-def _find_folder(options: Namespace) -> Path:
-    from biomerge_lib.apply.ready_models import SHIPPED, merge_for_use
-
-    if options.model:
-        from biomerge_lib.prompts.manifest import read_model_folder
-
-        return read_model_folder(Path(options.model))[0]
-    return merge_for_use(Path(options.adapter or SHIPPED))

@@ -18,7 +18,7 @@ from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import file_sha256, locked
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer
-from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest
+from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest, read_model_folder
 
 SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", FILE)
@@ -72,6 +72,22 @@ def merge_for_use(adapter: Path) -> Path:
             f"{folder}: cannot be written ({error.strerror}). Set BIOMERGE_CACHE to a folder with 1 GB free."
         ) from error
     return folder
+
+
+def find_model(
+    *, adapter: Path | str | None = None, model: Path | str | None = None
+) -> tuple[Path, Manifest]:
+    """The merged model of the shipped adapter, of another ``adapter``, or of a ``model`` folder; and how it is asked.
+
+    Raises:
+        DataError, ModelError: no model or adapter in the folder, or it cannot be merged.
+    """
+    if model is not None:
+        folder, said = read_model_folder(Path(model))
+        return folder, Manifest.of(said, where=folder)
+    folder = Path(adapter or SHIPPED)
+    manifest = read_adapter(folder)
+    return merge_for_use(folder), manifest
 
 
 def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:

@@ -15,20 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.apply.ready_models import (
-    SHIPPED,
-    ask_server,
-    decode_here,
-    merge_for_use,
-    read_adapter,
-)
+from biomerge_lib.apply.ready_models import ask_server, decode_here, find_model
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.prompt_format import PromptFormat, find_words
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span, is_inside
 from biomerge_lib.corpora.sentences import iter_sentences
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.prompts.manifest import Manifest, read_model_folder
 
 # No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL).
 _PIECE = re.compile(r"[^\W_]{1,60}|[^\w\s]|_")
@@ -212,15 +205,8 @@ def load_tagger(
         ParameterError: the model knows no such cue.
         ServerError: the server cannot be reached.
     """
-    if model is not None:
-        folder, said = read_model_folder(Path(model))
-        manifest = Manifest.of(said, where=folder)
-        cues = manifest.cue_options(cue)
-    else:
-        described = Path(adapter or SHIPPED)
-        manifest = read_adapter(described)
-        cues = manifest.cue_options(cue)
-        folder = merge_for_use(described)
+    folder, manifest = find_model(adapter=adapter, model=model)
+    cues = manifest.cue_options(cue)
     new_tokens, prompt_format = manifest.max_new_tokens, manifest.prompt_format
     if base_url:
         tokenizer, answer = ask_server(folder, base_url, max_new_tokens=new_tokens)

@@ -82,10 +82,10 @@ def _read_path(path: Path | str) -> Iterator[Text]:
         yield Text("stdin", _decode(sys.stdin.buffer.read(), "standard input"))
         return
     for file in find_files(path):
-        _refuse_other_bytes(file)
+        start = _read_start(file)
         if file.suffix.lower() == ".jsonl":
             yield from _read_jsonl(file)
-        elif file.suffix.lower() == ".pubtator" or _begins_pubtator(file):
+        elif file.suffix.lower() == ".pubtator" or _PUBTATOR.match(start):
             for document in read_pubtator(file, ReadCounts()):
                 yield Text(document.doc_id, document.text)
         elif file.suffix.lower() in NO_PROSE:
@@ -126,15 +126,12 @@ def _decode(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}).") from None
 
 
-def _refuse_other_bytes(path: Path) -> None:
+def _read_start(path: Path) -> str:
+    """What a file begins with; refused if that is no UTF-8 text."""
     with path.open("rb") as stream:
         start = stream.read(1 << 16)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
     if b"\0" in start:
         raise DataError(f"{path}: a binary file; text (UTF-8) is needed.")
-
-
-def _begins_pubtator(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return bool(_PUBTATOR.match(stream.read(1 << 12).decode("utf-8-sig", errors="replace")))
+    return start[: 1 << 12].decode("utf-8-sig", errors="replace")
