@@ -1,6 +1,7 @@
 """Laws of the benchmarks: each starts and says how it is used."""
 
 import importlib
+import json
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ import pytest
 
 from benchmarks.join_qwen import join
 from benchmarks.learning import read_rows
-from benchmarks.training_speed import Stopwatch
+from benchmarks.training_page import describe
+from benchmarks.training_speed import METHOD, Stopwatch
 from biomerge_lib.core.prompt_format import GONE_STYLES
 from biomerge_lib.experiment.runs import PROJECT_DIR
 from biomerge_lib.report.report_runs import collect_runs
@@ -34,6 +36,13 @@ def test_published_runs_of_removed_anchor_styles_keep_their_rows():
     rows = {row["name"]: row for row in read_rows(sorted(published.glob("learning-ablation-*")))}
     for style in GONE_STYLES:
         assert listed[style].notes == [] and rows[style]["f1"] > 0.5
+
+
+def test_the_published_page_on_training_speed_is_made_of_the_rows_beside_it():
+    path = PROJECT_DIR / "reports" / "training_speed.json"
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    page = "\n".join(describe(runs, METHOD)).rstrip() + "\n"
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == page
 
 
 @pytest.mark.parametrize(
