@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from biomerge_lib.core.spans import Span, is_inside
@@ -55,21 +56,20 @@ def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = Non
     gold, and ``overlap`` inside both of the last two, i.e. where only the boundaries differ.
     """
     gold = {span for span in gold if is_inside(span, len(text))}
-    kinds = [""] * len(text)
-    if pred is None:
-        _paint(kinds, gold, "gold")
-    else:
-        pred = {span for span in pred if is_inside(span, len(text))}
-        _paint(kinds, gold - pred, "missed")
-        _paint(kinds, pred - gold, "spurious", over_missed="overlap")
-        _paint(kinds, gold & pred, "right")
-    edges = {position for span in gold | set(pred or ()) for position in span}
-    pieces, start = [], 0
-    for position in range(1, len(text) + 1):
-        if position == len(text) or kinds[position] != kinds[start] or position in edges:
-            piece = html.escape(text[start:position])
-            pieces.append(f'<mark class="{kinds[start]}">{piece}</mark>' if kinds[start] else piece)
-            start = position
+    found = {span for span in pred or () if is_inside(span, len(text))}
+    edges = sorted({0, len(text)} | {edge for span in gold | found for edge in span})
+    pieces = []
+    for start, end in pairwise(edges):
+        missed, spurious, right = (
+            any(first <= start < last for first, last in spans)
+            for spans in (gold - found, found - gold, gold & found)
+        )
+        kind = (
+            "right" if right else "overlap" if missed and spurious else "spurious" if spurious else "missed"
+        )
+        kind = "gold" if pred is None else kind
+        piece = html.escape(text[start:end])
+        pieces.append(f'<mark class="{kind}">{piece}</mark>' if missed or spurious or right else piece)
     label = f' <span class="bm-note">{html.escape(note)}</span>' if note else ""
     return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
 
@@ -188,10 +188,3 @@ def plot_confidence(predictions: Sequence[Prediction]) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, loc="lower right")
     return figure
-
-
-def _paint(kinds: list[str], spans: Iterable[Span], kind: str, over_missed: str = "") -> None:
-    for start, end in spans:
-        for position in range(start, end):
-            touches = over_missed and kinds[position] in ("missed", over_missed)
-            kinds[position] = over_missed if touches else kind

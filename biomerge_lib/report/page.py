@@ -100,28 +100,21 @@ def _tables(
     agreement.insert(2, "watch metric", [run.watch_metric for run in ranked])
     agreement.insert(5, "difference", greedy - watched)
     agreement.insert(8, "difference (05)", vllm - again)
-    made_by = [run.provenance for run in ranked]
-    software = []
-    for made in made_by:
+    software, data, stages = [], [], []
+    for run in ranked:
+        made = run.provenance
         versions = {"Python": made.get("python"), **(made.get("versions") or {})}
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
         software.append({"commit": made.get("commit"), "device": made.get("device"), "versions": listed})
-    data = [
-        {"folder": run.parameters.get("data_dir")}
-        | {
-            split: code.format(run.data[split], run.data[split][:16])
-            for split in SPLITS
-            if run.data.get(split)
-        }
-        for run in ranked
-    ]
-    stages = [
-        {"rank": run.rank, "run": run.name, "stage": stage}
-        | {"status": fields.get("status"), "started": fields.get("started")}
-        | {"seconds": (fields.get("metrics") or {}).get("stage_seconds")}
-        for run in ranked
-        for stage, fields in sorted(run.stages.items())
-    ]
+        hashes = {split: run.data[split] for split in SPLITS if run.data.get(split)}
+        data.append(
+            {"folder": run.parameters.get("data_dir")}
+            | {split: code.format(digest, digest[:16]) for split, digest in hashes.items()}
+        )
+        for stage, fields in sorted(run.stages.items()):
+            row = {"rank": run.rank, "run": run.name, "stage": stage}
+            row |= {name: fields.get(name) for name in ("status", "started")}
+            stages.append(row | {"seconds": (fields.get("metrics") or {}).get("stage_seconds")})
     tables = {
         "runs": runs_table(runs).assign(
             **{"executed notebooks": pd.Series([notebooks[run] for run in ranked], dtype=object)}
@@ -135,7 +128,7 @@ def _tables(
             ranked[0].parameters.items() if ranked else [], columns=["parameter", "value"], dtype=object
         ),
         "agreement": agreement[watched.notna() | vllm.notna()],
-        "cost": values_table(ranked, COST_COLUMNS).assign(device=[made.get("device") for made in made_by]),
+        "cost": values_table(ranked, COST_COLUMNS).assign(device=[made["device"] for made in software]),
         "software": _group(ranked, software),
         "data": _group(ranked, data),
         "stages": pd.DataFrame(stages),
