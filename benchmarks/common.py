@@ -1,4 +1,4 @@
-"""What the benchmarks share: the command that was given, a report's two files, a run's logged losses."""
+"""What the benchmarks share: where a report's numbers come from, its two files, a run's logged losses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.core.files import write_json, write_text
-from biomerge_lib.experiment.runs import PROJECT_DIR
+from biomerge_lib.core.files import file_sha256, write_json, write_text
+from biomerge_lib.core.records import Record
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 
 REPORTS = PROJECT_DIR / "reports"
 
@@ -18,6 +19,20 @@ REPORTS = PROJECT_DIR / "reports"
 def command(name: str) -> str:
     """The command line that started this process, as a report names it."""
     return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+
+
+def origin(name: str) -> dict[str, Any]:
+    """What a report says of itself: command, commit, device and versions."""
+    return {"command": command(name), **provenance()}
+
+
+def origin_of_dev(data_dir: Path, records: list[Record]) -> dict[str, Any]:
+    """Which records of a dev file were answered."""
+    return {
+        "records": len(records),
+        "data": f"{data_dir.parent.name} dev",
+        "data_sha256": file_sha256(data_dir / "dev.jsonl"),
+    }
 
 
 def write_report(path: Path, report: Any, page: Iterable[str]) -> None:

