@@ -35,6 +35,14 @@ def render(text: str, style: str, cue: str | None = None) -> Rendering:
     return prompt_format.render(Record(text, (), "doc", "corpus", cue))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``pytest -n``: a file's tests stay in one process, and a folder's that share a server or a cluster."""
+    for item in items:
+        shared = item.path.parent if item.path.parent.name in ("cluster", "gpu") else item.path
+        item.add_marker(pytest.mark.xdist_group(shared.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny models run faster on one thread, and many times faster on a busy machine."""
