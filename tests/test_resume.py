@@ -226,3 +226,22 @@ def test_packed_steps_are_shuffled_with_the_largest_first():
         max(lengths[i] for i in first[s : s + 8]) - min(lengths[i] for i in first[s : s + 8]) for s in (8, 16)
     ]
     assert min(spread) > 30  # lengths are mixed
+
+
+def test_each_process_gets_about_as_many_tokens_of_the_same_steps():
+    lengths = [40 + 7 * (index * 37 % 41) for index in range(330)]
+    alone, together = (
+        list(StepSampler(lengths, step_size=128, seed=3, group_lengths=False, parts=parts))
+        for parts in (1, 4)
+    )
+    for start in (0, 128):
+        step = together[start : start + 128]
+        assert sorted(step) == sorted(alone[start : start + 128])
+        tokens = [sum(lengths[index] for index in step[part : part + 32]) for part in range(0, 128, 32)]
+        assert max(tokens) < 1.02 * min(tokens)
+        unbalanced = [
+            sum(lengths[index] for index in alone[start + part : start + part + 32])
+            for part in range(0, 128, 32)
+        ]
+        assert max(unbalanced) > 1.05 * min(unbalanced)
+    assert together[256:] == alone[256:]  # an incomplete step is dealt by the data loader

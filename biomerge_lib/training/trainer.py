@@ -151,7 +151,8 @@ class NerTrainer(Trainer):
         grouped = self.parameters.group_by_length
         if grouped is None:
             grouped = not self.parameters.packing
-        return StepSampler(lengths, step_size=step_size, seed=args.seed, group_lengths=grouped)
+        parts = args.world_size if self.parameters.packing and args.gradient_accumulation_steps == 1 else 1
+        return StepSampler(lengths, step_size=step_size, seed=args.seed, group_lengths=grouped, parts=parts)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

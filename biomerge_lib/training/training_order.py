@@ -21,13 +21,17 @@ class StepSampler(Sampler[int]):
         lengths: tokens of each example.
         step_size: examples an optimiser step, over all processes and accumulation.
         group_lengths: for padded batches; packed rows waste nothing on unequal lengths.
+        parts: batches of a step, one a process; each gets about as many tokens, so that none waits for another.
     """
 
-    def __init__(self, lengths: Sequence[int], *, step_size: int, seed: int, group_lengths: bool):
+    def __init__(
+        self, lengths: Sequence[int], *, step_size: int, seed: int, group_lengths: bool, parts: int = 1
+    ):
         self.lengths = lengths
         self.step_size = step_size
         self.seed = seed
         self.group_lengths = group_lengths
+        self.parts = parts
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,4 +58,14 @@ class StepSampler(Sampler[int]):
             tokens = [size(self.lengths[index] for index in step) for step in shuffled]
             longest = tokens.index(max(tokens))
             shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
-        return iter([index for step in shuffled + incomplete for index in step])
+        return iter([index for step in [*map(self._deal, shuffled), *incomplete] for index in step])
+
+    def _deal(self, step: list[int]) -> list[int]:
+        """A whole step's examples, its parts one behind the other: from the longest down, there and back."""
+        if self.parts == 1:
+            return step
+        shares: list[list[int]] = [[] for _ in range(self.parts)]
+        for place, index in enumerate(sorted(step, key=lambda index: -self.lengths[index])):
+            turn, part = divmod(place, self.parts)
+            shares[-1 - part if turn % 2 else part].append(index)
+        return [index for share in shares for index in share]
