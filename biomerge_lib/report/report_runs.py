@@ -218,40 +218,43 @@ def _read_run(folder: Path) -> ReportedRun | None:
     # parameters.yaml is written by the training alone; later notebooks rewrite metrics.json.
     parameters = read_file(folder / "parameters.yaml", dict, notes) or _object(recorded.get("parameters"))
     run = ReportedRun(folder, "partial", "", parameters, _object(recorded.get("data")), stages, {}, notes)
-    status = stages.get(TRAIN, {}).get("status")
     run.outdated = outdated_stages({"stages": stages, "data": run.data, "parameters": parameters}, folder)
     for stage in run.outdated:
         stages[stage]["status"] = "out of date"
+    training = stages.get(TRAIN, {})
+    status, error = training.get("status"), training.get("error")
+    if status not in ("finished", "out of date"):
+        error = error or _notebook_error(folder / f"{TRAIN}.ipynb")
     if TRAIN in run.outdated:
         run.status, run.reason = "outdated", f"03_train is out of date: {run.outdated[TRAIN]}"
-        return run
-    if status == "finished":
-        run.notes += [
-            f"{stage} is out of date, and its numbers are left out: {why}"
-            for stage, why in run.outdated.items()
-        ]
-        for stage in (TRAIN, GREEDY, VLLM):
-            run.metrics[stage] = {} if stage in run.outdated else _stage_metrics(run, stage)
-        if run.watch_metric == "token_head":  # all that runs older than the parameter have
-            run.metrics[TRAIN].setdefault("eval_head_ner_f1", run.metrics[TRAIN].get("eval_ner_f1"))
-        run.status = "finished" if run.score is not None else "partial"
-        run.reason = "" if run.score is not None else "03_train finished, but no greedy dev F1 was recorded"
-        for stage in (GREEDY, VLLM):
-            if stages.get(stage, {}).get("status", "finished") not in ("finished", "out of date"):
-                run.notes.append(
-                    f"{stage} did not finish: {stages[stage].get('error', 'no reason recorded')}"
-                )
-        return run
-    error = stages.get(TRAIN, {}).get("error") or _notebook_error(folder / f"{TRAIN}.ipynb")
-    if status == "failed" or error:
+    elif status == "finished":
+        _read_metrics(run)
+    elif status == "failed" or error:
         run.status, run.reason = "failed", error or "03_train failed; no reason was recorded"
     elif status == "running":
-        run.reason = f"03_train is running, or was killed (started {stages[TRAIN].get('started', 'unknown')})"
+        run.reason = f"03_train is running, or was killed (started {training.get('started', 'unknown')})"
     elif notes or not recorded:
         run.reason = "; ".join(notes) or "no metrics.json: stopped before it began, or copied incompletely"
     else:
         run.reason = f"03_train has not run (found: {', '.join(sorted(stages)) or 'no stage'})"
     return run
+
+
+def _read_metrics(run: ReportedRun) -> None:
+    """Of a run that is trained: what its stages measured, unless it is out of date."""
+    for stage, why in run.outdated.items():
+        run.notes.append(f"{stage} is out of date, and its numbers are left out: {why}")
+    for stage in (TRAIN, GREEDY, VLLM):
+        run.metrics[stage] = {} if stage in run.outdated else _stage_metrics(run, stage)
+        fields = run.stages.get(stage, {})
+        if fields.get("status", "finished") not in ("finished", "out of date"):
+            run.notes.append(f"{stage} did not finish: {fields.get('error', 'no reason recorded')}")
+    if run.watch_metric == "token_head":  # all that runs older than the parameter have
+        run.metrics[TRAIN].setdefault("eval_head_ner_f1", run.metrics[TRAIN].get("eval_ner_f1"))
+    if run.score is None:
+        run.reason = "03_train finished, but no greedy dev F1 was recorded"
+    else:
+        run.status = "finished"
 
 
 def _stage_metrics(run: ReportedRun, stage: str) -> dict[str, Any]:
