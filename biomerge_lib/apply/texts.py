@@ -60,28 +60,17 @@ def iter_texts(paths: Iterable[Path | str], *, name_empty: bool = True) -> Itera
         raise DataError("there is no text in what was given.")
 
 
-def find_files(path: Path | str) -> list[Path]:
-    """The file itself, or the files of a folder that hold texts.
-
-    Raises:
-        DataError: no such path, a folder without texts, or a file of another kind.
-    """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
-        if not files:
-            raise DataError(f"{path}: no {', '.join(ENDINGS)} file in this folder.")
-        return files
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or folder.")
-    return [path]
-
-
 def _read_path(path: Path | str) -> Iterator[Text]:
     if str(path) == STDIN:
         yield Text("stdin", _decode(sys.stdin.buffer.read(), "standard input"))
         return
-    for file in find_files(path):
+    path = Path(path)
+    inside = (file for file in path.glob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    files = [path] if path.is_file() else sorted(inside)
+    if not files:
+        no = f"no {', '.join(ENDINGS)} file in this folder" if path.is_dir() else "no such file or folder"
+        raise DataError(f"{path}: {no}.")
+    for file in files:
         start = _read_start(file)
         if file.suffix.lower() == ".jsonl":
             yield from _read_jsonl(file)
