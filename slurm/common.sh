@@ -58,42 +58,38 @@ load_modules() {
     # shellcheck source=/dev/null
     if ! declare -F module >/dev/null && [[ -r $loader ]]; then source "$loader"; fi
   done
-  if ! declare -F module >/dev/null; then
+  if declare -F module >/dev/null; then
+    module purge
+    # shellcheck disable=SC2086  # one word a module
+    module load $MODULES || warn "module load $MODULES failed (above): going on without. Set MODULES to your site's names."
+  else
     warn "no module command on this node: going on without '$MODULES'. Set MODULES= to silence this."
-    return 0
   fi
-  module purge
-  # shellcheck disable=SC2086  # one word a module
-  module load $MODULES || warn "module load $MODULES failed (above): going on without. Set MODULES to your site's names."
 }
 
 activate_environment() {
   local venv
   unset PYTHONHOME PYTHONPATH # modules set them; they would shadow the environment's packages
   for venv in "$VENV" "$WORKROOT/.venv"; do
-    [[ -r $venv/bin/activate ]] || continue
     # shellcheck source=/dev/null
-    source "$venv/bin/activate"
-    [[ $venv == "$VENV" ]] || say "there is no $VENV: using $venv"
-    return
+    [[ -r $venv/bin/activate ]] && source "$venv/bin/activate" && break
   done
-  die "no environment at VENV=$VENV or $WORKROOT/.venv." "Make it once, on a login node: BIOMERGE_DEVICE=cuda bash slurm/setup_env.sh"
+  [[ -r $venv/bin/activate ]] || die "no environment at VENV=$VENV or $WORKROOT/.venv." \
+    "Make it once, on a login node: BIOMERGE_DEVICE=cuda bash slurm/setup_env.sh"
+  [[ $venv == "$VENV" ]] || say "there is no $VENV: using $venv"
 }
 
 is_writable() { mkdir -p -- "$1" 2>/dev/null && : 2>/dev/null >"$1/.writable-$JOB_NAME" && rm -f -- "$1/.writable-$JOB_NAME"; }
 
 find_archive() {
-  local wanted
+  local wanted place
   [[ $ARCHIVE == /* ]] || ARCHIVE=$WORKROOT/$ARCHIVE
-  for wanted in "$ARCHIVE" "$WORKROOT/runs" "$HOME/biomerge-runs"; do
-    if is_writable "$wanted"; then
-      [[ $wanted == "$ARCHIVE" ]] || warn "the archive $ARCHIVE cannot be written: results go to $wanted."
-      ARCHIVE=$wanted
-      return
-    fi
-  done
-  die "the archive $ARCHIVE cannot be written, nor can $WORKROOT/runs and $HOME/biomerge-runs: no result could be kept." \
+  wanted=$ARCHIVE
+  for place in "$wanted" "$WORKROOT/runs" "$HOME/biomerge-runs"; do
+    is_writable "$place" && ARCHIVE=$place && break
+  done || die "the archive $wanted cannot be written, nor can $WORKROOT/runs and $HOME/biomerge-runs: no result could be kept." \
     "Set ARCHIVE=/a/folder/with/room."
+  [[ $ARCHIVE == "$wanted" ]] || warn "the archive $wanted cannot be written: results go to $ARCHIVE."
 }
 
 # For training: the project's code, its data and an empty runs/ on the node's own disk. Where that is full or missing,
@@ -102,59 +98,54 @@ make_workplace() { # staged or linked
   local path
   if [[ $1 == staged ]] && has_room; then
     WORKPLACE=${TMPDIR:-/tmp}/biomerge-$JOB_NAME STAGED=yes
-    if ! stage; then
-      warn "${TMPDIR:-/tmp} has no room for the code and $PERSIST_DATA (above): the job works in $ARCHIVE."
-      rm -rf -- "$WORKPLACE"
-      STAGED=''
-    fi
+    fill_workplace || warn "${TMPDIR:-/tmp} has no room for the code and $PERSIST_DATA (above): the job works in $ARCHIVE."
   fi
-  mkdir -p "$WORKROOT"/{data,tokenizers,backbones}
   if [[ -z $STAGED ]]; then
     WORKPLACE=$ARCHIVE/.workplace-$JOB_NAME
-    rm -rf -- "$WORKPLACE"
-    mkdir -p "$WORKPLACE" || die "$WORKPLACE cannot be made."
-    cp -r -- "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/" || die "the project cannot be copied to $WORKPLACE."
-    ln -s "$ARCHIVE" "$WORKPLACE/runs"
+    fill_workplace || die "the project cannot be copied to $ARCHIVE (above)."
   fi
+  mkdir -p "$WORKROOT"/{data,tokenizers,backbones}
   for path in "$WORKROOT"/*; do
     [[ -e $WORKPLACE/${path##*/} ]] || ln -s "$path" "$WORKPLACE/"
   done
   BIOMERGE_JOB_DIR=$WORKPLACE/.messages
   BIOMERGE_COMMIT=${BIOMERGE_COMMIT:-$(git -C "$WORKROOT" describe --always --dirty --abbrev=12 '--exclude=*' 2>/dev/null)}
-  mkdir -p "$BIOMERGE_JOB_DIR" || die "$BIOMERGE_JOB_DIR cannot be made."
+  if ! mkdir -p "$BIOMERGE_JOB_DIR" || ! cd "$WORKPLACE"; then die "$WORKPLACE cannot be written."; fi
   export BIOMERGE_JOB_DIR BIOMERGE_COMMIT PYTHONPATH=$WORKPLACE
   [[ -z $STAGED ]] || export BIOMERGE_ARCHIVE=$ARCHIVE
-  cd "$WORKPLACE" || die "$WORKPLACE is gone."
 }
 
 has_room() {
-  local tmp=${TMPDIR:-/tmp} free
+  local tmp=${TMPDIR:-/tmp} free problem=''
   free=$(df -Pk -- "$tmp" 2>/dev/null | awk 'NR == 2 { print int($4 / 1000000) }')
-  if ! command -v rsync >/dev/null; then
-    warn "there is no rsync on this node: the job works in $ARCHIVE."
-  elif ! is_writable "$tmp"; then
-    warn "TMPDIR=$tmp cannot be written: the job works in $ARCHIVE."
-  elif ((${free:-0} < MIN_TMP_GB)); then
-    warn "TMPDIR=$tmp is full (${free:-0} GB free, MIN_TMP_GB=$MIN_TMP_GB): the job works in $ARCHIVE."
-  else
-    return 0
-  fi
-  return 1
+  command -v rsync >/dev/null || problem="there is no rsync on this node"
+  is_writable "$tmp" || problem="TMPDIR=$tmp cannot be written"
+  ((${free:-0} >= MIN_TMP_GB)) || problem="TMPDIR=$tmp is full (${free:-0} GB free, MIN_TMP_GB=$MIN_TMP_GB)"
+  [[ -z $problem ]] || { warn "$problem: the job works in $ARCHIVE." && return 1; }
 }
 
-stage() {
-  local from=${PERSIST_DATA#"$WORKROOT"/} kept=$WORKPLACE
+# An empty WORKPLACE (of this job before it was requeued, maybe) with the code, and data/ and runs/ where it is staged;
+# STAGED is empty afterwards when they find no room.
+fill_workplace() {
+  local from=${PERSIST_DATA#"$WORKROOT"/} kept=$WORKPLACE problem
   if [[ -e $kept/.not-copied ]]; then
     WORKPLACE='' STAGED='' # so that nothing of it is copied over what the archive has now, nor removed
     die "before it was requeued, this job left results in $kept/runs that could not be copied to $ARCHIVE." \
       "Copy what you need of them, remove $kept, and requeue the job."
   fi
-  rm -rf -- "$WORKPLACE" # of this job before it was requeued
-  mkdir -p "$WORKPLACE"/{runs,data} &&
-    rsync -a --exclude=__pycache__ --exclude=.ipynb_checkpoints "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/" || return
-  [[ -d $WORKROOT/$from ]] || return 0 # none yet: the notebook says what it misses
-  (cd "$WORKROOT" && rsync -aR -- "$from/" "$WORKPLACE/") || return
-  say "$from/ is copied to $WORKPLACE ($(du -sh "$WORKPLACE/$from" | cut -f1))"
+  rm -rf -- "$WORKPLACE"
+  if ! problem=$({ mkdir -p "$WORKPLACE" && cp -r -- "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/"; } 2>&1); then
+    echo "${problem##*$'\n'}" # cp tells of each file
+  elif [[ -z $STAGED ]]; then
+    ln -s "$ARCHIVE" "$WORKPLACE/runs" && return
+  elif mkdir "$WORKPLACE"/{runs,data}; then
+    [[ -d $WORKROOT/$from ]] || return 0 # none yet: the notebook says what it misses
+    (cd "$WORKROOT" && rsync -aR -- "$from/" "$WORKPLACE/") &&
+      say "$from/ is copied to $WORKPLACE ($(du -sh "$WORKPLACE/$from" | cut -f1))" && return
+  fi
+  rm -rf -- "$WORKPLACE"
+  STAGED=''
+  return 1
 }
 
 # Checkpoints that training has deleted go in the archive, too; nothing else there is ever deleted. In a trap a bare
@@ -241,7 +232,7 @@ on_term() { # scancel, the time limit, preemption: SIGKILL follows
 }
 
 on_exit() {
-  local code=$? # of a die, or of the last command
+  local code=$? again='' # the status of a die, or of the last command
   trap '' USR1 TERM INT
   trap - EXIT
   [[ -z $CHILD ]] || kill -KILL "$CHILD" 2>/dev/null
@@ -254,48 +245,40 @@ on_exit() {
     ((code)) || code=74
   fi
   report_end "$code"
-  local again=''
-  if [[ -z $ENDED && -n $COPIED && (-e $BIOMERGE_JOB_DIR/interrupted || -e $BIOMERGE_JOB_DIR/overdue) ]]; then
-    if ((RESTARTS < MAX_REQUEUES)); then
-      again=yes
-    else
-      say "requeued $RESTARTS times already (MAX_REQUEUES=$MAX_REQUEUES): submit the same command again to go on"
-    fi
+  if [[ -n $COPIED ]]; then
+    [[ -n $ENDED || ! (-e $BIOMERGE_JOB_DIR/interrupted || -e $BIOMERGE_JOB_DIR/overdue) ]] || again=yes
+    [[ -z $WORKPLACE ]] || { cd / && rm -rf -- "$WORKPLACE"; }
   fi
-  if [[ -n $WORKPLACE && -n $COPIED ]]; then
-    cd / && rm -rf -- "$WORKPLACE"
-  fi
-  if [[ -n $again ]]; then
+  if [[ -n $again ]] && ((RESTARTS < MAX_REQUEUES)); then
     say "requeue $((RESTARTS + 1)) of at most $MAX_REQUEUES"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # until SLURM ends this
     warn "this cluster does not requeue: submit the same command again to go on"
+  elif [[ -n $again ]]; then
+    say "requeued $RESTARTS times already (MAX_REQUEUES=$MAX_REQUEUES): submit the same command again to go on"
   fi
   exit "$code"
 }
 
 # The last lines of the log: how it ended, and what to open.
 report_end() { # exit status
-  local log notebook='' what="exit status $1"
-  log=$(scontrol show job "$SLURM_JOB_ID" -o 2>/dev/null | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p')
+  local log notebook='' what="exit status $1" results="results are in $ARCHIVE"
   if (($1 == 0)); then
-    say "finished after $SECONDS s; results are in $ARCHIVE"
+    say "finished after $SECONDS s; $results"
   elif [[ -n $ENDED ]]; then
-    say "ended by SIGTERM after $SECONDS s; results are in $ARCHIVE. The same command goes on from the newest checkpoint."
+    say "ended by SIGTERM after $SECONDS s; $results. The same command goes on from the newest checkpoint."
   elif [[ -e $BIOMERGE_JOB_DIR/interrupted ]]; then
-    say "stopped after $SECONDS s with $(<"$BIOMERGE_JOB_DIR/interrupted"); results are in $ARCHIVE"
+    say "stopped after $SECONDS s with $(<"$BIOMERGE_JOB_DIR/interrupted"); $results"
   elif [[ -e $BIOMERGE_JOB_DIR/overdue ]]; then
     say "training did not stop in time and was ended; results up to the newest checkpoint are in $ARCHIVE"
   else
-    if [[ -e $BIOMERGE_JOB_DIR/failure ]]; then
-      { read -r notebook && what=$(cat); } <"$BIOMERGE_JOB_DIR/failure"
-      notebook=${notebook/#"$WORKPLACE/runs"/$ARCHIVE}
-    fi
-    say "FAILED after $SECONDS s: $what"
-    [[ -z $notebook ]] || printf '  notebook  %s\n' "$notebook"
-    printf '  log       %s\n' "$log"
+    log=$(scontrol show job "$SLURM_JOB_ID" -o 2>/dev/null | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p')
+    [[ ! -e $BIOMERGE_JOB_DIR/failure ]] || { read -r notebook && what=$(cat); } <"$BIOMERGE_JOB_DIR/failure"
+    {
+      say "FAILED after $SECONDS s: $what"
+      [[ -z $notebook ]] || printf '  notebook  %s\n' "${notebook/#"$WORKPLACE/runs"/$ARCHIVE}"
+      printf '  log       %s\n' "$log"
+    } | tee -a "${CHAIN_LOG:-/dev/null}"
     [[ -z $STAGED ]] || df -Pk -- "$WORKPLACE" | awk 'NR == 2 && $4 < 100000 { print "  disk      " $6 " is full" }'
-    [[ -z ${CHAIN_LOG:-} ]] ||
-      printf '%s (job %s) failed: %s\n  notebook  %s\n  log       %s\n' "$STAGE" "$JOB_NAME" "$what" "$notebook" "$log" >>"$CHAIN_LOG"
   fi
 }
 
