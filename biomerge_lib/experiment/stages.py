@@ -5,19 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-TRAIN, DATA, GREEDY, VLLM, REPORT = "03_train", "02_data", "04_greedy_dev", "05_vllm_eval", "06_report"
+from typing import Literal, NamedTuple
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A notebook.
+class Stage(NamedTuple):
+    """A notebook: its place in a run, its cluster job's device, the README's words for what it reads and writes.
 
-    ``part``: ``before`` training (what it wrote stays when the run is replaced), the training itself, ``scoring`` of
-    its model (parameters come from the run, and what was scored is recorded), or ``after``, which looks at runs.
-    ``decoder`` names a scoring stage's predictions. ``reads`` and ``writes`` are the README's words.
+    What notebooks ``before`` training wrote stays when the run is replaced. Those that are ``scoring`` its model take
+    their parameters from the run and record what they scored; ``decoder`` names their predictions.
     """
 
     part: Literal["before", "training", "scoring", "after"]
@@ -27,37 +22,17 @@ class Stage:
     decoder: str | None = None
 
 
+DATA, TRAIN, GREEDY, VLLM, REPORT = "02_data", "03_train", "04_greedy_dev", "05_vllm_eval", "06_report"
+MERGED = "`runs/<run_id>/merged`"
+SPLITS = "`data_dir/{train,dev,test}.jsonl`, `data_card.json`"
+TRAINED = "`runs/<run_id>/checkpoints/`, `merged/`, `training.json`, `log_history.json`"
 STAGES = {
-    "01_tokenizer": Stage(
-        part="before", device="cpu", reads="the backbone's tokenizer", writes="`tokenizer_dir`"
-    ),
-    DATA: Stage(
-        part="before",
-        device="cpu",
-        reads="the folders in `corpora`",
-        writes="`data_dir/{train,dev,test}.jsonl`, `data_card.json`",
-    ),
-    TRAIN: Stage(
-        part="training",
-        device="gpu",
-        reads="`data_dir`, `tokenizer_dir`",
-        writes="`runs/<run_id>/checkpoints/`, `merged/`, `training.json`, `log_history.json`",
-    ),
-    GREEDY: Stage(
-        part="scoring",
-        device="gpu",
-        reads="`runs/<run_id>/merged`",
-        writes="`predictions-<split>-greedy.jsonl`",
-        decoder="greedy",
-    ),
-    VLLM: Stage(
-        part="scoring",
-        device="gpu",
-        reads="`runs/<run_id>/merged`",
-        writes="`predictions-<split>-vllm.jsonl`",
-        decoder="vllm",
-    ),
-    REPORT: Stage(part="after", device="cpu", reads="`runs/`", writes="`runs/<run_id>/report.html`"),
+    "01_tokenizer": Stage("before", "cpu", "the backbone's tokenizer", "`tokenizer_dir`"),
+    DATA: Stage("before", "cpu", "the folders in `corpora`", SPLITS),
+    TRAIN: Stage("training", "gpu", "`data_dir`, `tokenizer_dir`", TRAINED),
+    GREEDY: Stage("scoring", "gpu", MERGED, "`predictions-<split>-greedy.jsonl`", "greedy"),
+    VLLM: Stage("scoring", "gpu", MERGED, "`predictions-<split>-vllm.jsonl`", "vllm"),
+    REPORT: Stage("after", "cpu", "`runs/`", "`runs/<run_id>/report.html`"),
 }
 BEFORE_TRAINING = tuple(name for name, stage in STAGES.items() if stage.part == "before")
 SCORING_STAGES = tuple(name for name, stage in STAGES.items() if stage.part == "scoring")

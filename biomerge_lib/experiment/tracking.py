@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import netrc
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -84,13 +83,7 @@ def open_run(parameters: Parameters, folder: Path) -> wandb.Run | None:
         print(_offline_notice(cast(str, reason), folder))
     else:
         print(f"W&B: {run.name} in {run.project}, {run.url}")
-    found = {
-        "id": run.id,
-        "project": run.project,
-        "entity": run.entity or None,
-        "name": run.name,
-        "group": run.group,
-    }
+    found = {name: getattr(run, name) or None for name in ("id", "project", "entity", "name", "group")}
     write_json(folder / IDENTITY, found | {"online": reason is None})
     return run
 
@@ -148,21 +141,21 @@ def sync_run(folder: Path) -> None:
 
 def why_offline() -> str | None:
     """What keeps this machine from W&B: no key or no network; None if nothing does."""
+    import httpx
+
     import wandb
 
     base_url = wandb.setup().settings.base_url
+    host = urlsplit(base_url).hostname
     key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    if not key and not _netrc_has(urlsplit(base_url).hostname):
+    if not key and not _netrc_has(host):
         return "no API key: `wandb login`, or WANDB_API_KEY"
-    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
-        return None  # wandb finds its way or fails
-    url = urlsplit(base_url)
     try:
-        socket.create_connection(
-            (url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)), timeout=10
-        ).close()
-    except OSError as error:
-        return f"no network: {url.hostname} cannot be reached, {error}"
+        httpx.head(base_url, timeout=10, verify=False)  # is anybody there? nothing is sent or believed
+    except httpx.HTTPError as error:
+        return f"no network: {host} cannot be reached, {error}"
+    except (ImportError, ValueError):  # a proxy of a kind that wandb may know
+        return None
     return None
 
 
@@ -194,13 +187,8 @@ def _upload(folder: Path, stage: str, known: dict[str, Any]) -> None:
     recorded = read_metrics(folder)["stages"][stage]
     run = _init(folder, known, mode="online", resumed=True, seconds=FILES_SECONDS)
     try:
-        run.summary.update(
-            {
-                name: value
-                for name, value in recorded["metrics"].items()
-                if isinstance(value, int | float | str)
-            }
-        )
+        metrics = recorded["metrics"].items()
+        run.summary.update({name: value for name, value in metrics if isinstance(value, int | float | str)})
         for kind, name, paths in _files(folder, stage, recorded["metrics"]):
             artifact = wandb.Artifact(f"{name}-{known['id']}", type=kind)
             for path in paths:
