@@ -78,6 +78,7 @@ read_pip_settings() {
     value=$(tr -d "'" <<<"${value//\\n/ }") # Python's spelling, lines as \n
     for place in $value; do
       place=${place/#\~/$HOME}
+      [[ $place != /* && $place != file:/* || -e ${place#file://} ]] || continue # uv would stop there
       case ${name##*.} in
         index-url) index=$place ;;
         extra-index-url) UV_ARGS+=(--index "$place") ;;
@@ -90,7 +91,7 @@ read_pip_settings() {
             [[ $DEVICE == cpu ]] || continue # X+cpu would satisfy torch==X
             LOCAL_TORCH=yes
           fi
-          if [[ $place == http* || -d ${place#file://} ]]; then UV_ARGS+=(--find-links "$place"); fi
+          UV_ARGS+=(--find-links "$place")
           ;;
       esac
     done

@@ -317,7 +317,7 @@ def test_pips_settings_hold_for_uv(paper: Paper, device: str) -> None:
     config = paper.folder / "pip.conf"
     config.write_text(
         f"[global]\nindex-url = http://mirror/simple\nfind-links = {wheels} {gone}\n    {others}\n"
-        f"extra-index-url = {others.as_uri()}\n    http://mirror/extra\ntrusted-host = mirror\n"
+        f"extra-index-url = {gone.as_uri()} {others.as_uri()}\n    http://mirror/extra\ntrusted-host = mirror\n"
     )
     paper.stamp.write_text("older pins")
     settings = {"PIP_CONFIG_FILE": str(config), "PIP_INDEX_URL": "http://nearer/simple"}
