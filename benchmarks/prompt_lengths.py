@@ -52,7 +52,7 @@ def measure(sentences: dict[str, list[Record]], tokenizers: dict[str, Any]) -> I
         for style in STYLES:
             prompt_format = PromptFormat(offset_anchors=style, corpus_cue=False, max_input_tokens=max(LIMITS))
             lengths = {
-                corpus: [count_tokens(record, tokenizer, prompt_format)[0] for record in records]
+                corpus: [prompt for prompt, _ in count_tokens(records, tokenizer, prompt_format)]
                 for corpus, records in sentences.items()
             }
             lengths["all"] = list(chain.from_iterable(lengths.values()))

@@ -1,13 +1,10 @@
-"""Knows what a split holds, in one pass over its records: counts, repeated sentences, token lengths.
-
-Knows nothing of files or training. Texts are not kept, so that millions of records can be scanned.
-"""
+"""Knows what a split holds: counts, repeated sentences, token lengths. Knows nothing of files or training."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -57,14 +54,14 @@ class Scan:
     target_tokens: float = 0
     is_exact: bool = True
     impossible: list[str] = field(default_factory=list)
-    sample: list[Record] = field(default_factory=list)
+    sample: Sequence[Record] = ()
 
     def sentences(self) -> set[bytes]:
         return {sentence for sentence, _ in self.gold}
 
 
 def scan_records(
-    records: Iterable[Record],
+    records: Sequence[Record],
     tokenizer: PlainTokenizer,
     prompt_format: PromptFormat,
     *,
@@ -75,31 +72,38 @@ def scan_records(
     """Count a split. ``for_training`` holds the targets to their limit too and cuts no mention.
 
     A token is at least a byte long, so only a record with more bytes than ``max_input_tokens`` (or a target with more
-    than ``max_target_tokens``) has to be tokenised to count those over the limits exactly.
+    than ``max_target_tokens``) has to be tokenised to count those over the limits exactly. Of the others a sample is.
     """
-    scan, chance, short = Scan(), random.Random(0), 0
-    sample: list[tuple[Record, bool]] = []
+    scan = Scan(sample=_sample(records))
+    short: list[Record] = []
+    maybe_long: list[Record] = []
     for record in records:
         count_record(scan, record, prompt_format, reserved=reserved)
         most = prompt_format.most_bytes(record) + EXTRA_TOKENS
         is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
-        if is_short:
-            scan.examples += 1
-            short += 1
+        (short if is_short else maybe_long).append(record)
+    lengths = count_tokens(maybe_long, tokenizer, prompt_format)
+    for record, (prompt, target) in zip(maybe_long, lengths, strict=True):
+        is_long, has_long_target = prompt > prompt_format.max_input_tokens, target > max_target_tokens
+        scan.prompt_tokens += prompt
+        scan.target_tokens += target
+        scan.long_prompts += is_long
+        scan.long_targets += has_long_target
+        if is_long or (for_training and has_long_target):
+            _count_chunks(scan, record, tokenizer, prompt_format, max_target_tokens if for_training else None)
         else:
-            _measure(scan, record, tokenizer, prompt_format, max_target_tokens, for_training)
-        if len(sample) < SAMPLE_SIZE:
-            sample.append((record, is_short))
-        elif (place := chance.randrange(scan.records)) < SAMPLE_SIZE:
-            sample[place] = record, is_short
-    scan.sample = [record for record, _ in sample]
-    lengths = [count_tokens(record, tokenizer, prompt_format) for record, is_short in sample if is_short]
-    if lengths:
-        share = short / len(lengths)
+            scan.examples += 1
+    scan.examples += len(short)
+    if sample := count_tokens(_sample(short), tokenizer, prompt_format):
+        share = len(short) / len(sample)
         scan.is_exact = share == 1
-        scan.prompt_tokens += share * sum(prompt for prompt, _ in lengths)
-        scan.target_tokens += share * sum(target for _, target in lengths)
+        scan.prompt_tokens += share * sum(prompt for prompt, _ in sample)
+        scan.target_tokens += share * sum(target for _, target in sample)
     return scan
+
+
+def _sample(records: Sequence[Record]) -> Sequence[Record]:
+    return records if len(records) <= SAMPLE_SIZE else random.Random(0).sample(records, SAMPLE_SIZE)
 
 
 def count_record(
@@ -124,26 +128,15 @@ def count_record(
         scan.gold[prompt] = keyed.annotated
 
 
-def _measure(
+def _count_chunks(
     scan: Scan,
     record: Record,
     tokenizer: PlainTokenizer,
     prompt_format: PromptFormat,
-    max_target_tokens: int,
-    for_training: bool,
+    max_target_tokens: int | None,
 ) -> None:
-    prompt, target = count_tokens(record, tokenizer, prompt_format)
-    is_long, has_long_target = prompt > prompt_format.max_input_tokens, target > max_target_tokens
-    scan.prompt_tokens += prompt
-    scan.target_tokens += target
-    scan.long_prompts += is_long
-    scan.long_targets += has_long_target
-    if not is_long and not (for_training and has_long_target):
-        scan.examples += 1
-        return
     try:
-        limit = max_target_tokens if for_training else None
-        chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=limit)
+        chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
     except DataError as error:
         scan.impossible.append(str(error))
         return

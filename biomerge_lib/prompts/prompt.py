@@ -49,10 +49,16 @@ class Encoding:
     word_last_tokens: list[int]
 
 
-def count_tokens(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> tuple[int, int]:
-    """The lengths of the prompt's and the completion's token ids, in half the time of :func:`encode`."""
-    prompt = prompt_format.render(record).prompt
-    return len(tokenizer(prompt)["input_ids"]) + 1, len(encode_completion(record.spans, tokenizer))
+def count_tokens(
+    records: Iterable[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> list[tuple[int, int]]:
+    """The lengths of each record's prompt and completion in token ids, in half the time of :func:`encode_many`."""
+    lengths: list[tuple[int, int]] = []
+    for batch in batched(records, BATCH):
+        prompts = tokenizer([prompt_format.render(record).prompt for record in batch])["input_ids"]
+        completions = _tokenise_completions(batch, tokenizer)
+        lengths += [(len(p) + 1, len(c) + 1) for p, c in zip(prompts, completions, strict=True)]
+    return lengths
 
 
 def encode_completion(spans: Iterable[Span], tokenizer: Tokenizer) -> list[int]:
@@ -75,17 +81,15 @@ def encode_many(
         return []
     renderings = [prompt_format.render(record) for record in records]
     prompts = tokenizer([rendering.prompt for rendering in renderings], return_offsets_mapping=True)
-    # A record without spans still gets an (empty) completion, so that no index moves.
-    completions = tokenizer([_completion(record.spans) for record in records], add_special_tokens=False)
+    completions = _tokenise_completions(records, tokenizer)
     tag: Any = tokenizer.convert_tokens_to_ids(TAG)
     eos: Any = tokenizer.eos_token_id
+    columns = zip(renderings, prompts["input_ids"], prompts["offset_mapping"], completions, strict=True)
     return [
         Encoding(
             [*ids, tag], [*answer, eos], rendering.words, _last_tokens(offsets, rendering.rendered_words)
         )
-        for rendering, ids, offsets, answer in zip(
-            renderings, prompts["input_ids"], prompts["offset_mapping"], completions["input_ids"], strict=True
-        )
+        for rendering, ids, offsets, answer in columns
     ]
 
 
@@ -103,12 +107,7 @@ def encode_chunks(
     """
     for batch in batched(records, BATCH):
         for record, encoding in zip(batch, encode_many(batch, tokenizer, prompt_format), strict=True):
-            if _fits(encoding, prompt_format, max_target_tokens):
-                yield [(Chunk(record, 0), encoding)]
-                continue
-            chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
-            encodings = encode_many([chunk.record for chunk in chunks], tokenizer, prompt_format)
-            yield list(zip(chunks, encodings, strict=True))
+            yield _split(record, encoding, tokenizer, prompt_format, max_target_tokens)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -159,14 +158,25 @@ def split_record(
     Raises:
         DataError: a single word, or a single gold span, is longer than the limits allow.
     """
+    encoding = encode(record, tokenizer, prompt_format)
+    return [chunk for chunk, _ in _split(record, encoding, tokenizer, prompt_format, max_target_tokens)]
+
+
+def _split(
+    record: Record,
+    encoding: Encoding,
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    max_target_tokens: int | None,
+) -> list[tuple[Chunk, Encoding]]:
     use_gold = max_target_tokens is not None
-    pieces: list[Chunk] = []
-    todo = [Chunk(record, 0)]
+    pieces: list[tuple[Chunk, Encoding]] = []
+    todo = [(Chunk(record, 0), encoding)]
     while todo:
-        chunk = todo.pop()
-        encoding = encode(chunk.record, tokenizer, prompt_format)
-        if _fits(encoding, prompt_format, max_target_tokens):
-            pieces.append(chunk)
+        chunk, encoding = todo.pop()
+        is_short = len(encoding.prompt_ids) <= prompt_format.max_input_tokens
+        if is_short and (max_target_tokens is None or len(encoding.completion_ids) <= max_target_tokens):
+            pieces.append((chunk, encoding))
             continue
         cut = _middle_cut(chunk.record, encoding.words, keep_spans=use_gold)
         if cut is None:
@@ -179,7 +189,9 @@ def split_record(
                 f"{len(encoding.completion_ids)} target tokens and cannot be cut between words or gold spans. "
                 f"Raise {limits}."
             )
-        todo += [_slice(chunk, cut, len(chunk.record.text)), _slice(chunk, 0, cut)]
+        halves = [_slice(chunk, cut, len(chunk.record.text)), _slice(chunk, 0, cut)]
+        encodings = encode_many([half.record for half in halves], tokenizer, prompt_format)
+        todo += zip(halves, encodings, strict=True)
     return pieces
 
 
@@ -202,10 +214,9 @@ def merge_chunks(chunks: Sequence[Chunk], spans_per_chunk: Sequence[Iterable[Spa
     return sorted(found)
 
 
-def _fits(encoding: Encoding, prompt_format: PromptFormat, max_target_tokens: int | None) -> bool:
-    return len(encoding.prompt_ids) <= prompt_format.max_input_tokens and (
-        max_target_tokens is None or len(encoding.completion_ids) <= max_target_tokens
-    )
+def _tokenise_completions(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[int]]:
+    """Without EOS; a record without spans has an empty one."""
+    return tokenizer([_completion(record.spans) for record in records], add_special_tokens=False)["input_ids"]
 
 
 def _completion(spans: Iterable[Span]) -> str:
