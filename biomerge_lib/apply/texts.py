@@ -20,7 +20,7 @@ from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import NER_PREFIX
 from biomerge_lib.corpora.documents import ReadCounts
 from biomerge_lib.corpora.format_pubtator import read_pubtator
-from biomerge_lib.corpora.reading import read_text
+from biomerge_lib.corpora.formats import read_text
 
 STDIN = "-"
 ENDINGS = (".txt", ".jsonl", ".pubtator")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
     """Share of ``other``'s mentions whose text is no mention of ``train`` (compared in lower case)."""
-    seen = {record.text[start:end].lower() for record in train for start, end in record.spans}
-    mentions = [record.text[start:end].lower() for record in other for start, end in record.spans]
-    return sum(mention not in seen for mention in mentions) / max(len(mentions), 1)
+    seen = {mention for _, mention in _iter_mentions(train)}
+    is_unseen = [mention not in seen for _, mention in _iter_mentions(other)]
+    return sum(is_unseen) / max(len(is_unseen), 1)
 
 
 def data_card_table(card: Mapping[str, Any]) -> pandas.DataFrame:
@@ -90,25 +90,19 @@ def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pandas.DataF
     """
     import pandas as pd
 
-    seen: dict[str, set[str]] = {}
-    for dataset, mention in _mentions(train):
-        seen.setdefault(dataset, set()).add(mention)
-    anywhere = set().union(*seen.values()) if seen else set()
-    mentions: dict[str, list[str]] = {}
-    for dataset, mention in _mentions(other):
-        mentions.setdefault(dataset, []).append(mention)
-    rows = {
-        dataset: {
-            "mentions": len(found),
-            **{name: sum(m in strings for m in found) / len(found) for name, strings in seen.items()},
-            "any": sum(mention in anywhere for mention in found) / len(found),
-        }
-        for dataset, found in mentions.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dataset")
+    columns = ["dataset", "mention"]
+    seen = pd.DataFrame(_iter_mentions(train), columns=columns)
+    found = pd.DataFrame(_iter_mentions(other), columns=columns)
+    for name, group in seen.groupby("dataset", sort=False):
+        found[name] = found["mention"].isin(set(group["mention"]))
+    found["any"] = found["mention"].isin(set(seen["mention"]))
+    by_dataset = found.drop(columns="mention").groupby("dataset", sort=False)
+    table = by_dataset.mean()
+    table.insert(0, "mentions", by_dataset.size())
+    return table
 
 
-def _mentions(records: Iterable[Record]) -> Iterable[tuple[str, str]]:
+def _iter_mentions(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
     for record in records:
         for start, end in record.spans:
             yield record.dataset, record.text[start:end].lower()

@@ -17,7 +17,7 @@ from xml.parsers import expat
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.reading import Format, Reading, Source
+from biomerge_lib.corpora.formats import Format, Reading, Source
 
 
 def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:

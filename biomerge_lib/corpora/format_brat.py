@@ -8,7 +8,7 @@ from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts
-from biomerge_lib.corpora.reading import Format, Reading, Source, read_text, split_lines
+from biomerge_lib.corpora.formats import Format, Reading, Source, read_text, split_lines
 
 _OTHER = "EARMNC#*"  # events, attributes, relations, modifications, normalisations, notes, equivalences
 _PARTS = re.compile(r"(\S+) (\d+ \d+(?:;\d+ \d+)*)")

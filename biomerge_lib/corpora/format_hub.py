@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.reading import Column, Format, Reading, Source, first_line
+from biomerge_lib.corpora.formats import Column, Format, Reading, Source, first_line, split_of
 from biomerge_lib.corpora.tags import (
     LOOKED_AT,
     ParsedTag,
@@ -30,20 +30,34 @@ TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")
 DOCUMENT_COLUMNS = ("document_id", "doc_id", "docid", "pmid")  # "id" is a row number in most data sets
 
 
-def open_hub(name: str) -> Mapping[str, Any]:
-    """The data set's splits as streams; ``name`` is a folder or a hub name, with ``#CONFIG`` where it has several.
+def find_hub(name: str, dataset: str, splits: Sequence[str]) -> Source:
+    """A data set, opened: ``name`` is a folder or a hub name, with ``#CONFIG`` where it has several.
 
     Raises:
-        DataError: it is not there, cannot be reached, or is not in a layout that ``datasets`` knows.
+        DataError: it is not there, cannot be reached, is not in a layout that ``datasets`` knows, or lacks a split.
     """
     from datasets import load_dataset  # seconds to import
 
     path, _, config = name.partition("#")
     try:
-        return load_dataset(path, config or None, streaming=True)
+        available = load_dataset(path, config or None, streaming=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"hub:{name}: datasets cannot load it ({reason}).") from error
+    streams = {}
+    for split in splits:
+        found = [key for key in available if split_of(key) == split]
+        if len(found) != 1:
+            problem = "no split" if not found else f"{len(found)} splits"
+            raise DataError(f"hub:{name}: {problem} for {split}; it has {', '.join(available)}.")
+        streams[split] = available[found[0]]
+    return Source(dataset, "hub", name, {"": hub_files(Path(name))}, streams)
+
+
+def hub_files(folder: Path) -> list[Path]:
+    """Data files of a folder in the hub's layout: at the top, in data/ or in a configuration's folder."""
+    found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+    return sorted(path for path in found if path.suffix in HUB.endings and path.is_file())
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record | Document]:
@@ -55,7 +69,7 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
     """
     stream, where = source.streams[split], f"hub:{source.location} {split}"
     looked_at: list[str] = []
-    make_tags: Callable[[Any, str], list[ParsedTag]] | None = None
+    parsed_tags: dict[Any, ParsedTag] = {}
     for number, row in enumerate(_rows(stream, where)):
         at = f"{where} row {number}"
         if "passages" in row and "entities" in row:
@@ -63,11 +77,13 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
             continue
         words_in = _column(row, "token_column", how.token_column, TOKEN_COLUMNS, at)
         tags_in = _column(row, "tag_column", how.tag_column, TAG_COLUMNS, at)
-        if make_tags is None:
-            make_tags = _tag_maker(stream.features, tags_in)
-        tokens, tags = row[words_in] or [], make_tags(row[tags_in] or [], at)
-        if len(tokens) != len(tags):
-            raise DataError(f"{at}: {len(tokens)} {words_in} but {len(tags)} {tags_in}.")
+        tokens, found = row[words_in] or [], row[tags_in] or []
+        if len(tokens) != len(found):
+            raise DataError(f"{at}: {len(tokens)} {words_in} but {len(found)} {tags_in}.")
+        for tag in found:
+            if tag not in parsed_tags:
+                parsed_tags[tag] = parse_tag(_name_of(tag, stream.features, tags_in, at), at)
+        tags = [parsed_tags[tag] for tag in found]
         words = [str(token).strip() for token in tokens]
         counts.blank_tokens += words.count("")
         tags = [tag for tag, word in zip(tags, words, strict=True) if word]
@@ -110,31 +126,17 @@ def _column(row: Mapping[str, Any], parameter: str, given: Column, names: Sequen
     )
 
 
-def _tag_maker(features: Mapping[str, Any] | None, column: str) -> Callable[[Any, str], list[ParsedTag]]:
-    """Numbers or tags of a row as parsed tags; the names of numbers come from the column's ClassLabel."""
-    feature = (features or {}).get(column)
-    names = getattr(getattr(feature, "feature", None), "names", None)
-    known: dict[Any, ParsedTag] = {}
-
-    def parse(tag: Any, where: str) -> ParsedTag:
-        if isinstance(tag, str):
-            return parse_tag(tag, where)
-        if names is None:
-            hint = "declare a ClassLabel (dataset_info in the README.md)"
-            raise DataError(
-                f"{where}: {column} has numbers without names; {hint} or store the tags as strings."
-            )
-        if not 0 <= tag < len(names):
-            raise DataError(f"{where}: tag {tag} has no name; {column} names 0 to {len(names) - 1}.")
-        return parse_tag(names[tag], where)
-
-    def make_tags(tags: Sequence[Any], where: str) -> list[ParsedTag]:
-        for tag in tags:
-            if tag not in known:
-                known[tag] = parse(tag, where)
-        return [known[tag] for tag in tags]
-
-    return make_tags
+def _name_of(tag: Any, features: Mapping[str, Any] | None, column: str, where: str) -> str:
+    """The tag itself, or what the column's ClassLabel calls its number."""
+    if isinstance(tag, str):
+        return tag
+    names = getattr(getattr((features or {}).get(column), "feature", None), "names", None)
+    if names is None:
+        hint = "declare a ClassLabel (dataset_info in the README.md)"
+        raise DataError(f"{where}: {column} has numbers without names; {hint} or store the tags as strings.")
+    if not 0 <= tag < len(names):
+        raise DataError(f"{where}: tag {tag} has no name; {column} names 0 to {len(names) - 1}.")
+    return names[tag]
 
 
 def _bigbio_documents(row: Mapping[str, Any], where: str) -> Iterator[Document]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from biomerge_lib.core.errors import DataError, nearest
 from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.documents import ReadCounts
-from biomerge_lib.corpora.reading import (
+from biomerge_lib.corpora.formats import (
     READ_ALL,
     Column,
     Format,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import Record, iter_records
 from biomerge_lib.corpora.documents import ReadCounts
-from biomerge_lib.corpora.reading import Format, Reading, Source
+from biomerge_lib.corpora.formats import Format, Reading, Source
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:

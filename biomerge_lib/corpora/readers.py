@@ -15,8 +15,8 @@ from pathlib import Path
 from biomerge_lib.core.errors import DataError, ParameterError, nearest
 from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.corpora.documents import DISCONTINUOUS, ReadCounts, read_spans
+from biomerge_lib.corpora.formats import Column, Reading, Source
 from biomerge_lib.corpora.leakage import check_documents
-from biomerge_lib.corpora.reading import Column, Reading, Source
 from biomerge_lib.corpora.sentences import SPLITTERS, split_document
 from biomerge_lib.corpora.sources import FORMATS, find_source
 

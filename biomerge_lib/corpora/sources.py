@@ -19,18 +19,18 @@ each also with "set" (``CDR_TrainingSet.BioC.xml``, ``NCBItestset_corpus.txt``).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.corpora.format_bioc import BIOC
 from biomerge_lib.corpora.format_brat import BRAT
-from biomerge_lib.corpora.format_hub import HUB, open_hub
+from biomerge_lib.corpora.format_hub import HUB, find_hub, hub_files
 from biomerge_lib.corpora.format_iob import IOB
 from biomerge_lib.corpora.format_jsonl import JSONL
 from biomerge_lib.corpora.format_pubtator import PUBTATOR
-from biomerge_lib.corpora.reading import SPLIT_WORDS, Format, Source, split_of
+from biomerge_lib.corpora.formats import SPLIT_WORDS, Format, Source, split_of
 
 # A file is of the first format that has its ending and takes it for its own.
 FORMATS: dict[str, Format] = {
@@ -61,9 +61,7 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: 
     folder = SAMPLE_DIR if name == SAMPLE else Path(name).expanduser()
     if forced == "hub" and not folder.is_dir():
         repository, _, config = name.partition("#")
-        return _hub_source(
-            name, {}, splits, dataset or "_".join(filter(None, [Path(repository).name, config]))
-        )
+        return find_hub(name, dataset or "_".join(filter(None, [Path(repository).name, config])), splits)
     if not folder.exists():
         forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
         raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
@@ -71,14 +69,13 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: 
     own_name = folder.stem if folder.is_file() else folder.resolve().name
     dataset = dataset or (SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}"))
     if kind == "hub":
-        files = {"": [path for path in _hub_files(folder) if path.suffix in FORMATS["hub"].endings]}
-        return _hub_source(str(folder), files, splits, dataset)
+        return find_hub(str(folder), dataset, splits)
     candidates, unread = _find_candidates(folder, kind, splits, is_forced=forced is not None)
     for split in splits:
         if len(candidates[split]) != 1:
             raise DataError(_explain_splits(folder, kind, split, candidates[split], unread))
     files = {split: candidates[split][0] for split in splits}
-    return Source(dataset, kind, str(folder), files, unread=tuple(unread))
+    return Source(dataset, kind, str(folder), files)
 
 
 def _find_format(folder: Path) -> str:
@@ -87,7 +84,7 @@ def _find_format(folder: Path) -> str:
         places = [folder]
     else:
         entries = sorted(folder.iterdir())
-        if any(path.suffix == ".parquet" for path in _hub_files(folder)):
+        if any(path.suffix == ".parquet" for path in hub_files(folder)):
             return "hub"
         subfolders = [path for path in entries if path.is_dir() and split_of(path.name)]
         places = [path for path in entries if path.is_file()]
@@ -161,30 +158,9 @@ def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]]
     if found:
         names = ", ".join(paths[0].name if len(paths) == 1 else paths[0].parent.name + "/" for paths in found)
         return f"{folder}: {split} has {len(found)} candidates ({names}); keep one of them in the folder."
-    what = (
-        f"sub-folder of {' and '.join(FORMATS[kind].endings)} files"
-        if FORMATS[kind].is_document_a_file
-        else f"{kind} file or sub-folder"
-    )
-    words = re.sub(r"\(\?:|[()?]", "", SPLIT_WORDS[split].split("|")[0])
+    what = f"{kind} file or sub-folder"
+    if FORMATS[kind].is_document_a_file:
+        what = f"sub-folder of {' and '.join(FORMATS[kind].endings)} files"
+    words = ", ".join(SPLIT_WORDS[split])
     left = f" Not read: {', '.join(path.name for path in unread[:5])}." if unread else ""
     return f"{folder}: no {what} whose name says {split} ({words}); or leave {split!r} out of splits.{left}"
-
-
-def _hub_files(folder: Path) -> list[Path]:
-    """Data files of a folder in the hub's layout: at the top, in data/ or in a configuration's folder."""
-    return sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
-
-
-def _hub_source(
-    name: str, files: Mapping[str, Sequence[Path]], splits: Sequence[str], dataset: str
-) -> Source:
-    available = open_hub(name)
-    streams = {}
-    for split in splits:
-        found = [key for key in available if split_of(key) == split]
-        if len(found) != 1:
-            problem = "no split" if not found else f"{len(found)} splits"
-            raise DataError(f"hub:{name}: {problem} for {split}; it has {', '.join(available)}.")
-        streams[split] = available[found[0]]
-    return Source(dataset, "hub", name, files, streams)

@@ -1,4 +1,4 @@
-"""Knows what a corpus format is: what its reader is given, and what it gives. Knows no format."""
+"""Knows what a corpus format is: what its reader is given and gives. Which formats there are stands in ``sources``."""
 
 from __future__ import annotations
 
@@ -17,29 +17,25 @@ from biomerge_lib.corpora.documents import Document, ReadCounts
 
 Column = int | str | None
 SPLIT_WORDS = {
-    "train": r"train(?:ing)?",
-    "dev": r"dev(?:el(?:op(?:ment)?)?)?|val(?:id(?:ation)?)?",
-    "test": r"test(?:ing)?",
+    "train": ("train", "training"),
+    "dev": ("dev", "devel", "develop", "development", "val", "valid", "validation"),
+    "test": ("test", "testing"),
 }
 _SPLIT_PATTERNS = {
-    split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])|(?:{words})set(?![a-z])")
+    split: re.compile(r"(?<![a-z])(?:{0})(?![a-z])|(?:{0})set(?![a-z])".format("|".join(words)))
     for split, words in SPLIT_WORDS.items()
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A corpus that was found and not yet read: ``files`` (or the hub's ``streams``) of each split.
-
-    ``unread`` are files and folders of the format that belong to no split, or to two.
-    """
+    """A corpus that was found and not yet read: ``files`` (or the hub's ``streams``) of each split."""
 
     name: str
     format: str
     location: str
     files: Mapping[str, Sequence[Path]]
     streams: Mapping[str, Any] = field(default_factory=dict)
-    unread: Sequence[Path] = ()
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of each split's file; of a split's folder, one over the names and hashes of its files."""
