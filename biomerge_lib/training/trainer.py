@@ -115,6 +115,9 @@ class NerTrainer(Trainer):
         self.tokens_seen: torch.Tensor | int = 0
         self.examples_seen = 0
         self.last_greedy: tuple[int, dict[str, Any]] = (-1, {})
+        self._prompts_of = functools.cache(  # the same at each epoch's end
+            lambda split: build_prompts(records[split], self.processing_class, parameters.prompt_format)
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -269,15 +272,14 @@ class NerTrainer(Trainer):
     def score_greedily(self, split: str) -> dict[str, Any]:
         """Decode a split's records with the model as it stands, and score exact spans."""
         started = time.monotonic()
-        tokenizer = self.processing_class
-        prompts = build_prompts(self.records[split], tokenizer, self.parameters.prompt_format)
+        prompts = self._prompts_of(split)
         rank, processes = self.args.process_index, self.args.world_size
         # As many for each process, so that none waits long for the others.
         dealt = list(itertools.islice(itertools.cycle(prompts), -(-len(prompts) // processes) * processes))
         with self._whole_model() as model:
             answers = greedy_decode(
                 model,
-                tokenizer,
+                self.processing_class,
                 dealt[rank::processes],
                 max_new_tokens=self.parameters.max_new_tokens,
                 batch_size=self.args.per_device_eval_batch_size,
