@@ -142,7 +142,6 @@ def sync_run(folder: Path) -> None:
 def why_offline() -> str | None:
     """What keeps this machine from W&B: no key or no network; None if nothing does."""
     import httpx
-
     import wandb
 
     base_url = wandb.setup().settings.base_url
