@@ -72,7 +72,7 @@ def build_union(
     union.conflicts = find_conflicts(union.splits)
     union.report = {
         "leaks": {"before": find_leaks(union.splits)},
-        "conflicts": {"before": _conflicts_by_split(union)},
+        "conflicts": {"before": _count_conflicts(union, union.conflicts)},
         "duplicates": {split: find_duplicates(records) for split, records in union.splits.items()},
     }
     _note(union, "corpora as they are")
@@ -101,14 +101,13 @@ def build_union(
                 dataset,
             )
     union.report["leaks"]["after"] = find_leaks(union.splits)
-    union.report["conflicts"]["after"] = _conflicts_by_split(union)
+    union.report["conflicts"]["after"] = _count_conflicts(union, find_conflicts(union.splits))
     union.report["steps"] = union.steps
     return union
 
 
-def _conflicts_by_split(union: Union) -> dict[str, Any]:
+def _count_conflicts(union: Union, everywhere: Sequence[Sequence[tuple[str, Keyed]]]) -> dict[str, Any]:
     train = find_conflicts({"train": union.splits["train"]})
-    everywhere = find_conflicts(union.splits)
     return {"train": count_conflicts(train), "all splits": count_conflicts(everywhere)}
 
 

@@ -1,7 +1,7 @@
-"""Knows a saved ``tokenizer.json`` without transformers, which would import torch (5 s) to split a sentence.
+"""Knows a saved ``tokenizer.json`` without transformers, which imports torch.
 
-Has just the part of transformers' tokenizer that prompts need, and gives the same ids, because both are the
-``tokenizers`` library underneath (a test compares them).
+So preflight and the scoring of a served model start in 0.4 s of CPU time instead of 5. The ids are the same, because
+both are the ``tokenizers`` library underneath (a test compares them).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from tokenizers import Tokenizer
+
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.prompts.tokenizer import check_tokenizer
 
@@ -18,13 +20,8 @@ from biomerge_lib.prompts.tokenizer import check_tokenizer
 class PlainTokenizer:
     """``PreTrainedTokenizerFast`` reduced to encoding texts, decoding, and the ids of EOS and pad."""
 
-    is_fast = True
-
     def __init__(self, folder: Path):
-        from tokenizers import Tokenizer
-
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        self.name_or_path = str(folder)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -39,13 +36,12 @@ class PlainTokenizer:
         add_special_tokens: bool = True,
         return_offsets_mapping: bool = False,
     ) -> dict[str, list]:
-        is_one = isinstance(text, str)
         texts = [text] if isinstance(text, str) else list(text)
         encoded = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         columns: dict[str, list] = {"input_ids": [encoding.ids for encoding in encoded]}
         if return_offsets_mapping:
             columns["offset_mapping"] = [encoding.offsets for encoding in encoded]
-        return {name: column[0] for name, column in columns.items()} if is_one else columns
+        return {name: column[0] for name, column in columns.items()} if isinstance(text, str) else columns
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
