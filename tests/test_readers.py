@@ -14,10 +14,10 @@ from shared_corpora import shared_corpus
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts, read_spans
-from biomerge_lib.corpora.formats import READ_ALL, Reading, split_of
+from biomerge_lib.corpora.formats import READ_ALL, Format, Reading, split_of
 from biomerge_lib.corpora.readers import Corpus, iter_source, read_corpus
 from biomerge_lib.corpora.sentences import find_document, find_lines, find_sentences, join_cut, split_document
-from biomerge_lib.corpora.sources import find_source
+from biomerge_lib.corpora.sources import FORMATS, find_source
 
 GOOD_IOB = "Aspirin\tB-Chemical\nhelps\tO\n\nNo\tO\n"
 SPLITS = {"train": "train", "devel": "dev", "test": "test"}
@@ -628,6 +628,25 @@ def test_a_folder_in_two_formats_must_say_which(tmp_path):
         read_corpus(folder)
     assert [r.text for r in read_corpus(f"pubtator:{folder}")["test"]] == ["Aspirin."]
     assert len(read_corpus(f"iob:{folder}")["test"]) == 2
+
+
+def test_a_format_is_known_by_its_entry(tmp_path, monkeypatch):
+    def read(source, split, how, counts):
+        for path in source.files[split]:
+            text, _, words = path.read_text().strip().partition(" # ")
+            mention = Mention(((0, len(words)),), "Gene", words, f"{path}:1")
+            yield Document(path.stem, text, (mention,), str(path))
+
+    monkeypatch.setitem(FORMATS, "hash", Format((".hash",), read))
+    folder = write_files(tmp_path / "x_hash", {f"{split}.hash": "IL-2 rose . # IL-2" for split in SPLITS})
+    corpus = read_corpus(folder)
+    assert (corpus.source.name, corpus.source.format, corpus.types) == ("x", "hash", {"Gene": 3})
+    assert [(r.text, mentions(r), r.doc_id) for r in corpus["dev"]] == [("IL-2 rose .", ["IL-2"], "devel")]
+    write_files(folder, {"test.hash": "IL-2 rose . # IL-3"})
+    with pytest.raises(
+        DataError, match=r"test\.hash:1: the mention is 'IL-3', but the text at 0-4 is 'IL-2'"
+    ):
+        read_corpus(f"hash:{folder}")
 
 
 def test_types_are_named_and_filtered(tmp_path):

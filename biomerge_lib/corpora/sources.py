@@ -1,14 +1,6 @@
 """Knows how a corpus is spelled and where its splits are; of the files it knows no more than the first line.
 
-A corpus is a folder with one file (or one sub-folder of files) for each of train, dev and test:
-
-    iob       .tsv .conll .iob .iob2 .bio .txt   token and tag on a line, a blank line between sentences
-    brat      .txt + .ann                        one pair a document
-    pubtator  .txt .pubtator                     ID|t|title, ID|a|abstract, mentions
-    bioc      .xml                               BioC collections
-    jsonl     .jsonl                             the project's own records
-    hub       .parquet .jsonl .json              a data set in the hub's layout
-
+A corpus is a folder with one file (or one sub-folder of files) for each of train, dev and test, in one of ``FORMATS``.
 The format is seen from the files; ``format:folder`` says it where a folder holds two (``pubtator:bc5cdr_original``).
 ``hub:owner/name`` (with ``#config`` where it has several) is a data set of the hub. A file or sub-folder belongs to a
 split when its name holds one split's word: train/training, dev/devel/develop/development/val/valid/validation, test,
