@@ -111,8 +111,10 @@ def result_of(run_id: str) -> dict[str, Any]:
     }
 
 
-def measure_speed(shape: str, data: str, cards: list[int]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def measure_speed(
+    shape: str, data: str, cards: list[int], known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    rows = [row for row in known if row["cards"] not in cards]
     for count in cards:
         run_id = f"several-gpus-speed-{count}"
         # As many steps on any number of cards: 35.
@@ -126,7 +128,7 @@ def measure_speed(shape: str, data: str, cards: list[int]) -> list[dict[str, Any
         start(run_id, [*model_words(shape), *words], list(range(count))).wait()
         found = result_of(run_id)
         metrics = found["metrics"]
-        alone = rows[0] if rows and rows[0]["cards"] == 1 else None
+        alone = next((row for row in rows if row["cards"] == 1), None)
         speed = metrics.get("steady_tokens_per_second")
         step = metrics.get("steady_step_ms")
         rows.append(
@@ -146,7 +148,7 @@ def measure_speed(shape: str, data: str, cards: list[int]) -> list[dict[str, Any
             }
         )
         print(rows[-1], flush=True)
-    return rows
+    return sorted(rows, key=lambda row: row["cards"])
 
 
 def time_all_reduce(cards: int, weights: int | None) -> float | None:
@@ -404,7 +406,7 @@ def main() -> None:
     data, cards = f"data_dir={options.data_dir}", max(options.cards)
     for part in options.parts:
         if part == "speed":
-            found[part] = measure_speed(options.shape, data, options.cards)
+            found[part] = measure_speed(options.shape, data, options.cards, found.get(part, []))
         elif part == "losses":
             kept = [row for row in found.get(part, []) if row["model"] != options.shape]
             found[part] = kept + compare_losses(options.shape, data, cards, gpus)
