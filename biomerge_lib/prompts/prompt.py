@@ -1,6 +1,6 @@
 """Knows how a record becomes token ids, once for training, greedy decoding and vLLM.
 
-    prompt_ids = ids of ``<NER> 0 Aspirin 8 can ...`` + [<TAG>]
+    prompt_ids = ids of ``<NER> Aspirin can ... | 0 Aspirin 8 can ...`` + [<TAG>]
     completion_ids = ids of `` 0-7 ; 20-34`` + [EOS]
 
 Knows nothing of models, files or metrics. Offsets always refer to the record's own text, whatever the
@@ -69,7 +69,7 @@ def encode_completion(spans: Iterable[Span], tokenizer: Tokenizer) -> list[int]:
 
 
 def encode(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> Encoding:
-    """Token ids of a record; training, greedy decoding and vLLM all get them here."""
+    """Token ids of one record, uncut; training, greedy decoding and vLLM take those of :func:`encode_chunks`."""
     return encode_many([record], tokenizer, prompt_format)[0]
 
 

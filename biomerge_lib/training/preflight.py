@@ -86,7 +86,7 @@ class Preflight:
 
 
 def check_training(parameters: Parameters) -> Preflight:
-    """Check that these parameters can train: the first cell of 03_train, and ``python -m biomerge_lib preflight``.
+    """Check that these parameters can train: 03_train before it reads data, and ``python -m biomerge_lib preflight``.
 
     Raises:
         DataError: a split is missing, or a line of it is bad.
