@@ -9,7 +9,7 @@ embedding, which this project's own ways have.
     tuned     the same libraries at their best: grouped by length, padded to the batch's longest, no checkpointing
     trl       SFTTrainer with packing ("bfd") and no checkpointing. Without flash-attn TRL warns that sentences might
               see each other; they do not: transformers builds a block-diagonal mask from the position ids for
-              PyTorch's SDPA (tests/test_training_peers.py), at the price of a dense mask.
+              PyTorch's SDPA (tests/project/test_training_peers.py), at the price of a dense mask.
     unsloth   FastLanguageModel and SFTTrainer of its notebooks: their checkpointing, no dropout, padding-free where
               they choose it
     unsloth tuned  the same without checkpointing

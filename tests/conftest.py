@@ -22,6 +22,7 @@ from biomerge_lib.prompts.manifest import Manifest
 quiet_libraries()
 # `make test &` in a script begins with interrupts ignored, which the processes that tests interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+ROOT = Path(__file__).resolve().parent.parent
 ASPIRIN = Record(
     text="Aspirin can trigger asthma attacks .", spans=((0, 7), (20, 34)), doc_id="example", dataset="example"
 )
@@ -144,5 +145,5 @@ def sample_records():
 
 def notebook_cells(name: str) -> list[dict]:
     """Cells of one of the project's notebooks."""
-    path = Path(__file__).parent.parent / "notebooks" / name
+    path = ROOT / "notebooks" / name
     return json.loads(path.read_text(encoding="utf-8"))["cells"]

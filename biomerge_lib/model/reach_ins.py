@@ -1,7 +1,7 @@
 """What is used of other libraries' private parts, here and in no other module.
 
-Each function says why nothing public would do. ``WRITTEN_FOR`` names the versions; tests/test_reach_ins.py fails where
-a pin moves away from them or a library has changed.
+Each function says why nothing public would do. ``WRITTEN_FOR`` names the versions; tests/model/test_reach_ins.py
+fails where a pin moves away from them or a library has changed.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shared_corpora import skip_but_fail_in_ci
 
-from .fake_wandb import Server
-from .mini_cluster import SECRETS, Cluster, copy_project, prepare_data, wait_for
+from tests.cluster.fake_wandb import Server
+from tests.cluster.mini_cluster import SECRETS, Cluster, copy_project, prepare_data, wait_for
+from tests.support.shared_corpora import skip_but_fail_in_ci
 
 MINISLURM = Path(__file__).with_name("minislurm.sh")
 

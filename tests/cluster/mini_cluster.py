@@ -15,7 +15,8 @@ from pathlib import Path
 
 import nbformat
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
+from tests.conftest import ROOT
+
 # What a user's environment may hold; none of it may be found in anything that a run leaves.
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -132,15 +133,15 @@ def wait_for(condition: Callable[[], object], cluster: Cluster, job: str, second
 def copy_project(target: Path) -> Path:
     """What a clone would hold: the project's files that git knows or would add."""
     listed = subprocess.run(
-        ["git", "-C", PROJECT, "ls-files", "--cached", "--others", "--exclude-standard"],
+        ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
         text=True,
         check=True,
     )
     for name in listed.stdout.splitlines():
-        if not name.startswith("tests/") and (PROJECT / name).is_file():
+        if not name.startswith("tests/") and (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PROJECT / name, target / name)
+            shutil.copy2(ROOT / name, target / name)
     return target
 
 

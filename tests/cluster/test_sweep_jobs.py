@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from biomerge_lib.core.parameters import compose_parameters
-
-from .mini_cluster import with_light_training
+from tests.cluster.mini_cluster import with_light_training
 
 pytestmark = pytest.mark.integration
 SHIPPED = "parameters/sweep/lora_ner_span.yaml"

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from .mini_cluster import SECRETS
+from tests.cluster.mini_cluster import SECRETS
 
 pytestmark = pytest.mark.integration
 

@@ -8,8 +8,7 @@ import pytest
 
 from biomerge_lib.core.files import write_json
 from biomerge_lib.experiment import tracking
-
-from .fake_wandb import Server
+from tests.cluster.fake_wandb import Server
 
 pytestmark = pytest.mark.integration
 KEY = "0123456789abcdef0123456789abcdef01234567"

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from .mini_cluster import wait_for, with_light_training
+from tests.cluster.mini_cluster import wait_for, with_light_training
 
 pytestmark = pytest.mark.integration
 SINGLE = "slurm/job_single_ner.sbatch"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.gpu.train_on_card import COMBINATIONS, STEPS, name_of
 
 pytestmark = pytest.mark.gpu
@@ -33,9 +34,7 @@ def results(tiny_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     for backend in ("unsloth", "peft"):
         command = [sys.executable, "-m", "tests.gpu.train_on_card", backend, str(tiny_prepared), str(out)]
         with (out / f"{backend}.log").open("w") as log:
-            processes[backend] = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=SCRIPT.parents[2]
-            )
+            processes[backend] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     for process in processes.values():
         process.wait(timeout=600)
     found = {name: out / f"{name}.json" for name in NAMES}

@@ -1,0 +1,381 @@
+"""What `predict` reads and writes: readers read back what writers wrote, long texts stream, bad input is named."""
+
+import json
+import re
+import shlex
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from biomerge_lib import predict
+from biomerge_lib.__main__ import build_parser, main
+from biomerge_lib.apply import ready_models
+from biomerge_lib.apply.tagger import Part, Tagger
+from biomerge_lib.apply.texts import Text, iter_texts
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.records import iter_records
+from biomerge_lib.corpora.documents import ReadCounts, read_spans
+from biomerge_lib.corpora.format_brat import read_brat
+from biomerge_lib.corpora.format_iob import read_iob
+from biomerge_lib.corpora.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
+from biomerge_lib.decoding.predictions import RawAnswer
+from tests.conftest import MANIFEST, START
+
+NOTE = MANIFEST.as_said() | {"backbone": "tiny"}
+TEXT = "Aspirin-induced asthma (AIA).\r\n\r\nβ-blockers\tmay harm\u2028too; 5-HT𝛼 rose."
+SPANS = [(0, 7), (16, 22), (24, 27), (33, 43), (58, 63)]
+TAGGED = [Tagged("d 1", TEXT, SPANS), Tagged("d 2", "Nothing here.", [])]
+
+
+@pytest.fixture
+def tagger(tokenizer):
+    """One that answers each prompt with its first word, and how many prompts it was asked at a time."""
+    asked = []
+
+    def answer(prompts):
+        asked.append(len(prompts))
+        words = [prompt.chunk.record.text.split()[0] for prompt in prompts]
+        return [RawAnswer([], f" 0-{len(word)}", "eos") for word in words]
+
+    return Tagger(tokenizer, START, None, answer, at_once=4), asked
+
+
+def test_spans_of_the_example_are_its_mentions():
+    found = [TEXT[start:end] for start, end in SPANS]
+    assert found == ["Aspirin", "asthma", "AIA", "β-blockers", "5-HT𝛼"]
+
+
+def test_jsonl_reads_back(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with path.open("w", encoding="utf-8") as out:
+        write_jsonl(TAGGED, out)
+    records = list(iter_records(path))
+    assert [(r.doc_id, r.text, list(r.spans)) for r in records] == [
+        (t.doc_id, t.text, t.spans) for t in TAGGED
+    ]
+    first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
+    assert first["mentions"][3] == [33, 43, "β-blockers"]
+    assert list(iter_texts([path])) == [Text(t.doc_id, t.text) for t in TAGGED]
+
+
+def test_brat_reads_back(tmp_path):
+    write_brat([*TAGGED, Tagged("d 1", "Line\nbreak", [(0, 10)])], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "d_1-2.ann",
+        "d_1-2.txt",
+        "d_1.ann",
+        "d_1.txt",
+        "d_2.ann",
+        "d_2.txt",
+    ]
+    counts = ReadCounts()
+    documents = {d.doc_id: d for d in read_brat(sorted(tmp_path.iterdir()), counts)}
+    spans = {
+        name: read_spans(d, types=None, discontinuous="skip", counts=counts) for name, d in documents.items()
+    }
+    assert documents["d_1"].text == TEXT
+    assert spans == {"d_1": SPANS, "d_2": [], "d_1-2": [(0, 10)]}
+    assert (tmp_path / "d_1-2.ann").read_text() == "T1\tEntity 0 4;5 10\tLine break\n"
+    with pytest.raises(DataError, match=r"d_1\.txt is there already"):
+        write_brat(TAGGED, tmp_path)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_conll_reads_back(tmp_path, spaced):
+    path = tmp_path / "out.conll"
+    with path.open("w", encoding="utf-8") as out:
+        write_iob(TAGGED, out, spaced=spaced)
+    records = list(read_iob(path, dataset="predicted"))
+    assert [r.doc_id for r in records] == ["d 1", "d 1", "d 2"]
+    words = [r.text[start:end].replace(" ", "") for r in records for start, end in r.spans]
+    assert words == ["Aspirin", "asthma", "AIA", "β-blockers", "5-HT𝛼"]
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if "\t" in line]
+    assert all(TEXT[int(a) : int(b)] == token for token, a, b, _ in rows[:-3])
+    assert rows[0] == ["Aspirin", "0", "7", "B-Entity"]
+
+
+def test_what_conll_cannot_say_is_counted(tmp_path, caplog):
+    with (tmp_path / "out.conll").open("w") as out:
+        write_iob([Tagged("d", "lung cancer cell", [(0, 11), (5, 11)])], out)
+    (record,) = read_iob(tmp_path / "out.conll", dataset="x")
+    assert record.spans == ((0, 11),)
+    assert "d: 1 overlapping mentions" in caplog.text
+
+
+def test_every_format_of_texts_is_found(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("Aspirin.")
+    (tmp_path / "a.ann").write_text("T1\tDrug 0 7\tAspirin\n")
+    (tmp_path / "b.txt").write_text("7|t|Title.\n7|a|Abstract.\n7\t0\t5\tTitle\tDisease\tD1\n")
+    (tmp_path / "c.jsonl").write_text(
+        '{"text": "One.", "id": 3}\n\n{"input": "<NER> Two .", "target": "<TAG>"}\n'
+    )
+    (tmp_path / "d.txt").write_text(" \n")
+    assert list(iter_texts([tmp_path])) == [
+        Text("a", "Aspirin."),
+        Text("7", "Title.\nAbstract."),
+        Text("3", "One."),
+        Text("c-3", "Two ."),
+    ]
+    assert "document 'd' is empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"x\x00y", "a binary file"),
+        (
+            "a.txt",
+            b"fine\ncaf\xe9",
+            r"a\.txt:2: not UTF-8 \(byte 9 of the file\)\. If it is Latin-1: iconv -f latin1",
+        ),
+        ("a.txt", "IL-2".encode("utf-16"), r"a\.txt: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: expected an object with a text"),
+        ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: expected an object with a text"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: not UTF-8"),
+        ("a.pubtator", b"7|t|x\n8\t0\t1\tx\tD\tD1", r"a\.pubtator:2: expected a line of document '7'"),
+        ("a.docx", b"PK", r"no \.txt, \.jsonl, \.pubtator file in this folder"),
+    ],
+)
+def test_bad_files_are_named_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, name, content, reason):
+    monkeypatch.setattr(ready_models, "merge_for_use", lambda _: pytest.fail("a model was loaded"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        list(iter_texts([tmp_path]))
+    assert main(["predict", "--file", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_is_no_prose_or_no_text_is_not_read_as_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("id,text\n1,Aspirin helps\n")
+    (tmp_path / "blank.txt").write_text(" \n")
+    said = {
+        ("a.csv",): "a.csv is there as a file or folder; to read it: predict --file a.csv",
+        (
+            "--file",
+            "a.csv",
+        ): "a.csv: .txt, .jsonl, .pubtator are read. As plain text, all the same: --file - < a.csv",
+        ("--file", "blank.txt"): "no text to read: python -m biomerge_lib predict",
+        ("--file", "none.txt"): "none.txt: no such file or folder.",
+    }
+    for arguments, message in said.items():
+        assert main(["predict", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_sentences_of_many_texts_share_a_batch(tagger):
+    tagger, asked = tagger
+    texts = ["Aspirin.", "", "One. Two."] * 3
+    expected = [[(0, 7)], [], [(0, 3), (5, 8)]] * 3
+    assert list(tagger.find_mentions(texts)) == expected
+    assert asked == [4, 4, 1]
+
+
+def test_a_long_text_streams_in_bounded_memory(tagger):
+    tagger, asked = tagger
+    line = "Aspirin can trigger asthma in sensitive patients of every age.\n"
+    texts = (line * 4 for _ in range(500))
+    notes = []
+    tracemalloc.start()
+    found = tagger.find_mentions(texts, note=notes.append)
+    first = next(found)
+    assert first == [(len(line) * n, len(line) * n + 7) for n in range(4)] and asked == [4]
+    peak_of_first = tracemalloc.get_traced_memory()[1]
+    assert sum(1 for _ in found) == 499
+    assert tracemalloc.get_traced_memory()[1] < peak_of_first + 300_000
+    tracemalloc.stop()
+    assert sum(notes) == 2000 * (len(line) - 1) and len(asked) == 500
+
+
+def test_a_document_comes_in_parts_that_make_it_up(tagger):
+    """The first after a few sentences, then more at a time; a part ends where the next sentence begins."""
+    tagger, asked = tagger
+    text = " " + "Aspirin helps.  Heparin harms.\n\n" * 10 + "Caffeine wakes. \n"
+    parts = tagger.find_parts(["Zinc.", text])
+    assert (next(parts), asked) == (Part(0, 5, [(0, 4)], True), [4])
+    assert (next(parts), asked) == (Part(0, 49, [(1, 8), (17, 24), (33, 40)], False), [4])
+    rest = list(parts)
+    assert asked == [4, 4, 4, 4, 4, 2]
+    assert [part.start for part in rest] == [49, *(part.end for part in rest[:-1])]
+    assert [part.is_last for part in rest] == [False] * (len(rest) - 1) + [True] and rest[-1].end == len(text)
+    found = [span for part in rest for span in part.spans]
+    assert list(tagger.find_mentions([text])) == [[(1, 8), (17, 24), (33, 40), *found]]
+    asked.clear()
+    list(replace(tagger, at_once=64).find_parts(["It heals. " * 200]))
+    assert asked == [4, 16, 64, 64, 52]
+
+
+def test_conll_of_parts_is_that_of_the_whole(tmp_path):
+    whole = Tagged("d", "Aspirin helps.  Heparin (so they say.) harms.\n", [(0, 7), (16, 23)])
+    parts = [
+        Tagged("d", whole.text[:16], [(0, 7)], 0, False),
+        Tagged("d", whole.text[16:], [(0, 7)], 16, True),
+    ]
+    assert list(join_parts(parts)) == [whole]
+    for name, tagged in (("whole", [whole, *TAGGED]), ("parts", [*parts, *TAGGED])):
+        with (tmp_path / name).open("w", encoding="utf-8") as out:
+            write_iob(tagged, out)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeypatch, capsys, caplog):
+    def answer(prompts):
+        if len(prompts) > 4:
+            raise KeyboardInterrupt
+        return [RawAnswer([], " 0-7", "eos") for _ in prompts]
+
+    broken = Tagger(tokenizer, START, None, answer)
+    monkeypatch.setattr("biomerge_lib.apply.tagger.load_tagger", lambda **_: broken)
+    (tmp_path / "long.txt").write_text("Aspirin helps.\n" * 50)
+    command = ["predict", "--file", str(tmp_path / "long.txt"), "--out"]
+    assert main(command[:-1]) == 130
+    assert capsys.readouterr().out == "[Aspirin] helps.\n" * 4
+    assert main([*command, str(tmp_path / "out.jsonl")]) == 130
+    assert f"what was found so far is in {tmp_path / 'out.jsonl.partial'}" in capsys.readouterr().err
+    (record,) = iter_records(tmp_path / "out.jsonl.partial")
+    assert (record.text, record.spans) == ("Aspirin helps.\n" * 4, ((0, 7), (15, 22), (30, 37), (45, 52)))
+    assert "long: only its first 60 characters were read" in caplog.text
+    assert main([*command, str(tmp_path / "out.conll")]) == 130
+    assert len(list(read_iob(tmp_path / "out.conll.partial", dataset="x"))) == 4
+    assert main([*command, str(tmp_path / "brat"), "--format", "brat"]) == 130
+    assert (tmp_path / "brat/long.txt").read_text() == "Aspirin helps.\n" * 4
+    assert len((tmp_path / "brat/long.ann").read_text().splitlines()) == 4
+
+
+def test_a_word_without_end_is_no_end(tagger, caplog):
+    tagger, _ = tagger
+    sequence = "ACGT" * 3000
+    assert next(tagger.find_mentions([f"{sequence} binds."]))[:2] == [(0, 60), (360, 420)]
+    assert list(tagger.find_mentions([f"{sequence} binds.", "It heals."], spaced=False)) == [[], [(0, 2)]]
+    assert "a word over 512 tokens is left out" in caplog.text
+
+
+def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("biomerge_lib.apply.tagger.load_tagger", lambda **_: tagger[0])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("Aspirin works.")
+    arguments = ["predict", "Heparin.", "--file", str(tmp_path / "in")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "[Heparin].\n[Aspirin] works.\n"
+    assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [record.target for record in iter_records(tmp_path / "out.jsonl")] == ["<TAG> 0-7", "<TAG> 0-7"]
+    assert main([*arguments, "--out", str(tmp_path / "out.conll")]) == 0
+    assert [r.doc_id for r in read_iob(tmp_path / "out.conll", dataset="x")] == ["text-1", "a"]
+    assert main([*arguments, "--format", "brat", "--out", str(tmp_path / "in")]) == 2
+    assert "is not overwritten" in capsys.readouterr().err
+    assert main([*arguments, "--format", "brat", "--out", str(tmp_path / "brat")]) == 0
+    assert (tmp_path / "brat/a.ann").read_text() == "T1\tEntity 0 7\tAspirin\n"
+    assert main([*arguments, "--format", "brat"]) == 2
+    assert predict(["Aspirin works."]) == [[(0, 7)]]
+    with pytest.raises(TypeError, match="a list of texts"):
+        predict("Aspirin works.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["predict", "x", "--out", "file/out.jsonl"],
+            "file: File exists. Is the path right, may you write there?",
+        ),
+        (
+            ["predict", "x", "--out", "folder"],
+            "--out folder is a folder: name a file in it, or say --format brat.",
+        ),
+        (["run", "01_tokenizer", "runs_dir={}/file"], "/file/"),
+        (["wandb-sync", "folder/mine"], "folder/mine: no such run folder."),
+    ],
+)
+def test_a_place_that_cannot_be_written_or_is_not_there_is_named(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("read", ["texts.jsonl", "."])
+def test_a_file_that_is_read_is_not_written_over(tmp_path, capsys, read):
+    (tmp_path / "texts.jsonl").write_text('{"text": "Aspirin"}\n')
+    out = str(tmp_path / "texts.jsonl")
+    assert main(["predict", "--file", str(tmp_path / read), "--out", out]) == 2
+    assert "is an input" in capsys.readouterr().err
+    assert (tmp_path / "texts.jsonl").read_text() == '{"text": "Aspirin"}\n'
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    def fail(options):
+        Path("/no/such/file").read_text()
+
+    monkeypatch.setattr("biomerge_lib.apply.predict_command.predict_texts", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["predict", "x"])
+
+
+def test_a_cue_must_be_one_that_the_model_knows():
+    known = {"cues": ["bc5cdr", "anatem"], "default_cue": "any"}
+    manifest = replace(MANIFEST, prompt_format=replace(START, corpus_cue=True), **known)
+    assert manifest.cue_options()["default_cue"] == "any"
+    assert manifest.cue_options("anatem")["default_cue"] == "anatem"
+    with pytest.raises(
+        ParameterError, match=r"cue=anatme is none of anatem, any, bc5cdr\. Did you mean 'anatem'"
+    ):
+        manifest.cue_options("anatme")
+    with pytest.raises(ParameterError, match="without corpus cues"):
+        MANIFEST.cue_options("anatem")
+
+
+def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
+
+    monkeypatch.setenv("BIOMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ready_models, "_prepare", lambda backbone: tiny_prepared)
+    model = get_peft_model(
+        load_causal_lm(tiny_prepared, dtype="float32"), LoraConfig(target_modules="all-linear")
+    )
+    adapter = tmp_path / "mine"
+    model.save_pretrained(adapter)
+    (adapter / "biomerge.json").write_text(json.dumps(NOTE))
+    folder = ready_models.merge_for_use(adapter)
+    assert folder.parent == tmp_path / "cache/models" and (folder / "model.safetensors").is_file()
+    made = (folder / "config.json").stat().st_mtime_ns
+    assert ready_models.merge_for_use(adapter) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == made
+    (adapter / "biomerge.json").write_text(json.dumps(NOTE | {"max_new_tokens": 9}))
+    assert ready_models.merge_for_use(adapter) != folder
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ready_models.ModelError, match=r"adapter_config\.json missing"):
+        ready_models.merge_for_use(adapter)
+
+
+def test_every_command_shows_examples_that_parse(capsys):
+    parser = build_parser()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    first = re.findall(r"^  python -m biomerge_lib (.*)$", capsys.readouterr().out, flags=re.M)
+    commands = [shlex.split(example)[0] for example in first]
+    assert {"run", "report", "predict", "sweep", "wandb-sync"} <= set(commands)
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        shown = re.findall(r"^  python -m biomerge_lib (.*)$", capsys.readouterr().out, flags=re.M)
+        assert shown and all(shlex.split(example)[0] == command for example in shown)
+        for example in shown:
+            parser.parse_args(shlex.split(example))
+
+
+def test_an_interrupt_is_said_in_a_word(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("biomerge_lib.apply.predict_command.predict_texts", interrupt)
+    assert main(["predict", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,0 +1,379 @@
+"""A union keeps its corpora's counts, does not leak into what is scored, and does not contradict itself."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.records import Record, read_records, write_records
+from biomerge_lib.corpora.conversion import write_corpus
+from biomerge_lib.corpora.data_card import (
+    conflict_table,
+    data_card_table,
+    leak_table,
+    read_conflicts,
+    reading_table,
+    seen_table,
+    union_table,
+    unseen_share,
+)
+from biomerge_lib.corpora.draws import draw_sentences, draw_share, draw_splits
+from biomerge_lib.corpora.leakage import (
+    check_documents,
+    find_conflicts,
+    find_duplicates,
+    find_leaks,
+    key_of,
+    normalise,
+)
+from biomerge_lib.corpora.union import build_union
+from biomerge_lib.experiment.runs import run_notebook
+from biomerge_lib.report.union_report import write_union_report
+from tests.conftest import ROOT
+from tests.support.shared_corpora import shared_corpus
+
+# corpora/README.md: sentences / spans of train, devel and test.
+COUNTS = {
+    "bc5cdr": [(4560, 9385), (4581, 9593), (4797, 9809)],
+    "bc2gm": [(12574, 15197), (2519, 3061), (5038, 6325)],
+    "jnlpba": [(16813, 46766), (1739, 4551), (3856, 8662)],
+    "anatem": [(5861, 6946), (2118, 2139), (3830, 4616)],
+    "bionlp13cg": [(3033, 10826), (1003, 3616), (1906, 6881)],
+}
+
+
+def record(text: str, *spans, dataset: str = "a", doc_id: str | None = None) -> Record:
+    return Record(text, tuple(spans), doc_id or f"{dataset}-{abs(hash(text))}", dataset)
+
+
+def corpus(train=(), dev=(), test=()) -> dict[str, list[Record]]:
+    return {"train": list(train), "dev": list(dev), "test": list(test)}
+
+
+def texts(union, split: str = "train") -> list[str]:
+    return [item.record.text for item in union.splits[split]]
+
+
+def keyed(**splits):
+    return {split: [key_of(one) for one in records] for split, records in splits.items()}
+
+
+def test_the_same_sentence_is_known_in_other_spelling():
+    assert normalise("IL - 2  Rα") == normalise("IL-2 rΑ") == "il-2rα"
+    assert normalise("ﬁbrosis\u00a0₂") == "fibrosis2"
+    assert normalise("IL-2") != normalise("IL-3")
+    tokens, original = record("IL - 2 Rα binds", (0, 9)), record("IL-2 Rα binds", (0, 7))
+    other = record("IL-2 Rα binds", (0, 4))
+    assert key_of(tokens).annotated == key_of(original).annotated != key_of(other).annotated
+    assert key_of(original).sentence == key_of(other).sentence
+
+
+def test_leaks_are_counted_both_ways_and_by_document():
+    train = [record("One two three four five"), record("Results :"), record("one two three four FIVE")]
+    dev = [
+        record("One two three four five", doc_id="d1"),
+        record("results:", doc_id="d1"),
+        record("Something else here", doc_id="d2"),
+        record("Results :", doc_id="d2"),
+    ]
+    [row] = find_leaks(keyed(train=train, dev=dev))
+    assert row == {
+        "from": "a train",
+        "into": "a dev",
+        "sentences": 3,
+        "verbatim": 2,
+        "short": 2,
+        "documents": 1,
+        "source_sentences": 3,
+    }
+    assert find_leaks(keyed(train=train, dev=[record("Nothing shared")])) == []
+
+
+def test_leaking_sentences_leave_train_and_only_train():
+    a = corpus([record("Shared one"), record("Own")], [record("shared  ONE")], [record("Test only")])
+    b = corpus([record("Test only", dataset="b"), record("B's own", dataset="b")])
+    kept = build_union({"a": a, "b": b})
+    assert texts(kept) == ["Shared one", "Own", "Test only", "B's own"]
+    union = build_union({"a": a, "b": b}, drop_leaks="train")
+    assert texts(union) == ["Own", "B's own"]
+    assert texts(union, "dev") == ["shared  ONE"] and texts(union, "test") == ["Test only"]
+    assert [row["into"] for row in union.report["leaks"]["before"]] == ["a dev", "a test"]
+    assert union.report["leaks"]["after"] == []
+    assert union.steps[1] == {"step": "drop_leaks", "removed": {"a": 1, "b": 1}, "left": {"a": 1, "b": 1}}
+
+
+def test_conflicts_are_settled_by_the_order_of_the_corpora():
+    a = corpus([record("IL-2 gene", (0, 4))])
+    b = corpus([record("IL-2 gene", (0, 9), dataset="b"), record("b only", (0, 1), dataset="b")])
+    for order, winner in (("ab", (0, 4)), ("ba", (0, 9))):
+        corpora = {name: {"a": a, "b": b}[name] for name in order}
+        union = build_union(corpora, conflicts="first")
+        found = {item.record.text: item.record.spans for item in union.splits["train"]}
+        assert found == {"IL-2 gene": (winner,), "b only": ((0, 1),)}
+        before, after = union.report["conflicts"]["before"], union.report["conflicts"]["after"]
+        assert before["train"] == {"groups": 1, "within": 0, "across": 1, "pairs": {"a / b": 1}}
+        assert after["train"]["groups"] == 0
+    assert len(build_union({"a": a, "b": b}).splits["train"]) == 3
+
+
+def test_conflicts_within_one_corpus_and_across_splits_are_found():
+    twice = [
+        record("x y", (0, 1), doc_id="1"),
+        record("x y", (2, 3), doc_id="2"),
+        record("x y", (0, 1), doc_id="3"),
+    ]
+    assert [len(group) for group in find_conflicts(keyed(train=twice))] == [3]
+    union = build_union({"a": corpus(twice)}, conflicts="first")
+    assert [item.record.doc_id for item in union.splits["train"]] == ["1", "3"]
+    assert find_conflicts(keyed(train=twice[:1], dev=twice[1:2]))
+    assert find_conflicts(keyed(train=[twice[0], twice[2]])) == []
+
+
+def test_only_the_same_gold_is_a_duplicate():
+    records = [record("x y", (0, 1)), record("X y", (0, 1)), record("x y", (2, 3)), record("z")]
+    assert find_duplicates(map(key_of, records)) == {"a": 1}
+    union = build_union({"a": corpus(records)}, deduplicate=True)
+    assert [(item.record.text, item.record.spans) for item in union.splits["train"]] == [
+        ("x y", ((0, 1),)),
+        ("x y", ((2, 3),)),
+        ("z", ()),
+    ]
+
+
+def documents(dataset: str, count: int, sentences: int = 5) -> list[Record]:
+    return [
+        record(f"{dataset} document {doc} sentence {number}", dataset=dataset, doc_id=f"d{doc}")
+        for doc in range(count)
+        for number in range(sentences)
+    ]
+
+
+def sizes(union) -> dict[str, int]:
+    return union.steps[-1]["left"]
+
+
+def test_weights_and_caps_draw_whole_documents():
+    corpora = {
+        "a": corpus(documents("a", 100)),
+        "b": corpus(documents("b", 20)),
+        "c": corpus(documents("c", 60)),
+    }
+    assert sizes(build_union(corpora, corpus_weights=[1, 1, 1])) == {"a": 100, "b": 100, "c": 100}
+    assert sizes(build_union(corpora, corpus_weights=[2, 0.5, 1])) == {"a": 400, "b": 100, "c": 200}
+    assert sizes(build_union(corpora, max_per_corpus=203)) == {"a": 200, "b": 100, "c": 200}
+    assert sizes(build_union(corpora, max_per_corpus=3)) == {"a": 5, "b": 5, "c": 5}  # at least a document
+    union = build_union(corpora, max_per_corpus=203)
+    drawn = {(item.record.dataset, item.record.doc_id) for item in union.splits["train"]}
+    assert len(drawn) == 40 + 20 + 40
+    order = [texts(build_union(corpora)).index(text) for text in texts(union)]
+    assert order == sorted(order)
+
+
+def test_a_draw_depends_on_its_seed_and_a_larger_one_holds_the_smaller():
+    names = {(dataset, f"d{number}") for dataset in "ab" for number in range(500)}
+    tenth, fifth = draw_share(names, 0.1, seed=1), draw_share(names, 0.2, seed=1)
+    assert len(tenth) == 100 and len(fifth) == 200 and tenth < fifth
+    assert tenth == draw_share(sorted(names), 0.1, seed=1) != draw_share(names, 0.1, seed=2)
+    assert {dataset for dataset, _ in tenth} == {"a", "b"}
+    assert {name for name in tenth if name[0] == "a"} == draw_share(
+        {n for n in names if n[0] == "a"}, 0.1, seed=1
+    )
+    records = documents("a", 50)
+    assert draw_sentences(records, 20, seed=1) < draw_sentences(records, 100, seed=1)
+    assert draw_sentences(records, 20, seed=1) != draw_sentences(records, 20, seed=2)
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    twice = corpus([record("x", doc_id="d1")], [record("y", doc_id="d1")])
+    with pytest.raises(DataError, match="a: document 'd1' stands in train and in dev"):
+        check_documents(twice)
+    check_documents({"train": [record("x", doc_id="d1")], "dev": [record("y", doc_id="d2")]})
+    two = {"a": corpus(documents("a", 1)), "b": corpus(documents("b", 1))}
+    with pytest.raises(ParameterError, match="corpus_weights has 1 values for 2 corpora"):
+        build_union(two, corpus_weights=[1])
+    with pytest.raises(DataError, match="no corpus named"):
+        write_corpus([], tmp_path)
+    with pytest.raises(DataError, match="two corpora are called 'sample'"):
+        write_corpus(["sample", "sample"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_that_loses_all_its_sentences_is_told(caplog):
+    a, b = corpus([record("x y", (0, 1))]), corpus([record("x y", (2, 3), dataset="b")])
+    build_union({"a": a, "b": b}, conflicts="first")
+    assert "b: no training sentence is left" in caplog.text
+    with pytest.raises(DataError, match="no training sentence of b is left"):
+        build_union({"a": a, "b": b}, conflicts="first", corpus_weights=[1, 1])
+
+
+def test_the_data_card_tells_sources_splits_and_steps(tmp_path):
+    card = write_corpus(
+        ["sample"], tmp_path, drop_leaks="train", deduplicate=True, conflicts="first", seed=42
+    )
+    assert card == json.loads((tmp_path / "data_card.json").read_text())
+    assert (tmp_path / "conflicts.jsonl").read_text() == ""
+    expected = {"train": (56, 448, 1091), "dev": (10, 86, 261), "test": (10, 90, 288)}
+    for split, (docs, sentences, spans) in expected.items():
+        counts = card["splits"][split]
+        assert (counts["documents"], counts["sentences"], counts["spans"]) == (docs, sentences, spans)
+        assert counts["datasets"] == {"sample": {"sentences": sentences, "spans": spans}}
+        assert counts["sha256"] == file_sha256(tmp_path / f"{split}.jsonl")
+        assert len(read_records(tmp_path / f"{split}.jsonl")) == sentences
+    assert len(card["sources"]["sample"]["files"]) == 3
+    assert card["union"]["options"]["drop_leaks"] == "train"
+    assert list(union_table(card).index) == ["corpora as they are", "drop_leaks", "conflicts", "deduplicate"]
+    assert leak_table(card).empty and len(data_card_table(card)) == 3
+    assert reading_table(card).loc[("sample", "dev"), "spans"] == 261
+    assert conflict_table(card)["groups"].tolist() == [0, 0, 0, 0] and read_conflicts(tmp_path) == []
+
+
+def test_a_corpus_without_splits_is_split_by_document(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    records = documents("mine", 40)
+    write_records(folder / "records.jsonl", [replace(one, spans=((0, 4),)) for one in records])
+    with pytest.raises(DataError, match="train"):
+        write_corpus([str(folder)], tmp_path / "data")
+    card = write_corpus([str(folder)], tmp_path / "data", split_shares=[0.8, 0.1, 0.1], seed=1)
+    assert [card["splits"][split]["documents"] for split in ("train", "dev", "test")] == [32, 4, 4]
+    found = {split: read_records(tmp_path / "data" / f"{split}.jsonl") for split in ("train", "dev", "test")}
+    check_documents(found)
+    assert sum(map(len, found.values())) == 200
+    assert [len(part) for part in draw_splits(documents("a", 3, 1), [0.98, 0.01, 0.01], seed=1)] == [1, 1, 1]
+    with pytest.raises(DataError, match="too few documents"):
+        write_records(folder / "records.jsonl", [replace(one, spans=((0, 4),)) for one in records[:10]])
+        write_corpus([str(folder)], tmp_path / "data", split_shares=[0.8, 0.1, 0.1])
+    # A corpus with splits of its own keeps them.
+    card = write_corpus(["sample"], tmp_path / "data", split_shares=[1, 1, 1])
+    assert card["splits"]["train"]["sentences"] == 448
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_a_conflict_about_a_text_with_a_unicode_line_separator_is_read_back(tmp_path, separator):
+    text = f"Aspirin{separator}can help"
+    for name, span in (("one", (0, 7)), ("two", (8, 11))):
+        for split in ("train", "dev", "test"):
+            records = [record(text if split == "train" else f"{name} of {split} text", span, dataset=name)]
+            write_records(tmp_path / name / f"{split}.jsonl", records)
+    write_corpus([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "data", conflicts="first")
+    [versions] = read_conflicts(tmp_path / "data")
+    assert [(version["dataset"], version["text"]) for version in versions] == [("one", text), ("two", text)]
+
+
+def test_no_jsonl_is_read_with_splitlines():
+    """What is split so here are messages of programs and errors, notebooks' sources, and listings."""
+    places = [
+        *ROOT.glob("biomerge_lib/**/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("notebooks/*.ipynb"),
+    ]
+    used = [line for path in places for line in path.read_text("utf-8").split("\n") if ".splitlines(" in line]
+    assert used
+    assert not [line for line in used if re.search(r"json\.loads\(line|jsonl|_stream", line)]
+
+
+def test_a_corpus_is_not_written_over(tmp_path):
+    write_corpus(["sample"], tmp_path / "mine")
+    before = file_sha256(tmp_path / "mine/train.jsonl")
+    with pytest.raises(DataError, match=r"train.jsonl: is read from corpus mine, and would be written over"):
+        write_corpus([str(tmp_path / "mine")], tmp_path / "runs/../mine", drop_leaks="train")
+    assert file_sha256(tmp_path / "mine/train.jsonl") == before
+
+
+def test_unseen_mentions_are_counted_by_string():
+    train = [record("Aspirin helps", (0, 7))]
+    other = [record("aspirin and ASA", (0, 7), (12, 15)), record("nothing")]
+    assert unseen_share(train, other) == 0.5
+    assert unseen_share(train, [record("nothing")]) == 0
+    both = [*train, record("ASA binds", (0, 3), dataset="b")]
+    table = seen_table(both, [*other, record("ASA", (0, 3), dataset="b")])
+    assert table.to_dict("index") == {
+        "a": {"mentions": 2, "a": 0.5, "b": 0.5, "any": 1.0},
+        "b": {"mentions": 1, "a": 0.0, "b": 1.0, "any": 1.0},
+    }
+
+
+@pytest.mark.slow
+def test_the_union_of_the_five_has_the_published_counts_and_overlaps(tmp_path):
+    sources = [str(shared_corpus(f"{name}_iob")) for name in COUNTS]
+    card = write_corpus(sources, tmp_path, drop_leaks="train", deduplicate=True, conflicts="first")
+    for name, counts in COUNTS.items():
+        splits = card["sources"][name]["splits"]
+        found = [(splits[split]["sentences"], splits[split]["spans"]) for split in ("train", "dev", "test")]
+        assert found == counts, name
+    assert card["splits"]["train"]["sentences"] == 39161
+    pairs = {(row["from"], row["into"]): row for row in card["union"]["leaks"]["before"]}
+    own = pairs["jnlpba train", "jnlpba test"]
+    assert (own["verbatim"], own["documents"]) == (106, 10)
+    assert pairs["bionlp13cg train", "anatem test"]["verbatim"] == 34
+    assert card["union"]["conflicts"]["before"]["train"]["pairs"] == {
+        "anatem / bionlp13cg": 2508,
+        "bc2gm / jnlpba": 51,
+    }
+    assert not [row for row in card["union"]["leaks"]["after"] if " train" in row["from"]]
+    assert card["union"]["conflicts"]["after"]["train"]["groups"] == 0
+    assert card["splits"]["train"]["datasets"]["bionlp13cg"]["sentences"] == 0
+    groups = read_conflicts(tmp_path)
+    assert len(groups) == card["union"]["conflicts"]["before"]["all splits"]["groups"]
+    assert len({version["target"] for version in groups[0]}) > 1
+    assert groups[0][0].keys() == {"split", "dataset", "doc_id", "text", "target", "kept"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "name", "mentions"),
+    [
+        ("brat:", "anatem_brat", [6946, 2139, 4616]),
+        ("bioc:", "bc5cdr_original", [9385, 9591, 9809]),
+        ("pubtator:", "bc5cdr_original", [9385, 9591, 9809]),
+    ],
+)
+def test_untokenised_corpora_become_data_sets_without_losing_a_mention(tmp_path, form, name, mentions):
+    card = write_corpus([f"{form}{shared_corpus(name)}"], tmp_path, drop_leaks="train", deduplicate=True)
+    [source] = card["sources"].values()
+    assert [counts["spans"] for counts in source["splits"].values()] == mentions
+    assert source["format"] == form.removesuffix(":")
+    for split in ("dev", "test"):
+        assert card["splits"][split]["spans"] == source["splits"][split]["spans"]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("form", "name", "types", "test_spans"),
+    [("pubtator:", "bc5cdr_original", "Chemical", 5385), ("brat:", "anatem_brat", "", 4616)],
+)
+def test_the_notebook_runs_on_documents(tmp_path, tiny_prepared, form, name, types, test_spans):
+    words = [
+        f"corpora=['{form}{shared_corpus(name)}']",
+        f"entity_types=[{types}]",
+        f"data_dir={tmp_path}/data",
+        f"runs_dir={tmp_path}/runs",
+        f"tokenizer_dir={tiny_prepared}",
+    ]
+    run_notebook("02_data", [*words, "run_id=documents", "max_per_corpus=500"], progress=False)
+    stages = json.loads((tmp_path / "runs" / "documents" / "metrics.json").read_text())["stages"]
+    metrics = stages["02_data"]["metrics"]
+    assert metrics["test_spans"] == test_spans and 450 < metrics["train_sentences"] <= 500
+
+
+def test_the_unions_page_is_written_from_its_card(tmp_path, tiny_parameters):
+    parameters = tiny_parameters(data_dir=str(tmp_path / "data"))
+    page = write_union_report(parameters, "the command", tmp_path / "report").read_text()
+    assert "the command" in page and "| sample | 448 / 1,091 | 86 / 261 | 90 / 288 |" in page
+    assert "| deduplicate | 448 | 448 | 0 |" in page
+    assert json.loads((tmp_path / "report" / "union.json").read_text())["splits"]["dev"]["spans"] == 261
+
+
+def test_the_published_union_has_the_corpora_counts():
+    folder = ROOT / "reports" / "union"
+    card = json.loads((folder / "union.json").read_text())
+    assert list(card["sources"]) == ["bc5cdr", "bc2gm", "jnlpba", "anatem"]
+    for name, source in card["sources"].items():
+        found = [(counts["sentences"], counts["spans"]) for counts in source["splits"].values()]
+        assert found == COUNTS[name]
+    page = (folder / "README.md").read_text()
+    assert card["command"] in page and "/root" not in page and len(page) < 20_000
+    assert card["union"]["conflicts"]["after"]["train"]["groups"] == 0

@@ -1,0 +1,418 @@
+"""The report ranks finished runs only, says what is broken, escapes what it shows, and loads nothing."""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from biomerge_lib.__main__ import main
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.spans import parse_spans
+from biomerge_lib.decoding.predictions import Prediction, write_predictions
+from biomerge_lib.report import report_notebooks
+from biomerge_lib.report.display import highlight, highlight_errors
+from biomerge_lib.report.page import read_answers, write_page, write_report
+from biomerge_lib.report.report_figures import as_svg, draw_scores, draw_sweep
+from biomerge_lib.report.report_notebooks import link_notebooks
+from biomerge_lib.report.report_runs import collect_runs, runs_table
+from tests.conftest import ROOT
+
+ASPIRIN = "Aspirin can trigger asthma attacks in sensitive patients ."
+PROVENANCE = {
+    "commit": "0123456789ab",
+    "python": "3.11.7",
+    "versions": {"torch": "2.13.0"},
+    "device": "1 x NVIDIA H200",
+}
+
+
+def make_run(runs_dir, name, f1, *, glued=None, status="finished", notebook=True, **parameters):
+    """A run folder as 03_train leaves it, with the F1's interval 0.018 to either side."""
+    folder = runs_dir / name
+    folder.mkdir(parents=True)
+    parameters = {"learning_rate": 0.002, "lora_rank": 8, "fast_metrics": True, "run_id": name} | parameters
+    metrics = {
+        "greedy_dev_ner_f1": f1,
+        "greedy_dev_ner_f1_low": f1 - 0.018,
+        "greedy_dev_ner_f1_high": f1 + 0.018,
+        "eval_ner_f1": f1 + 0.004,
+        "train_seconds": 183.25,
+        "train_tokens_per_second": 20345.2,
+        "peak_memory_gb": 11.31,
+    }
+    stage = {"status": status, "started": "2026-11-20T10:00:00+00:00", "provenance": PROVENANCE}
+    stages = {"03_train": stage | ({"metrics": metrics} if status == "finished" else {})}
+    recorded = {"run_id": name, "parameters": parameters, "data": {"dev": "ab" * 32}, "stages": stages}
+    (folder / "metrics.json").write_text(json.dumps(recorded))
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(parameters))
+    log = [{"step": step, "loss": 2 / step, "greedy_dev_ner_f1": f1 * step / 9} for step in range(1, 10)]
+    (folder / "log_history.json").write_text(json.dumps(log))
+    if notebook:
+        glue(folder / "03_train.ipynb", metrics | (glued or {}))
+    return folder
+
+
+def glue(path, scraps):
+    outputs = [
+        new_output(
+            "display_data",
+            data={"application/scrapbook.scrap.json+json": dict(name=k, data=v, encoder="json", version=1)},
+            metadata={"scrapbook": {"name": k, "data": True, "display": False}},
+        )
+        for k, v in scraps.items()
+    ]
+    nbformat.write(new_notebook(cells=[new_code_cell("run.finish(metrics)", outputs=outputs)]), path)
+
+
+def prediction(index, text, gold, pred, dataset="bc5cdr"):
+    return Prediction(index, text, f"{dataset}_{index}", dataset, gold, pred, [""], [[]], ["eos"], 0, 0, 0)
+
+
+def page_of(paths, out):
+    return write_report(paths, out).read_text(encoding="utf-8")
+
+
+def test_finished_runs_are_ranked_by_greedy_dev_f1_and_no_others(tmp_path):
+    make_run(tmp_path, "middle", 0.70)
+    make_run(tmp_path, "best", 0.73)
+    make_run(tmp_path, "worst", 0.10)
+    make_run(tmp_path, "going", 0.99, status="running", notebook=False)
+    broke = make_run(tmp_path, "broke", 0.99, status="failed", notebook=False)
+    recorded = json.loads((broke / "metrics.json").read_text())
+    recorded["stages"]["03_train"]["error"] = "OutOfMemoryError: <b>2 GiB</b>"
+    (broke / "metrics.json").write_text(json.dumps(recorded))
+
+    runs = collect_runs(tmp_path)
+
+    assert [(run.rank, run.name) for run in runs if run.rank] == [(1, "best"), (2, "middle"), (3, "worst")]
+    assert [(run.name, run.status) for run in runs if not run.rank] == [
+        ("broke", "failed"),
+        ("going", "partial"),
+    ]
+    assert runs_table(runs)["greedy dev F1"].tolist() == [0.73, 0.70, 0.10]
+    page = page_of([tmp_path], tmp_path / "report.html")
+    assert "<h1>best</h1>" in page
+    assert "95 % interval 0.712–0.748" in page
+    assert "3 finished, 1 failed, 1 partial" in page
+    assert "OutOfMemoryError: &lt;b&gt;2 GiB&lt;/b&gt;" in page
+    assert page.count("<td>none kept</td>") == 2
+    assert "was killed (started 2026-11-20T10:00:00+00:00)" in page
+    assert "0.990" not in page
+
+
+def test_the_command_names_what_differs_from_the_defaults(tmp_path):
+    make_run(tmp_path, "best", 0.73, lora_rank=16, deepspeed="a b.json")
+    page = page_of(tmp_path, tmp_path / "report.html")
+    command = re.search(r"<pre[^>]*>(.*?)</pre>", page, re.S)[1]
+    assert command == (
+        "python -m biomerge_lib run 03_train \\\n  deepspeed=a b.json \\\n  lora_rank=16 \\\n  run_id=best"
+    ).replace("deepspeed=a b.json", "&#39;deepspeed=a b.json&#39;")
+
+
+def test_the_best_runs_errors_stand_highlighted_and_escaped_in_the_page(tmp_path):
+    folder = make_run(tmp_path, "best", 0.73)
+    script = "<script>alert(1)</script> harms patients ."
+    write_predictions(
+        folder / "predictions-dev-greedy.jsonl",
+        [
+            prediction(0, ASPIRIN, [(0, 7), (20, 34)], [(0, 7), (20, 26)]),
+            prediction(1, script, [], [(32, 40)], dataset="jnlpba"),
+            prediction(2, "No disease here .", [(3, 10)], []),
+        ],
+    )
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert '<mark class="overlap">asthma</mark><mark class="missed"> attacks</mark>' in page
+    assert "bc5cdr_0: gold 20-34 “asthma attacks”, predicted 20-26 “asthma”" in page
+    assert '&lt;script&gt;alert(1)&lt;/script&gt; harms <mark class="spurious">patients</mark>' in page
+    assert "<script" not in page
+    for kind, count in (("missed", 1), ("spurious", 1), ("boundary", 1), ("merged", 0), ("split", 0)):
+        assert f'<tr><th scope="row">{kind}</th><td class="n">{count}</td>' in page
+    # By corpus: bc5cdr has 1 of 3 gold right and 1 spurious prediction, 2 * 1 / (2 + 1 + 2) = 0.4.
+    assert (
+        '<th scope="row">bc5cdr</th><td class="n">2</td><td class="n">3</td><td class="n">0.400</td>' in page
+    )
+    assert '<th scope="row">1-10</th><td class="n">3</td><td class="n">3</td>' in page
+
+
+def test_the_page_loads_nothing_and_its_links_lead_to_files(tmp_path):
+    make_run(tmp_path / "runs", "a run", 0.73)
+    out = tmp_path / "reports" / "report.html"
+    page = page_of([tmp_path / "runs" / "a run"], out)
+    assert not re.search(r"https?://|<script|<link|<img|@import|url\(|src=", page)
+    links = [unquote(link) for link in re.findall(r'href="([^"#]+)"', page)]
+    assert links == ["report_notebooks/a_run/03_train.html"]
+    assert (out.parent / links[0]).is_file()
+
+
+class Balance(HTMLParser):
+    """Every element that is opened is closed, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.seen += 1
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen += 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_balanced_html_with_headings_and_named_figures(tmp_path):
+    for number, rate in enumerate((0.001, 0.002, 0.003, 0.004)):
+        make_run(tmp_path, f"run{number}", 0.5 + number / 100, learning_rate=rate, lora_rank=4 + number % 2)
+    page = page_of(tmp_path, tmp_path / "report.html")
+    checker = Balance()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.seen > 100
+    assert page.count("<h1>") == 1
+    figures = re.findall(r"<svg[^>]*>", page)
+    assert len(figures) == 4  # scores, heat map, loss, greedy F1
+    assert all('role="img" aria-label="' in figure for figure in figures)
+
+
+def test_an_empty_or_missing_folder_says_what_to_do(tmp_path, capsys):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "metrics.json").write_text('{"stages": {"06_report": {"status": "running"}}}')
+    with pytest.raises(
+        DataError, match=r"no run here\. Train one first: python -m biomerge_lib run 03_train"
+    ):
+        collect_runs([tmp_path])
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        collect_runs([tmp_path / "nowhere"])
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    assert "no run here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"run_id": "half", "stages": {"03_tr', "metrics.json is half-written or broken"),
+        ("[1, 2]", "metrics.json holds a list, not a dict"),
+        ('{"stages": ["03_train"]}', "03_train has not run (found: no stage)"),
+        ('{"stages": {"02_data": {"status": "finished"}}}', "03_train has not run (found: 02_data)"),
+        ('{"stages": {"03_train": {"status": "finished"}}}', "no greedy dev F1 was recorded"),
+        (
+            '{"stages": {"03_train": {"status": "finished", "metrics": {"greedy_dev_ner_f1": NaN}}}}',
+            "no greedy dev F1 was recorded",
+        ),
+    ],
+)
+def test_a_broken_or_unfinished_run_is_listed_with_its_reason(tmp_path, content, reason):
+    make_run(tmp_path, "good", 0.5)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "metrics.json").write_text(content)
+    good, half = collect_runs(tmp_path)
+    assert (good.name, good.rank) == ("good", 1)
+    assert (half.name, half.rank, half.status) == ("half", None, "partial")
+    assert reason in half.reason
+    assert reason in page_of(tmp_path, tmp_path / "report.html")
+
+
+def test_without_any_finished_run_the_page_says_so(tmp_path):
+    make_run(tmp_path, "going", 0.5, status="running", notebook=False)
+    assert "No finished run yet" in page_of(tmp_path, tmp_path / "report.html")
+
+
+def test_a_notebook_that_stopped_at_an_error_makes_its_run_failed(tmp_path):
+    folder = make_run(tmp_path, "stopped", 0.5, status="running", notebook=False)
+    error = new_output("error", ename="ModelError", evalue="the loss is nan", traceback=[])
+    notebook = new_notebook(cells=[new_code_cell("train()", outputs=[error])])
+    nbformat.write(notebook, folder / "03_train.ipynb")
+    [run] = collect_runs(folder)
+    assert (run.status, run.reason) == ("failed", "ModelError: the loss is nan")
+
+
+def test_a_notebook_that_disagrees_with_metrics_json_is_believed_and_reported(tmp_path):
+    make_run(tmp_path, "steady", 0.70)
+    make_run(tmp_path, "torn", 0.60, glued={"greedy_dev_ner_f1": 0.80})
+    assert [(run.name, run.score) for run in collect_runs(tmp_path)] == [("torn", 0.80), ("steady", 0.70)]
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert "greedy_dev_ner_f1 disagrees: 03_train.ipynb says 0.8000, metrics.json 0.6000" in page
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"worksheets": [], "nbformat": 3}', "[]", '{"nbformat": 4}'])
+def test_a_notebook_that_cannot_be_read_leaves_the_run_ranked_by_metrics_json(tmp_path, content):
+    folder = make_run(tmp_path, "old", 0.61, notebook=False)
+    (folder / "03_train.ipynb").write_text(content)
+    [run] = collect_runs(tmp_path)
+    assert (run.rank, run.score) == (1, 0.61)
+
+
+def test_notebooks_of_nbformat_3_and_of_papermill_records_are_read(tmp_path):
+    folder = make_run(tmp_path, "older", 0.61, notebook=False)
+    record = new_output("display_data", data={"application/papermill.record+json": {"eval_ner_f1": 0.44}})
+    nbformat.write(new_notebook(cells=[new_code_cell("", outputs=[record])]), folder / "03_train.ipynb")
+    [run] = collect_runs(tmp_path)
+    assert run.metrics["03_train"]["eval_ner_f1"] == 0.44
+    old = {"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "worksheets": [{"cells": [], "metadata": {}}]}
+    (folder / "03_train.ipynb").write_text(json.dumps(old))
+    [run] = collect_runs(tmp_path)
+    assert (run.metrics["03_train"]["eval_ner_f1"], run.notes) == (0.614, [])
+
+
+def test_unreadable_predictions_are_named_and_left_out(tmp_path):
+    folder = make_run(tmp_path, "best", 0.73)
+    (folder / "predictions-dev-greedy.jsonl").write_text('{"index": 0}\n')
+    other = make_run(tmp_path, "second", 0.70)
+    found = [prediction(0, ASPIRIN, [(0, 7)], [])]
+    write_predictions(other / "predictions-dev-greedy.jsonl", found)
+    runs = collect_runs(tmp_path)
+    read_answers(runs)
+    page = write_page(runs, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("predictions-dev-greedy.jsonl cannot be read and is left out") == 1
+    assert "<h2>Errors of run 2</h2>" in page
+
+
+def test_parameters_come_from_the_training_not_from_a_later_notebook(tmp_path):
+    folder = make_run(tmp_path, "best", 0.73, lora_rank=32)
+    recorded = json.loads((folder / "metrics.json").read_text())
+    recorded["parameters"]["lora_rank"] = 8
+    (folder / "metrics.json").write_text(json.dumps(recorded))
+    assert collect_runs(folder)[0].parameters["lora_rank"] == 32
+
+
+def test_runs_on_different_dev_files_are_not_compared_silently(tmp_path):
+    make_run(tmp_path, "a", 0.70)
+    folder = make_run(tmp_path, "b", 0.60)
+    recorded = json.loads((folder / "metrics.json").read_text())
+    recorded["data"]["dev"] = "cd" * 32
+    (folder / "metrics.json").write_text(json.dumps(recorded))
+    assert "scored on different dev files" in page_of(tmp_path, tmp_path / "report.html")
+
+
+def test_what_different_watch_metrics_say_stands_in_different_columns(tmp_path):
+    make_run(tmp_path, "old", 0.70)  # before the parameter: its eval_ner_f1 is the token head's
+    folder = make_run(tmp_path, "new", 0.60, watch_metric="answer")
+    readings = {"eval_answer_ner_f1": 0.604, "eval_head_ner_f1": 0.55}
+    recorded = json.loads((folder / "metrics.json").read_text())
+    recorded["stages"]["03_train"]["metrics"] |= readings
+    (folder / "metrics.json").write_text(json.dumps(recorded))
+    table = runs_table(collect_runs(tmp_path)).set_index("run")
+    assert table.loc["new", "answer F1"] == 0.604 and table["answer F1"].count() == 1
+    assert list(table["token head F1"]) == [pytest.approx(0.704), 0.55]
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert "<td>answer</td>" in page and "<td>token_head</td>" in page and "(watch_metric)" in page
+
+
+def test_a_sweep_is_a_heat_map_of_two_numbers_and_parallel_coordinates_of_more(tmp_path):
+    for number in range(4):
+        grid = {"learning_rate": (0.001, 0.002)[number % 2], "lora_rank": (4, 8)[number // 2]}
+        make_run(tmp_path / "two", f"run{number}", 0.5 + number / 100, **grid)
+        make_run(tmp_path / "three", f"run{number}", 0.5 + number / 100, lora_dropout=number / 10, **grid)
+    two, three = (page_of(tmp_path / name, tmp_path / f"{name}.html") for name in ("two", "three"))
+    best = "Heat map: best mean greedy dev F1 0.530 at learning_rate 0.002 and lora_rank 8."
+    assert (best in two, "Parallel coordinates of" in two) == (True, False)
+    axes = "learning_rate, lora_dropout, lora_rank"
+    coordinates = f"Parallel coordinates of 4 runs over {axes}; best greedy dev F1 0.530."
+    assert (best in three, coordinates in three) == (True, True)  # lora_dropout has no value twice
+    fourth = tmp_path / "two" / "run3"
+    assert "Heat map" not in page_of(
+        [path for path in (tmp_path / "two").iterdir() if path != fourth], fourth / "x"
+    )
+
+
+def test_a_heat_map_cell_is_the_mean_of_its_runs(tmp_path):
+    for number, (rate, rank, f1) in enumerate([(1, 4, 0.5), (1, 4, 0.7), (2, 4, 0.4), (1, 8, 0.3)]):
+        make_run(tmp_path, f"run{number}", f1, learning_rate=rate, lora_rank=rank)
+    [figure] = draw_sweep(collect_runs(tmp_path))
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", as_svg(figure))
+    assert [text for text in texts if text.startswith("0.")] == ["0.600 (2)", "0.400", "0.300"]
+
+
+def test_a_figure_has_the_pages_colours_and_takes_no_name_for_markup(tmp_path):
+    make_run(tmp_path, "<b>$a_$", 0.5)
+    [figure] = draw_scores(collect_runs(tmp_path))
+    svg = as_svg(figure)
+    assert ">1  &lt;b&gt;$a_$</text>" in svg
+    assert "currentColor" in svg and "var(--c0)" in svg and "#0072b2" not in svg
+    assert not re.search(r"https?:|url\(|<style|<image", svg)
+
+
+def test_highlight_tells_boundary_errors_from_missed_and_spurious_ones():
+    html = highlight("abcdef", [(0, 4), (5, 6)], [(2, 5), (5, 6)])
+    assert html == (
+        '<div class="bm-text"><mark class="missed">ab</mark><mark class="overlap">cd</mark>'
+        '<mark class="spurious">e</mark><mark class="right">f</mark></div>'
+    )
+
+
+def test_a_prediction_far_outside_its_text_is_shown_with_the_text():
+    examples = highlight_errors([prediction(0, ASPIRIN, [], [(900, 910)])])
+    count, [html] = examples["spurious"]
+    assert count == 1
+    assert html.startswith(f'<div class="bm-text">{ASPIRIN}')
+    assert "predicted 900-910" in html
+
+
+def test_a_long_text_is_cut_around_its_error():
+    text = "word " * 400 + "Aspirin" + " word" * 400
+    _, [html] = highlight_errors([prediction(0, text, [(2000, 2007)], [])])["missed"]
+    assert '<mark class="missed">Aspirin</mark>' in html
+    assert len(html) < 800
+    assert "gold 2000-2007" in html
+
+
+def test_twelve_runs_with_predictions_take_under_ten_seconds(tmp_path):
+    predictions = [prediction(i, ASPIRIN, [(0, 7), (20, 34)], [(0, 7), (20, 26)]) for i in range(1000)]
+    for number in range(12):
+        folder = make_run(
+            tmp_path, f"run{number:02d}", 0.5 + number / 100, learning_rate=0.001 * (1 + number)
+        )
+        write_predictions(folder / "predictions-dev-greedy.jsonl", predictions)
+    started = time.process_time()  # however busy the machine is
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert time.process_time() - started < 10
+    assert "12 finished, 0 failed, 0 partial" in page
+
+
+def test_the_readme_picture_marks_the_offsets_that_the_model_answers():
+    path = ROOT / "docs" / "tagged_sentence.svg"
+    name = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.parse(path).getroot()
+    lines = ["".join(text.itertext()) for text in root.iter(f"{name}text") if text.get("class") == "line"]
+    assert lines == [f"<NER> {ASPIRIN}", "<TAG> 0-7 ; 20-34"]
+    words = [text for text in root.iter(f"{name}text") if text.get("class", "").startswith("mono")]
+    assert " ".join(word.text for word in words) == ASPIRIN
+    width = int(words[0].get("textLength")) / len("Aspirin")
+    offset = {word: (int(word.get("x")) - int(words[0].get("x"))) / width for word in words}
+    assert all(ASPIRIN.startswith(word.text, int(offset[word])) for word in words)
+    bold = [(offset[word], word.text) for word in words if word.get("class") == "mono mention"]
+    assert bold == [(0, "Aspirin"), (20, "asthma"), (27, "attacks")]
+    ticks = [int(text.text) for text in root.iter(f"{name}text") if text.get("class") == "offset"]
+    assert ticks == [edge for span in parse_spans(lines[1]) for edge in span] == [0, 7, 20, 34]
+
+
+def test_the_best_runs_notebooks_are_rendered_and_the_rest_are_linked(tmp_path, monkeypatch):
+    for name, f1 in (("best", 0.7), ("second", 0.6), ("third", 0.5)):
+        make_run(tmp_path / "runs", name, f1)
+    (tmp_path / "runs/second/03_train.ipynb").write_text('{"cells": [')
+    monkeypatch.setattr(report_notebooks, "RENDERED", 2)
+    runs = collect_runs(tmp_path / "runs")
+    links = {run.name: found for run, found in link_notebooks(runs, tmp_path / "page.html").items()}
+    assert links == {
+        "best": [("03_train", "page_notebooks/best/03_train.html")],
+        "second": [("03_train", "runs/second/03_train.ipynb")],
+        "third": [("03_train", "runs/third/03_train.ipynb")],
+    }
+    page = tmp_path / "page_notebooks/best/03_train.html"
+    assert "finish</span>" in page.read_text(encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8") + "kept")
+    link_notebooks(runs, tmp_path / "page.html")
+    assert page.read_text(encoding="utf-8").endswith("kept")  # of the notebook that lies there
+    glue(tmp_path / "runs/best/03_train.ipynb", {"eval_ner_f1": 0.9})
+    link_notebooks(runs, tmp_path / "page.html")
+    assert "finish</span>" in (text := page.read_text(encoding="utf-8")) and not text.endswith("kept")
