@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"
+# Tiny models run faster on one thread, and many times faster on a busy machine; so do the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
+from biomerge_lib.core.parameters import Parameters, check_parameters, compose_parameters
 from biomerge_lib.core.prompt_format import PromptFormat, Rendering
 from biomerge_lib.core.records import Record
 from biomerge_lib.experiment.runs import quiet_libraries
@@ -42,14 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         shared = item.path.parent if item.path.parent.name in ("cluster", "gpu") else item.path
         item.add_marker(pytest.mark.xdist_group(shared.name))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny models run faster on one thread, and many times faster on a busy machine."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -115,25 +111,24 @@ def tokenizer(tiny_prepared):
     return load_tokenizer(tiny_prepared)
 
 
+def make_tiny_parameters(folder: Path, **overrides) -> Parameters:
+    """Parameters of a run of seconds on the tiny backbone, in ``folder``."""
+    values = compose_parameters([]).model_dump()
+    values |= {
+        "runs_dir": str(folder / "runs"),
+        "cache_dir": str(folder / "token_cache"),
+        "run_id": "tiny",
+        "eval_limit": 4,
+        "num_train_epochs": 1.0,
+        "max_new_tokens": 64,
+        "max_target_tokens": 64,
+    }
+    return check_parameters(values | overrides)
+
+
 @pytest.fixture
 def tiny_parameters(tmp_path):
-    """Parameters of a run of seconds on the tiny backbone; a function that takes overrides."""
-    from biomerge_lib.core.parameters import check_parameters, compose_parameters
-
-    def make(**overrides):
-        values = compose_parameters([]).model_dump()
-        values |= {
-            "runs_dir": str(tmp_path / "runs"),
-            "cache_dir": str(tmp_path / "token_cache"),
-            "run_id": "tiny",
-            "eval_limit": 4,
-            "num_train_epochs": 1.0,
-            "max_new_tokens": 64,
-            "max_target_tokens": 64,
-        }
-        return check_parameters(values | overrides)
-
-    return make
+    return partial(make_tiny_parameters, tmp_path)
 
 
 @pytest.fixture(scope="session")

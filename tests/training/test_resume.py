@@ -1,13 +1,9 @@
 """A run that dies goes on as if it had not; several processes train what one would."""
 
 import json
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,40 +13,40 @@ from safetensors.torch import load_file
 from biomerge_lib.core.records import write_records
 from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_checkpoint
 from biomerge_lib.training.training_order import StepSampler
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_tiny_parameters
+from tests.support.forked_training import train
+from tests.support.shared_corpora import skip_but_fail_in_ci
 
-SCRIPT = Path(__file__).with_name("train_tiny.py")
 DEEPSPEED = ROOT / "parameters" / "deepspeed"
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
 
 
-@pytest.fixture
-def make_run(tiny_backbone, tiny_parameters, sample_records, tmp_path):
+@pytest.fixture(scope="module")
+def make_run(tiny_backbone, sample_records, tmp_path_factory):
     """A run folder on 24 short sentences, ready to train in a process of its own."""
     from biomerge_lib.model.backbones import build_tokenizer
 
-    build_tokenizer(str(tiny_backbone), tmp_path / "tok")
+    place = tmp_path_factory.mktemp("resume")
+    build_tokenizer(str(tiny_backbone), place / "tok")
     short = [record for record in sample_records["train"] if len(record.text) < 90 and record.spans]
     for split, chosen in (("train", short[:24]), ("dev", short[24:28]), ("test", short[28:32])):
-        write_records(tmp_path / f"data/{split}.jsonl", chosen)
+        write_records(place / f"data/{split}.jsonl", chosen)
 
     def make(name: str, **overrides) -> Path:
         values = {
             "run_id": name,
             "backbone": str(tiny_backbone),
-            "tokenizer_dir": str(tmp_path / "tok"),
-            "backbones_dir": str(tmp_path / "backbones"),
-            "data_dir": str(tmp_path / "data"),
+            "tokenizer_dir": str(place / "tok"),
+            "backbones_dir": str(place / "backbones"),
+            "data_dir": str(place / "data"),
             "backend": "peft",
             "num_train_epochs": 2.0,
             "per_device_train_batch_size": 4,
             "eval_steps": 2,
             "save_steps": 2,
-            "max_new_tokens": 64,
-            "max_target_tokens": 64,
             "early_stopping_patience": 100,
         }
-        parameters = tiny_parameters(**values | overrides)
+        parameters = make_tiny_parameters(place, **values | overrides)
         folder = Path(parameters.runs_dir) / name
         folder.mkdir(parents=True)
         (folder / "parameters.yaml").write_text(yaml.safe_dump(parameters.model_dump()))
@@ -59,19 +55,12 @@ def make_run(tiny_backbone, tiny_parameters, sample_records, tmp_path):
     return make
 
 
-def train(folder: Path, expect: int = 0, **environment: str) -> str:
-    """Train with one thread: of whole runs with two, one in eight had gradients that differed in the last bits."""
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def one(make_run) -> Path:
+    """What one process makes of a run without dropout, which several must make, too."""
+    folder = make_run("one", lora_dropout=0.0)
+    train(folder)
+    return folder
 
 
 def curve(folder: Path) -> list[tuple]:
@@ -88,7 +77,7 @@ def test_a_killed_run_resumes_to_the_same_curve_metrics_and_weights(make_run):
     whole, killed = make_run("whole"), make_run("killed")
     train(whole)
     step = random.SystemRandom().randrange(3, 12)
-    train(killed, expect=-signal.SIGKILL, KILL_AT_STEP=str(step))
+    train(killed, kill_at_step=step)
     assert not (killed / "training.json").exists()
     assert "going on from" in train(killed)
     assert curve(killed) == curve(whole), f"killed at step {step}"
@@ -103,7 +92,7 @@ def test_a_killed_run_resumes_to_the_same_curve_metrics_and_weights(make_run):
 @pytest.mark.integration
 def test_a_torn_newest_checkpoint_is_passed_over_with_a_warning(make_run):
     folder = make_run("torn")
-    train(folder, expect=-signal.SIGKILL, KILL_AT_STEP="7")
+    train(folder, kill_at_step=7)
     newest = find_resumable_checkpoint(folder / "checkpoints")
     assert newest.name == "checkpoint-6"
     optimizer = newest / "optimizer.pt"
@@ -115,10 +104,8 @@ def test_a_torn_newest_checkpoint_is_passed_over_with_a_warning(make_run):
 
 
 @pytest.mark.integration
-def test_two_processes_train_what_one_does_at_the_same_global_batch(make_run):
-    one = make_run("one", per_device_train_batch_size=4, lora_dropout=0.0)
+def test_two_processes_train_what_one_does_at_the_same_global_batch(make_run, one):
     two = make_run("two", per_device_train_batch_size=2, lora_dropout=0.0, num_processes=2)
-    train(one)
     train(two)
     # The mean of eval_loss goes by batch in the Trainer, so it depends on how the batches are dealt.
     ours, theirs = ([entry for entry in curve(run) if entry[1] != "eval_loss"] for run in (two, one))
@@ -128,21 +115,18 @@ def test_two_processes_train_what_one_does_at_the_same_global_batch(make_run):
 
 
 @pytest.mark.integration
-def test_deepspeed_trains_what_one_process_does_and_goes_on_from_its_checkpoint(make_run):
+def test_deepspeed_trains_what_one_process_does_and_goes_on_from_its_checkpoint(make_run, one):
     """Both files, in bfloat16, offloading to the CPU as on a GPU; ZeRO-3 deals the weights out over two processes.
 
     Each goes on training behind the first epoch's greedy pass, for which ZeRO-3 gathers the weights.
     """
     if shutil.which("g++") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("g++ compiles DeepSpeed's optimiser")
-    short = {"lora_dropout": 0.0, "eval_steps": 8, "save_steps": 8}
-    plain = make_run("plain", **short)
-    train(plain)
-    expected = losses(plain)
+        skip_but_fail_in_ci("g++ compiles DeepSpeed's optimiser")
+    expected = losses(one)
     assert len(expected) == 12
-    common = {"dtype": "bfloat16", **short}
+    common = {"dtype": "bfloat16", "lora_dropout": 0.0, "eval_steps": 8, "save_steps": 8}
     zero2 = make_run("zero2", deepspeed=str(DEEPSPEED / "zero2_offload.json"), **common)
-    train(zero2)
+    train(zero2, ranks=1)
     assert losses(zero2) == pytest.approx(expected, rel=3e-3)
     zero3 = make_run(
         "zero3",
@@ -153,13 +137,13 @@ def test_deepspeed_trains_what_one_process_does_and_goes_on_from_its_checkpoint(
         per_device_eval_batch_size=1,
         **common,
     )
-    train(zero3)
+    train(zero3, ranks=2)
     whole = losses(zero3)
     assert whole == pytest.approx(expected, rel=3e-3)
     assert all(values.numel() for values in last_weights(zero3).values())  # gathered again
     (zero3 / "training.json").unlink()
     shutil.rmtree(find_resumable_checkpoint(zero3 / "checkpoints"))
-    assert re.search(r"going on from \S+checkpoint-[68]\n", train(zero3))
+    assert re.search(r"going on from \S+checkpoint-[68]\n", train(zero3, ranks=2))
     assert losses(zero3) == pytest.approx(whole, rel=1e-3)
 
 
