@@ -29,7 +29,7 @@ debug: env ## environment, then the whole pipeline 01 to 06 on the CPU with the 
 	@bash slurm/run_local_debug.sh --with-vllm
 
 test: env lint ## environment, lint, then every test and every notebook (PYTEST_ARGS=-x, NBMAKE_TIMEOUT=900)
-	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadgroup --durations=10 tests $(PYTEST_ARGS)
+	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --durations=10 tests $(PYTEST_ARGS)
 	@$(BIN)/pytest -q --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) --timeout=0 notebooks $(PYTEST_ARGS)
 
 gpu-test: env ## the tests that want a CUDA card; their result goes to reports/gpu_tests.md

@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,12 +41,31 @@ def render(text: str, style: str, cue: str | None = None) -> Rendering:
     return prompt_format.render(Record(text, (), "doc", "corpus", cue))
 
 
-@pytest.hookimpl(tryfirst=True)
+# These share a cluster, or hand on files; each begins at once, as it takes longest.
+TOGETHER = ("cluster", "notebooks")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``pytest -n``: a file's tests stay in one process, and a folder's that share a server or a cluster."""
-    for item in items:
-        shared = item.path.parent if item.path.parent.name in ("cluster", "gpu") else item.path
-        item.add_marker(pytest.mark.xdist_group(shared.name))
+    """Files with a slow test come first, so that ``pytest -n`` is not left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.parent.name not in TOGETHER, item.path not in slow))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """With ``pytest -n``: a file's tests stay in one process, and a folder's in ``TOGETHER``.
+
+    pytest-xdist 3.8's own ``--dist loadgroup`` groups nothing under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.partition("::")[0])
+            return path.parent.name if path.parent.name in TOGETHER else str(path)
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.fake_wandb import Server
-from tests.cluster.mini_cluster import SECRETS, Cluster, copy_project, prepare_data, wait_for
+from tests.cluster.mini_cluster import SECRETS, Cluster, copy_project, prepare_data
 from tests.support.shared_corpora import skip_but_fail_in_ci
 
 MINISLURM = Path(__file__).with_name("minislurm.sh")
@@ -57,8 +57,8 @@ def cluster(tiny_backbone, sample_records, wandb_server, tmp_path_factory) -> It
             "VENV": sys.prefix,
             "MIN_TMP_GB": "1",
             "COPY_SECONDS": "2",
-            "STOP_SECONDS": "100",
-            "OMP_NUM_THREADS": "1",
+            "STOP_SECONDS": "300",
+            "TERM_SECONDS": "300",
             "WANDB_BASE_URL": wandb_server.url,
             "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}",
         }
@@ -78,6 +78,7 @@ def campaign(cluster) -> dict[str, str]:
     ``whole``: a chain's 03_train, undisturbed; ``scored``: the chain's 04. ``broken`` fails; ``after`` waits for it.
     ``limited`` hangs at checkpoint-4 until SLURM warns it of its time limit, and is requeued with more time.
     ``cancelled`` hangs there until scancel, ``expired`` until SLURM ends it at its time limit without a warning.
+    The limits are set when the jobs hang, so that no job reaches one before, however slow the machine is.
     ``bereft`` trains on when its W&B server is killed.
     """
     data = cluster.project / "data"
@@ -87,7 +88,7 @@ def campaign(cluster) -> dict[str, str]:
     online = "wandb_mode=online"
     single = ["slurm/job_single_ner.sbatch", *cluster.tiny]
     jobs = {}
-    jobs["expired"] = cluster.submit("--time=2", "--signal=B:CONT@10", *single, "run_id=expired")
+    jobs["expired"] = cluster.submit("--signal=B:CONT@10", *single, "run_id=expired")
     mortal, url = start_mortal_server()
     jobs["bereft"] = cluster.submit(*single, "run_id=bereft", online, WANDB_BASE_URL=url)
     chain = cluster.call(
@@ -105,23 +106,29 @@ def campaign(cluster) -> dict[str, str]:
     )
     jobs |= dict(zip(("whole", "scored"), job_numbers(chain), strict=True))
     jobs |= dict(zip(("broken", "after"), job_numbers(failing), strict=True))
-    jobs["limited"] = cluster.submit("--time=2", "--signal=B:USR1@80", *single, "run_id=limited", online)
+    hours = ("--time=600", "--signal=B:USR1@12000")  # is warned 200 minutes before the end
+    jobs["limited"] = cluster.submit(*hours, *single, "run_id=limited", online)
     jobs["cancelled"] = cluster.submit(*single, "run_id=cancelled")
     waiting = [
         (cluster.hang_at, jobs["cancelled"], "checkpoint-4", "scancel", jobs["cancelled"]),
-        (cluster.hang_at, jobs["expired"], "checkpoint-4"),
+        (cluster.hang_at, jobs["expired"], "checkpoint-4", *limit(jobs["expired"], 1)),
         (kill_server, cluster, jobs["bereft"], mortal),
     ]
     threads = [threading.Thread(target=target, args=arguments) for target, *arguments in waiting]
     for thread in threads:
         thread.start()
-    cluster.hang_at(jobs["limited"], "checkpoint-4")
-    wait_for(lambda: cluster.show(jobs["limited"])["Restarts"] == "1", cluster, jobs["limited"])
-    cluster.call("scontrol", "update", f"JobId={jobs['limited']}", "TimeLimit=60")
+    with cluster.held(jobs["limited"], "checkpoint-4"):
+        cluster.call(*limit(jobs["limited"], 190))
+        cluster.wait_until_asked(jobs["limited"])
+        cluster.call(*limit(jobs["limited"], 600))
     for thread in threads:
         thread.join()
     cluster.wait(*jobs.values())
     return jobs
+
+
+def limit(job: str, minutes: int) -> tuple[str, ...]:
+    return ("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
 
 def start_mortal_server() -> tuple[subprocess.Popen, str]:

@@ -64,7 +64,7 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.show(job)["JobState"]
 
-    def wait(self, *jobs: str, seconds: float = 400) -> list[str]:
+    def wait(self, *jobs: str, seconds: float = 800) -> list[str]:
         """Wait until the jobs (all tasks of an array) have ended; their states."""
         deadline = time.time() + seconds
         while left := self.call("squeue", "--noheader", "--format=%i %T", "--jobs", ",".join(jobs)):
@@ -117,13 +117,17 @@ class Cluster:
         with self.held(job, checkpoint):
             if then:
                 self.call(*then)
-            wait_for(lambda: self._asked(job), self, job)
+            self.wait_until_asked(job)
+
+    def wait_until_asked(self, job: str) -> None:
+        """Wait until the job's script has asked its training to stop."""
+        wait_for(lambda: self._asked(job), self, job)
 
     def _asked(self, job: str) -> bool:
         return (self.workplace(job) / ".messages/stop").is_file()
 
 
-def wait_for(condition: Callable[[], object], cluster: Cluster, job: str, seconds: float = 200) -> None:
+def wait_for(condition: Callable[[], object], cluster: Cluster, job: str, seconds: float = 600) -> None:
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline, cluster.log(job)[-4000:]

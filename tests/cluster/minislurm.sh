@@ -46,7 +46,7 @@ SwitchType=switch/none
 SlurmdParameters=config_overrides
 GresTypes=gpu
 MinJobAge=3600
-KillWait=30
+KillWait=600
 InactiveLimit=0
 Waittime=0
 NodeName=node1 NodeHostname=$HOST NodeAddr=127.0.0.1 CPUs=64 Boards=1 SocketsPerBoard=1 CoresPerSocket=64 ThreadsPerCore=1 RealMemory=524288 Gres=gpu:a100:6,gpu:h100:2 State=UNKNOWN

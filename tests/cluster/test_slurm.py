@@ -3,7 +3,6 @@
 import json
 import re
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -158,7 +157,7 @@ def test_jobs_at_once_on_a_node_do_not_collide(cluster, campaign):
     assert {job["NodeList"] for job in shown.values()} == {"node1"}
     trained = curve(cluster.runs / "whole")
     assert trained and curve(cluster.runs / "bereft") == trained
-    assert not list(Path(cluster.environment["TMPDIR"]).glob("biomerge-*"))  # each removed its own
+    assert not any(cluster.workplace(campaign[name]).exists() for name in shown)  # each removed its own
 
 
 def test_a_wandb_server_that_is_killed_costs_a_job_nothing_and_gets_it_later(cluster, campaign, wandb_server):

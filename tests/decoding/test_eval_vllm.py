@@ -182,8 +182,8 @@ def test_a_long_record_is_chunked_and_mapped_back(evaluate, tokenizer):
 @pytest.mark.parametrize(("concurrency", "most"), [(1, 1), (3, 3)])
 def test_concurrency_is_bounded(evaluate, tokenizer, concurrency, most):
     with FakeServer(tokenizer) as server:
-        server.answer_seconds = 0.05
-        evaluate(server, concurrency=concurrency)
+        server.answer_together(most)
+        evaluate(server, records=make_records(6), concurrency=concurrency)
     assert server.most_in_flight == most
 
 
@@ -209,7 +209,7 @@ def test_a_failure_is_retried(evaluate, tokenizer, failure):
 
 def test_a_time_out_is_retried(evaluate, tokenizer):
     with FakeServer(tokenizer, reply=lambda ids, nth: "hang" if nth == 1 else " 0-7") as server:
-        evaluation = evaluate(server, records=make_records(2), request_seconds=0.3)
+        evaluation = evaluate(server, records=make_records(2), request_seconds=2)
     assert (server.requests, evaluation.retries) == (4, 2)
 
 
@@ -524,7 +524,7 @@ def test_an_interrupt_keeps_the_answers(model_folder, tokenizer, tmp_path):
         )
         wait_until(lambda: server.requests == 4)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "the same command again goes on" in said
     partial = model_folder.parent / "predictions-dev-vllm.jsonl.partial.jsonl"
@@ -673,7 +673,7 @@ def test_a_server_is_ready_named_private_and_gone_after_stop(start_stub):
         assert command_line[command_line.index("--host") + 1] == "127.0.0.1"
         assert not any(server.api_key in word for word in command_line)
         wait_until(lambda: len(find_group_members(group)) == 2)
-        assert 0 < server.startup_seconds < 20
+        assert server.startup_seconds > 0
     assert find_group_members(group) == []
     assert not server.is_running
     server.stop()
@@ -763,8 +763,8 @@ def test_the_engine_of_a_cuda_build_is_forked_unless_the_environment_says_otherw
 
 def test_a_server_that_is_never_ready_is_stopped(start_stub, tmp_path):
     python = make_stub_python(tmp_path / "slow", run="echo loading; sleep 600")
-    server = start_stub(python=python, ready_seconds=0.5)
-    with pytest.raises(ServerError, match=r"not ready after 0.5 s.*\nloading"):
+    server = start_stub(python=python, ready_seconds=2)
+    with pytest.raises(ServerError, match=r"not ready after 2 s.*\nloading"):
         server.start()
     assert not server.is_running
 
@@ -792,7 +792,7 @@ def test_log_tail_without_exceptions_is_the_last_lines(tmp_path):
     assert read_log_tail(tmp_path / "none") == "(the log is empty)"
 
 
-def wait_until(condition, seconds: float = 20) -> None:
+def wait_until(condition, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,11 +228,36 @@ def test_a_merge_that_loses_the_adapter_is_refused(tiny_prepared, checkpoint, tm
     assert not (tmp_path / "lost").exists()
 
 
-def test_any_gguf_file_is_a_backbone_and_what_cannot_be_read_is_named(tmp_path):
-    by_path = build_tokenizer(str(backbones._smollm2_gguf()), tmp_path / "path")[0]
-    by_name = build_tokenizer("smollm2-135m", tmp_path / "name")[0]
-    assert by_path.backend_tokenizer.to_str() == by_name.backend_tokenizer.to_str()
-    assert by_path.eos_token == by_name.eos_token == "<|im_end|>"
+def write_gguf(tokenizer, path: Path) -> Path:
+    """A GGUF file of a small Llama with this tokenizer, without weights."""
+    from gguf import GGUFWriter
+
+    vocabulary = tokenizer.get_vocab()
+    writer = GGUFWriter(path, "llama")
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    writer.add_token_types(
+        [3 if token == tokenizer.eos_token else 1 for token in sorted(vocabulary, key=vocabulary.get)]
+    )
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(tokenizer.eos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_any_gguf_file_is_a_backbone_and_what_cannot_be_read_is_named(plain_tokenizer, tmp_path):
+    tokenizer = build_tokenizer(str(write_gguf(plain_tokenizer, tmp_path / "tiny.gguf")), tmp_path / "tiny")[
+        0
+    ]
+    text = "Aspirin can trigger asthma attacks"
+    assert tokenizer(text)["input_ids"] == plain_tokenizer(text)["input_ids"]
+    assert tokenizer.eos_token == "</s>"
     broken = tmp_path / "broken.gguf"
     with pytest.raises(ModelError, match=r"broken\.gguf: no such GGUF file"):
         build_tokenizer(str(broken), tmp_path / "tok")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +13,7 @@ import torch
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.model.unsloth_lora_ner import UNSLOTH_VERSION, import_backend, refuse_narrow_card
 from tests.conftest import ROOT
-
-SCRIPT = Path(__file__).with_name("backend_losses.py")
-
-
-def run(backend: str, prepared: Path, out: Path, adapter: Path | None = None) -> dict:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        backend,
-        str(prepared),
-        str(out),
-        *([str(adapter)] if adapter else []),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+from tests.model.backend_losses import measure
 
 
 def test_only_the_pinned_unsloth_is_used(monkeypatch):
@@ -71,8 +55,12 @@ def test_a_card_without_bfloat16_is_refused(monkeypatch):
 
 @pytest.mark.integration
 def test_both_backends_train_alike_and_read_each_others_checkpoints(tiny_prepared, tmp_path):
-    peft = run("peft", tiny_prepared, tmp_path / "peft")
-    unsloth = run("unsloth", tiny_prepared, tmp_path / "unsloth")
+    peft = measure("peft", tiny_prepared, tmp_path / "peft")
+    command = [sys.executable, "-m", "tests.model.backend_losses"]
+    command += [str(path) for path in (tiny_prepared, tmp_path / "unsloth", tmp_path / "peft")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    unsloth, crossed = json.loads(done.stdout.splitlines()[-1])
     assert peft["shapes"] == unsloth["shapes"] and len(peft["shapes"]) == 2 * 7 * 2 + 1 + 2
     assert peft["losses"] == pytest.approx(unsloth["losses"], abs=1e-4)
     assert peft["heads"] == pytest.approx(unsloth["heads"], abs=1e-4)
@@ -85,7 +73,6 @@ def test_both_backends_train_alike_and_read_each_others_checkpoints(tiny_prepare
         assert not backend["states"][1][0]
     files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("peft", "unsloth")]
     assert files[0] == files[1] and "adapter_model.safetensors" in files[0]
-    crossed = run("unsloth", tiny_prepared, tmp_path / "crossed", tmp_path / "peft")
-    own = run("peft", tiny_prepared, tmp_path / "own", tmp_path / "unsloth")
+    own = measure("peft", tiny_prepared, tmp_path / "own", tmp_path / "unsloth")
     assert crossed["losses"] == pytest.approx(own["losses"], abs=1e-4)
     assert crossed["losses"][0] < peft["losses"][-1]

@@ -6,7 +6,6 @@ import json
 import stat
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -86,7 +85,7 @@ class FakeServer:
         self.bodies: list[dict] = []
         self.asked: Counter = Counter()
         self.in_flight = self.most_in_flight = 0
-        self.answer_seconds = 0.0
+        self._together = threading.Barrier(1)
         self._lock = threading.Lock()
         self._released = threading.Event()
         fake = self
@@ -124,6 +123,10 @@ class FakeServer:
         self._http.shutdown()
         self._http.server_close()
 
+    def answer_together(self, count: int) -> None:
+        """Answer no request before so many have come."""
+        self._together = threading.Barrier(count)
+
     @property
     def requests(self) -> int:
         return len(self.bodies)
@@ -148,7 +151,7 @@ class FakeServer:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             reply = self.reply(ids, self.asked[ids])
-        time.sleep(self.answer_seconds)
+        self._together.wait(60)
         with self._lock:
             self.in_flight -= 1
         if reply == "hang":
