@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env debug test gpu-test cluster lint format lab requirements clean
+.PHONY: help env debug test check gpu-test cluster lint format lab requirements clean
 
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -29,8 +29,10 @@ debug: env ## environment, then the whole pipeline 01 to 06 on the CPU with the 
 	@bash slurm/run_local_debug.sh --with-vllm
 
 test: env lint ## environment, lint, then every test and every notebook (PYTEST_ARGS=-x, NBMAKE_TIMEOUT=900)
-	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --durations=10 tests $(PYTEST_ARGS)
-	@$(BIN)/pytest -q --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) --timeout=0 notebooks $(PYTEST_ARGS)
+	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --durations=10 --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) tests notebooks $(PYTEST_ARGS)
+
+check: env lint ## everyday: lint, then the tests that are not marked slow or integration; under a minute
+	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --durations=5 -m "not gpu and not slow and not integration" tests $(PYTEST_ARGS)
 
 gpu-test: env ## the tests that want a CUDA card; their result goes to reports/gpu_tests.md
 	@$(BIN)/pytest -q -m gpu tests/gpu $(PYTEST_ARGS)

@@ -41,14 +41,38 @@ def render(text: str, style: str, cue: str | None = None) -> Rendering:
     return prompt_format.render(Record(text, (), "doc", "corpus", cue))
 
 
+EVERYDAY_SECONDS = 5
 # These share a cluster, or hand on files; each begins at once, as it takes longest.
 TOGETHER = ("cluster", "notebooks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a slow test come first, so that ``pytest -n`` is not left with one of them at the end."""
+    for item in items:
+        if item.path.suffix == ".ipynb":  # as long as --nbmake-timeout says
+            item.add_marker(pytest.mark.timeout(0))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.parent.name not in TOGETHER, item.path not in slow))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """A test of everyday (`make check`) takes seconds of the processor; what takes more is marked."""
+    began = cpu_seconds()
+    result = yield
+    took = cpu_seconds() - began
+    marked = item.path.suffix == ".ipynb" or {"slow", "integration", "gpu"} & item.keywords.keys()
+    if took > EVERYDAY_SECONDS and not marked:
+        pytest.fail(
+            f"{took:.1f} CPU seconds: make it smaller, or mark it slow or integration (CONTRIBUTING.md)"
+        )
+    return result
+
+
+def cpu_seconds() -> float:
+    """What this process and those that it has waited for took, however busy the machine is."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -166,6 +166,9 @@ class VllmServer:
         environment = {**os.environ, "VLLM_API_KEY": self.api_key, "VLLM_HOST_IP": HOST}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         environment.pop("MPLBACKEND", None)  # Jupyter's, which another environment cannot import
+        # The engine's process then has what the server's process has imported already; vLLM spawns it by itself where
+        # CUDA has been initialised before.
+        environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         if _is_cpu_build(self.version):
             # One core is left to the HTTP server and the scheduler, as vLLM's own "auto" does: where OpenMP's
             # spinning threads shared it, two busy cores gave 4 tokens a second instead of 12.
@@ -173,10 +176,6 @@ class VllmServer:
             threads = ",".join(str(core) for core in cores[1:] or cores)
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", threads)
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
-        else:
-            # The engine's process then has what the server's process has imported already; vLLM spawns it by itself
-            # where CUDA has been initialised before.
-            environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         return environment
 
     def _wait_until_ready(self, process: GuardedProcess, port: int, *, deadline: float) -> None:

@@ -155,6 +155,7 @@ def sizes(union) -> dict[str, int]:
     return union.steps[-1]["left"]
 
 
+@pytest.mark.slow
 def test_weights_and_caps_draw_whole_documents():
     corpora = {
         "a": corpus(documents("a", 100)),

@@ -90,6 +90,7 @@ IOB_COUNTS = {  # sentences, spans of train, devel, test (corpora/README.md)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IOB_COUNTS)
 def test_iob_corpora_have_their_sentences_and_mentions(name):
     corpus = shared(name)
@@ -138,6 +139,7 @@ def test_anatems_sentences_are_those_of_its_iob_version_within_one_percent():
         assert abs(len(shared("anatem_brat")[split]) / len(records) - 1) < 0.01
 
 
+@pytest.mark.slow
 def test_bc5cdr_in_bioc_and_pubtator_is_the_same_corpus():
     from_bioc, from_pubtator = shared("bc5cdr_original", "bioc:"), shared("bc5cdr_original", "pubtator:")
     assert dict(from_bioc) == dict(from_pubtator)

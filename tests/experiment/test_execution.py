@@ -17,7 +17,7 @@ from biomerge_lib.experiment import execution, runs
 from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
 from biomerge_lib.experiment.runs import run_notebook
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def _run_light(number):
     )
 
 
-def test_twenty_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
+def test_ten_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
     """01_tokenizer without its middle: what papermill, the kernel and the run folder do is all there."""
     notebook = nbformat.read(runs.NOTEBOOKS_DIR / "01_tokenizer.ipynb", 4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -130,13 +130,13 @@ def test_twenty_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setenv("LIGHT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.map(_run_light, range(20), chunksize=1)
+        pool.map(_run_light, range(10), chunksize=1)
     stages = [
         json.loads((tmp_path / f"runs/r{number}/metrics.json").read_text())["stages"]["01_tokenizer"]
-        for number in range(20)
+        for number in range(10)
     ]
-    assert [stage["status"] for stage in stages] == ["finished"] * 20
-    assert len({stage["metrics"]["process"] for stage in stages}) == 20
+    assert [stage["status"] for stage in stages] == ["finished"] * 10
+    assert len({stage["metrics"]["process"] for stage in stages}) == 10
 
 
 def test_a_refused_run_touches_nothing(tmp_path):

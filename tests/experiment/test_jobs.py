@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.experiment import jobs
 from biomerge_lib.training import run as training
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_tiny_parameters
 
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
 
@@ -22,19 +22,21 @@ def job_dir(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture
-def train(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_path):
+@pytest.fixture(scope="module")
+def train(tiny_prepared, tokenizer, sample_records, tmp_path_factory):
     """Trains run NAME on 12 sentences, 3 steps an epoch; ``at_step`` maps steps to what happens there."""
+
+    place = tmp_path_factory.mktemp("jobs")
 
     def run(name, at_step=None, **overrides):
         values = {"eval_steps": 2, "save_steps": 2, "num_train_epochs": 3.0, "backend": "peft"}
-        parameters = tiny_parameters(**values | {"early_stopping_patience": 100} | overrides)
+        parameters = make_tiny_parameters(place, **values | {"early_stopping_patience": 100} | overrides)
         splits = {
             split: [r for r in sample_records[split] if len(r.text) < 90 and r.spans]
             for split in ("train", "dev")
         }
         records = {"train": splits["train"][:12], "dev": splits["dev"][:4]}
-        folder = tmp_path / name
+        folder = place / name
         trainer = training.build_trainer(
             training.build_model(parameters, tiny_prepared),
             tokenizer,
@@ -48,9 +50,14 @@ def train(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_path):
                 (at_step or {}).get(state.global_step + 1, lambda: None)()
 
         trainer.add_callback(AtStep())
-        return training.train(trainer, folder)
+        return training.train(trainer, folder), folder
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(train):
+    return train("whole")
 
 
 def curve(folder):
@@ -58,35 +65,39 @@ def curve(folder):
     return [(entry["step"], name, entry[name]) for entry in history for name in CURVE if name in entry]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("asked_at", "stopped_at"), [(1, 1), (3, 4), (5, 5), (6, 7)])
-def test_a_stopped_run_resumes_to_the_same_curve(train, job_dir, tmp_path, asked_at, stopped_at):
+def test_a_stopped_run_resumes_to_the_same_curve(train, whole, job_dir, asked_at, stopped_at):
     """An epoch has three steps: its last one is finished, with its evaluation, before training stops."""
-    whole = train("whole")
+    name = f"stopped-{asked_at}"
     with pytest.raises(jobs.RunInterrupted, match=f"after {stopped_at} steps"):
-        train("stopped", {asked_at: (job_dir / "stop").touch})
-    assert (tmp_path / f"stopped/checkpoints/checkpoint-{stopped_at}/trainer_state.json").is_file()
+        train(name, {asked_at: (job_dir / "stop").touch})
+    folder = whole[1].with_name(name)
+    assert (folder / f"checkpoints/checkpoint-{stopped_at}/trainer_state.json").is_file()
     assert (job_dir / "interrupted").read_text() == f"checkpoint-{stopped_at} of 9 steps\n"
-    assert not (tmp_path / "stopped/training.json").exists()
+    assert not (folder / "training.json").exists()
     (job_dir / "stop").unlink()
-    resumed = train("stopped")
-    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
-    for name in ("eval_ner_f1", "greedy_dev_ner_f1", "train_loss", "steps", "best_checkpoint"):
-        assert resumed[name] == whole[name]
+    resumed, _ = train(name)
+    assert curve(folder) == curve(whole[1])
+    for metric in ("eval_ner_f1", "greedy_dev_ner_f1", "train_loss", "steps", "best_checkpoint"):
+        assert resumed[metric] == whole[0][metric]
 
 
+@pytest.mark.integration
 def test_a_request_at_the_last_step_comes_too_late_to_stop(train, job_dir):
-    assert train("late", {9: (job_dir / "stop").touch})["steps"] == 9
+    assert train("late", {9: (job_dir / "stop").touch})[0]["steps"] == 9
 
 
+@pytest.mark.integration
 def test_early_stopping_goes_on_counting_after_an_interruption(train, job_dir):
     never_better = {"early_stopping_patience": 3, "early_stopping_threshold": 2.0}
     assert (
-        train("whole", **never_better)["steps"] == 6
+        train("early", **never_better)[0]["steps"] == 6
     )  # evaluations at 2, 3, 4 and 6; the first one is a gain
     with pytest.raises(jobs.RunInterrupted):
-        train("stopped", {5: (job_dir / "stop").touch}, **never_better)
+        train("early-stopped", {5: (job_dir / "stop").touch}, **never_better)
     (job_dir / "stop").unlink()
-    assert train("stopped", **never_better)["steps"] == 6
+    assert train("early-stopped", **never_better)[0]["steps"] == 6
 
 
 def test_outside_a_job_nothing_is_asked_or_told(tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ def test_a_card_without_bfloat16_is_refused(monkeypatch):
     refuse_narrow_card("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_both_backends_train_alike_and_read_each_others_checkpoints(tiny_prepared, tmp_path):
     peft = measure("peft", tiny_prepared, tmp_path / "peft")

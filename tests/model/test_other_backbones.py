@@ -19,6 +19,7 @@ from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.training.launch import train_run
 from tests.conftest import ASPIRIN, MANIFEST, START
 
+pytestmark = pytest.mark.integration
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 from transformers import AutoTokenizer
 
 from biomerge_lib.prompts.tokenizer import load_tokenizer
 from tests.conftest import ROOT, notebook_cells
+
+pytestmark = pytest.mark.integration
 
 
 def imported_by(program: str, *names: str) -> list[str]:

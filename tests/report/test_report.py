@@ -308,6 +308,7 @@ def test_what_different_watch_metrics_say_stands_in_different_columns(tmp_path):
     assert "<td>answer</td>" in page and "<td>token_head</td>" in page and "(watch_metric)" in page
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_heat_map_of_two_numbers_and_parallel_coordinates_of_more(tmp_path):
     for number in range(4):
         grid = {"learning_rate": (0.001, 0.002)[number % 2], "lora_rank": (4, 8)[number // 2]}
@@ -366,6 +367,7 @@ def test_a_long_text_is_cut_around_its_error():
     assert "gold 2000-2007" in html
 
 
+@pytest.mark.slow
 def test_twelve_runs_with_predictions_take_under_ten_seconds(tmp_path):
     predictions = [prediction(i, ASPIRIN, [(0, 7), (20, 34)], [(0, 7), (20, 26)]) for i in range(1000)]
     for number in range(12):

@@ -90,6 +90,7 @@ def test_all_weights_begin_at_loras_loss_and_all_of_them_train(tiny_prepared, ti
     assert model(**batch)["loss"] < first
 
 
+@pytest.mark.integration
 def test_a_stopped_training_resumes_to_the_same_weights_and_is_kept_as_one_model(
     make_trainer, tiny_prepared, tokenizer, tmp_path, capsys
 ):
@@ -229,6 +230,7 @@ def test_there_is_no_adapter_to_export(tiny_parameters, tmp_path, capsys):
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.integration
 def test_a_checkpoint_of_other_weights_is_refused(make_trainer, tiny_prepared, tmp_path):
     trainer, folder = make_trainer("moved", watch_metric="token_head")
     trainer.add_callback(Die())

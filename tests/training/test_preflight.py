@@ -254,6 +254,7 @@ def test_the_command_prints_the_table_and_its_exit_code_tells(data_dir, tiny_pre
     assert main(["preflight", f"data_dir={tmp_path}", words[1]]) == 2
 
 
+@pytest.mark.integration
 def test_no_deep_learning_library_is_imported(data_dir, tiny_prepared):
     program = (
         "import sys; from biomerge_lib.__main__ import main; "

@@ -103,6 +103,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_with_a_warning(make_run):
     assert json.loads((folder / "training.json").read_text())["steps"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_two_processes_train_what_one_does_at_the_same_global_batch(make_run, one):
     two = make_run("two", per_device_train_batch_size=2, lora_dropout=0.0, num_processes=2)
@@ -114,6 +115,7 @@ def test_two_processes_train_what_one_does_at_the_same_global_batch(make_run, on
         assert value == pytest.approx(expected, rel=1e-3, abs=1e-3), (step, name)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_deepspeed_trains_what_one_process_does_and_goes_on_from_its_checkpoint(make_run, one):
     """Both files, in bfloat16, offloading to the CPU as on a GPU; ZeRO-3 deals the weights out over two processes.

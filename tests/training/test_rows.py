@@ -50,6 +50,7 @@ def train_steps(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_p
     return make
 
 
+@pytest.mark.integration
 def test_rows_of_any_size_train_what_padded_parts_train(train_steps):
     losses, norms, weights, passes = train_steps("padded", packing=False)
     assert len(losses) == 3 and passes == 3 + 3 + 1

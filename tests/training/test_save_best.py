@@ -14,6 +14,8 @@ from biomerge_lib.training.outcome import explain_early_stop, explain_gap
 from biomerge_lib.training.run import build_model, build_trainer, train
 from biomerge_lib.training.trainer import NerTrainer
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def make_trainer(tiny_prepared, tokenizer, sample_records, tiny_parameters, tmp_path):
