@@ -114,7 +114,7 @@ def measure_preflight(folder: str) -> dict[str, Any]:
 
         words = [f"data_dir={folder}", "eval_limit=null", "corpus_cue=true", f"tokenizer_dir={TOKENIZER}"]
         found = check_training(compose_parameters(words))
-    return clock.read() | {"train_records": found.numbers["train_records"]}
+    return clock.read() | {"train_records": found.scans["train"].records}
 
 
 def measure_stream(folder: str) -> dict[str, Any]:

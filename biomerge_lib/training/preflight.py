@@ -11,15 +11,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.parameters import Parameters
-from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import parse_answer
 from biomerge_lib.corpora.tags import find_implausible
 from biomerge_lib.experiment.provenance import device_name
@@ -55,25 +52,13 @@ class Finding:
 
 @dataclass
 class Preflight:
-    """The findings in order, and the numbers in them by name (for ``metrics.json``)."""
+    """The findings in order, and what was counted in each split."""
 
+    scans: dict[str, Scan]
     findings: list[Finding] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
 
     def add(self, verdict: str, check: str, says: str) -> None:
         self.findings.append(Finding(verdict, check, says))
-
-    def ok(self, check: str, says: str) -> None:
-        self.add(OK, check, says)
-
-    def note(self, check: str, says: str) -> None:
-        self.add(NOTE, check, says)
-
-    def warn(self, check: str, says: str) -> None:
-        self.add(WARNING, check, says)
-
-    def refuse(self, check: str, says: str) -> None:
-        self.add(REFUSED, check, says)
 
     def __str__(self) -> str:
         return "\n".join(f"{f.verdict:<8} {f.check:<11} {f.says}" for f in self.findings)
@@ -93,22 +78,24 @@ def check_training(parameters: Parameters) -> Preflight:
         ModelError: the tokenizer is missing or unusable.
         PreflightError: anything else that cannot work; all of it is named at once.
     """
-    found = Preflight()
     tokenizer = load_plain_tokenizer(parameters.tokenizer_dir)
-    scans = _scan_splits(parameters, tokenizer)
-    for split, scan in scans.items():
-        _report_counts(found, split, scan, parameters)
-    _report_answers(found, scans["train"].sample, tokenizer, parameters)
-    _report_train_lengths(found, scans["train"], parameters)
-    for split in [name for name in ("dev", "test") if name in scans]:
-        _report_scored_lengths(found, split, scans[split], parameters)
-    _report_sentences(found, scans, parameters)
-    _report_cues(found, scans, parameters)
+    found = Preflight(_scan_splits(parameters, tokenizer))
+    for split in found.scans:
+        _report_counts(found, split, parameters)
+    _report_answers(found, tokenizer, parameters)
+    _report_train_lengths(found, parameters)
+    for split in [name for name in found.scans if name != "train"]:
+        _report_scored_lengths(found, split, parameters)
+    _report_sentences(found, parameters)
+    _report_cues(found, parameters)
     _report_context(found, parameters)
-    _report_steps(found, scans, parameters)
+    _report_steps(found, parameters)
     if parameters.trainable == "all":
         _report_full_training(found, parameters)
-    _report_device(found, parameters)
+    device = device_name()
+    if device.endswith("cores") and parameters.dtype == "bfloat16":
+        says = f"no GPU here ({device}), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
+        found.add(NOTE, "device", says)
     if any(finding.verdict == REFUSED for finding in found.findings):
         raise PreflightError(found)
     return found
@@ -139,189 +126,148 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
     return scans
 
 
-def _report_counts(found: Preflight, split: str, scan: Scan, parameters: Parameters) -> None:
-    digest = file_sha256(Path(parameters.data_dir) / f"{split}.jsonl")[:12]
-    found.ok(
-        split,
-        f"{scan.records:,} records of {len(scan.documents):,} documents, {scan.spans:,} mentions, "
-        f"{scan.empty / scan.records:.1%} of the records without one; every offset lies in its text (sha256 {digest})",
-    )
-    found.numbers |= {
-        f"{split}_records": scan.records,
-        f"{split}_mentions": scan.spans,
-        f"{split}_empty_share": round(scan.empty / scan.records, 4),
-    }
+def _report_counts(found: Preflight, split: str, parameters: Parameters) -> None:
+    scan, path = found.scans[split], Path(parameters.data_dir) / f"{split}.jsonl"
+    says = f"{scan.records:,} records of {len(scan.documents):,} documents, {scan.spans:,} mentions, "
+    says += f"{scan.empty / scan.records:.1%} of the records without one; every offset lies in its text "
+    found.add(OK, split, f"{says}(sha256 {file_sha256(path)[:12]})")
     if not scan.spans and (split != "test" or parameters.run_test_eval):
         purpose = "to learn" if split == "train" else "to score"
-        found.refuse(split, f"no mention in {split}.jsonl: there is nothing {purpose}")
+        found.add(REFUSED, split, f"no mention in {split}.jsonl: there is nothing {purpose}")
     if split == "dev" and scan.records < SMALL_DEV:
-        found.note(split, f"F1 on {scan.records} records is noise: set eval_limit higher for a result")
+        found.add(NOTE, split, f"F1 on {scan.records} records is noise: set eval_limit higher for a result")
     if problem := find_implausible([word for record in scan.sample for word in record.text.split()]):
-        found.warn(
-            split,
-            f"most words are {problem}, as in {scan.sample[0].text[:40]!r}: was the right column read? 02_data has "
-            "token_column and tag_column",
-        )
+        says = f"most words are {problem}, as in {scan.sample[0].text[:40]!r}: was the right column read?"
+        found.add(WARNING, split, f"{says} 02_data has token_column and tag_column")
     if scan.reserved:
-        found.note(split, f"{scan.reserved:,} texts hold a token such as <B> literally; it becomes one token")
+        says = f"{scan.reserved:,} texts hold a token such as <B> literally; it becomes one token"
+        found.add(NOTE, split, says)
 
 
-def _report_answers(
-    found: Preflight, sample: Sequence[Record], tokenizer: PlainTokenizer, parameters: Parameters
-) -> None:
+def _report_answers(found: Preflight, tokenizer: PlainTokenizer, parameters: Parameters) -> None:
+    sample = found.scans["train"].sample
     for record in sample:
         ids = encode_completion(record.spans, tokenizer)
-        if ids.count(tokenizer.eos_token_id) != 1 or ids[-1] != tokenizer.eos_token_id:
-            found.refuse("answers", f"an answer's labels do not end with the one EOS: {ids}")
+        if ids.index(tokenizer.eos_token_id) != len(ids) - 1:
+            found.add(REFUSED, "answers", f"an answer's labels do not end with the one EOS: {ids}")
             return
-        answer = parse_answer(tokenizer.decode(ids[:-1]), len(record.text))
+        written = tokenizer.decode(ids[:-1])
+        answer = parse_answer(written, len(record.text))
         if tuple(answer.spans) != record.spans or answer.unreadable:
-            found.refuse(
-                "answers",
+            says = (
                 f"the tokenizer in {parameters.tokenizer_dir} cannot write {record.target!r}: it decodes as "
-                f"{tokenizer.decode(ids[:-1])!r}",
             )
+            found.add(REFUSED, "answers", f"{says}{written!r}")
             return
-    found.ok("answers", f"EOS is labelled, and {len(sample):,} answers decode to their spans")
+    found.add(OK, "answers", f"EOS is labelled, and {len(sample):,} answers decode to their spans")
 
 
-def _report_train_lengths(found: Preflight, scan: Scan, parameters: Parameters) -> None:
-    limits = f"max_input_tokens={parameters.max_input_tokens}"
-    limits += f", max_target_tokens={parameters.max_target_tokens}"
+def _report_train_lengths(found: Preflight, parameters: Parameters) -> None:
+    scan = found.scans["train"]
     if scan.impossible:
-        found.refuse("limits", f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
+        says = f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}"
+        found.add(REFUSED, "limits", says)
     else:
-        found.ok(
-            "limits",
-            f"{scan.long_prompts:,} prompts and {scan.long_targets:,} targets of train are over the limits ({limits}): "
-            f"{scan.chunked:,} records are cut into chunks, nothing is truncated",
+        says = (
+            f"{scan.long_prompts:,} prompts and {scan.long_targets:,} targets of train are over the limits "
         )
+        says += f"(max_input_tokens={parameters.max_input_tokens}, max_target_tokens={parameters.max_target_tokens}): "
+        says += f"{scan.chunked:,} records are cut into chunks, nothing is truncated"
+        found.add(OK, "limits", says)
     if scan.chunked > 0.2 * scan.records:
-        found.warn("limits", f"{scan.chunked / scan.records:.0%} of train is cut: raise the limits")
-    about = "" if scan.is_exact else "about "
-    total = scan.prompt_tokens + scan.target_tokens
-    found.ok(
-        "tokens",
-        f"{about}{total:,.0f} tokens an epoch; {scan.prompt_tokens / scan.records:.0f} in a mean prompt, "
-        f"{scan.target_tokens / scan.records:.0f} in a mean target",
-    )
-    found.numbers |= {
-        "train_examples": scan.examples,
-        "train_tokens_per_epoch": round(total),
-        "train_long_prompts": scan.long_prompts,
-        "train_long_targets": scan.long_targets,
-        "train_chunked": scan.chunked,
-    }
+        found.add(WARNING, "limits", f"{scan.chunked / scan.records:.0%} of train is cut: raise the limits")
+    about, total = "" if scan.is_exact else "about ", scan.prompt_tokens + scan.target_tokens
+    says = f"{about}{total:,.0f} tokens an epoch; {scan.prompt_tokens / scan.records:.0f} in a mean prompt, "
+    found.add(OK, "tokens", f"{says}{scan.target_tokens / scan.records:.0f} in a mean target")
 
 
-def _report_scored_lengths(found: Preflight, split: str, scan: Scan, parameters: Parameters) -> None:
+def _report_scored_lengths(found: Preflight, split: str, parameters: Parameters) -> None:
+    scan = found.scans[split]
     if scan.impossible:
-        found.refuse(split, f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
+        found.add(REFUSED, split, f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
     if scan.chunked:
-        found.note(
-            split,
-            f"{scan.chunked:,} records are cut into chunks and mapped back; {scan.cut_spans:,} of {scan.spans:,} "
-            "mentions lie across a cut and cannot be found",
-        )
+        says = f"{scan.chunked:,} records are cut into chunks and mapped back; {scan.cut_spans:,} of {scan.spans:,} "
+        found.add(NOTE, split, says + "mentions lie across a cut and cannot be found")
     if scan.long_targets:
-        found.note(
-            split,
-            f"{scan.long_targets:,} answers are longer than max_new_tokens={parameters.max_new_tokens} and would be "
-            "cut off (a chunk's answer is shorter)",
-        )
-    found.numbers |= {f"{split}_chunked": scan.chunked, f"{split}_cut_mentions": scan.cut_spans}
-    found.numbers[f"{split}_long_answers"] = scan.long_targets
+        says = f"{scan.long_targets:,} answers are longer than max_new_tokens={parameters.max_new_tokens} and would be "
+        found.add(NOTE, split, says + "cut off (a chunk's answer is shorter)")
 
 
-def _report_sentences(found: Preflight, scans: dict[str, Scan], parameters: Parameters) -> None:
-    train = scans["train"]
-    found.add(
-        WARNING if train.contradicting else OK,
-        "repeats",
-        f"train has {train.repeated:,} repeated sentences with the same gold, and {train.contradicting:,} with other "
-        f"gold{' under the same cue' if parameters.corpus_cue else ''}",
-    )
-    found.numbers |= {"train_repeated": train.repeated, "train_contradicting": train.contradicting}
+def _report_sentences(found: Preflight, parameters: Parameters) -> None:
+    train = found.scans["train"]
+    says = f"train has {train.repeated:,} repeated sentences with the same gold, and {train.contradicting:,} with "
+    says += f"other gold{' under the same cue' if parameters.corpus_cue else ''}"
+    found.add(WARNING if train.contradicting else OK, "repeats", says)
     own = train.sentences()
-    for split in [name for name in ("dev", "test") if name in scans]:
-        scan = scans[split]
-        both = train.documents & scan.documents
-        if both:
-            dataset, doc_id = min(both)
-            says = f"{len(both):,} documents stand in train and in {split}, e.g. {dataset}/{doc_id}"
-            found.refuse("leaks", says + ": splits are by document")
+    for split in [name for name in found.scans if name != "train"]:
+        scan = found.scans[split]
+        if both := train.documents & scan.documents:
+            says = f"{len(both):,} documents stand in train and in {split}, e.g. {'/'.join(min(both))}"
+            found.add(REFUSED, "leaks", says + ": splits are by document")
         shared = len(own & scan.sentences())
         says = f"{shared:,} sentences of {split} also stand in train"
         advice = "; 02_data with drop_leaks=train takes them out" if shared else ""
         found.add(WARNING if shared else OK, "leaks", says + advice)
-        found.numbers[f"{split}_leaks"] = shared
 
 
-def _report_cues(found: Preflight, scans: dict[str, Scan], parameters: Parameters) -> None:
-    trained = scans["train"].datasets
-    names = ", ".join(f"{name} {count:,}" for name, count in trained.most_common())
-    unseen = {name for split in scans for name in scans[split].datasets} - trained.keys()
+def _report_cues(found: Preflight, parameters: Parameters) -> None:
+    train = found.scans["train"]
+    names = ", ".join(f"{name} {count:,}" for name, count in train.datasets.most_common())
+    unseen = {name for scan in found.scans.values() for name in scan.datasets} - train.datasets.keys()
+    others = ", ".join(sorted(unseen))
     if not parameters.corpus_cue:
-        says = f"train mixes {len(trained)} corpora ({names}) and no prompt says which policy is asked for"
-        if len(trained) > 1:
-            found.warn("cues", says + ": set corpus_cue=true")
+        if len(train.datasets) > 1:
+            says = f"train mixes {len(train.datasets)} corpora ({names}) and no prompt says which policy is asked for"
+            found.add(WARNING, "cues", f"{says}: set corpus_cue=true")
         else:
-            found.ok("cues", f"one corpus ({names}): no cue needed")
+            found.add(OK, "cues", f"one corpus ({names}): no cue needed")
         if unseen:
-            found.warn("cues", f"scored but not trained on: {', '.join(sorted(unseen))}")
+            found.add(WARNING, "cues", f"scored but not trained on: {others}")
         return
-    default = scans["train"].cues[parameters.default_cue]
-    found.ok("cues", f"{names}; {default:,} training records with the default cue {parameters.default_cue!r}")
+    cue, cued = parameters.default_cue, train.cues[parameters.default_cue]
+    found.add(OK, "cues", f"{names}; {cued:,} training records with the default cue {cue!r}")
     if unseen:
-        says = f"{', '.join(sorted(unseen))}: not in train, so asked with the default cue {parameters.default_cue!r}"
-        untrained = (
-            "" if default else ", which no training record has: set cue_dropout, or name a trained corpus"
-        )
-        found.add(NOTE if default else WARNING, "cues", says + untrained)
+        says = f"{others}: not in train, so asked with the default cue {cue!r}"
+        if not cued:
+            says += ", which no training record has: set cue_dropout, or name a trained corpus"
+        found.add(NOTE if cued else WARNING, "cues", says)
 
 
 def _report_context(found: Preflight, parameters: Parameters) -> None:
-    prepared = Path(parameters.backbones_dir) / backbone_name(parameters.backbone)
-    configs = [folder / "config.json" for folder in (prepared, Path(parameters.backbone).expanduser())]
-    config = next((path for path in configs if path.is_file()), None)
-    if config is None:
-        found.note(
-            "context", f"{parameters.backbone} is not prepared yet: its longest context is not checked"
-        )
+    backbone = parameters.backbone
+    folders = (Path(parameters.backbones_dir) / backbone_name(backbone), Path(backbone).expanduser())
+    configs = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    if not configs:
+        found.add(NOTE, "context", f"{backbone} is not prepared yet: its longest context is not checked")
         return
-    context = json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"]
+    context = json.loads(configs[0].read_text(encoding="utf-8"))["max_position_embeddings"]
     needed = parameters.max_input_tokens + max(parameters.max_target_tokens, parameters.max_new_tokens)
-    says = f"prompt and answer need {needed:,} tokens, {parameters.backbone} has room for {context:,}"
+    says = f"prompt and answer need {needed:,} tokens, {backbone} has room for {context:,}"
     found.add(OK if needed <= context else REFUSED, "context", says)
 
 
-def _report_steps(found: Preflight, scans: dict[str, Scan], parameters: Parameters) -> None:
+def _report_steps(found: Preflight, parameters: Parameters) -> None:
+    dev = found.scans["dev"]
     steps, evaluations, greedy = count_steps(
-        scans["train"].examples,
+        found.scans["train"].examples,
         batch_size=parameters.per_device_train_batch_size * parameters.num_processes,
         accumulation=parameters.gradient_accumulation_steps,
         epochs=parameters.num_train_epochs,
         eval_steps=parameters.eval_steps,
     )
-    found.numbers |= {"expected_steps": steps, "expected_evaluations": evaluations, "expected_greedy": greedy}
-    found.ok(
-        "steps",
-        f"{steps:,} optimiser steps, {evaluations:,} evaluations, {greedy:,} greedy passes over "
-        f"{scans['dev'].records:,} dev records ({scans['dev'].examples:,} prompts)",
-    )
+    says = f"{steps:,} optimiser steps, {evaluations:,} evaluations, {greedy:,} greedy passes over "
+    found.add(OK, "steps", f"{says}{dev.records:,} dev records ({dev.examples:,} prompts)")
     if steps < parameters.eval_steps:
-        found.note(
-            "steps", f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
-        )
+        says = f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
+        found.add(NOTE, "steps", says)
 
 
 def _report_full_training(found: Preflight, parameters: Parameters) -> None:
     if parameters.learning_rate >= HIGH_RATE:
-        found.warn(
-            "weights",
-            f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it (2e-4 to "
-            "5e-4 for SmolLM2-135M)",
+        says = (
+            f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it "
         )
+        found.add(WARNING, "weights", says + "(2e-4 to 5e-4 for SmolLM2-135M)")
     prepared = Path(parameters.backbones_dir) / backbone_name(parameters.backbone)
     weights = sum(path.stat().st_size for path in prepared.glob("*.safetensors")) // 2  # bfloat16
     if not weights:
@@ -331,19 +277,11 @@ def _report_full_training(found: Preflight, parameters: Parameters) -> None:
     disk_gb = checkpoint_gb * (parameters.save_total_limit + 1)  # a new one is written before the oldest goes
     runs = Path(parameters.runs_dir).absolute()
     free_gb = shutil.disk_usage(next(path for path in (runs, *runs.parents) if path.is_dir())).free / 1e9
-    found.add(
-        OK if disk_gb < free_gb else WARNING,
-        "weights",
+    says = (
         f"all {weights / 1e6:,.1f} million weights train: {memory_gb:.1f} GB of memory before activations, "
-        f"{checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)",
     )
-
-
-def _report_device(found: Preflight, parameters: Parameters) -> None:
-    device = device_name()
-    if device.endswith("cores") and parameters.dtype == "bfloat16":
-        says = f"no GPU here ({device}), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
-        found.note("device", says)
+    says += f"{checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)"
+    found.add(OK if disk_gb < free_gb else WARNING, "weights", says)
 
 
 def count_steps(

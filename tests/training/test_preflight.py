@@ -81,33 +81,32 @@ def test_texts_of_tags_or_numbers_are_warned_about(check, tmp_path, text, proble
 
 def test_every_count_is_what_training_meets(check, tokenizer, data_dir):
     limits = {"max_input_tokens": 150, "max_target_tokens": 40, "max_new_tokens": 48}
-    numbers = check(**limits, offset_anchors="start").numbers
+    scans = check(**limits, offset_anchors="start").scans
+    train, dev = scans["train"], scans["dev"]
     records = {split: read_split(data_dir, split) for split in ("train", "dev")}
     prompt_format = replace(START, max_input_tokens=150)
     dataset = build_dataset(records["train"], tokenizer, prompt_format, max_target_tokens=40)
     prompts = build_prompts(records["dev"], tokenizer, prompt_format)
-    assert numbers["train_records"] == 448 and numbers["train_mentions"] == 1091
-    assert numbers["train_empty_share"] == 0.1741
-    assert numbers["train_examples"] == len(dataset) > 448
+    assert train.records == 448 and train.spans == 1091 and train.empty == 78
+    assert train.examples == len(dataset) > 448
     whole = build_dataset(
         records["train"], tokenizer, replace(START, max_input_tokens=9999), max_target_tokens=9999
     )
-    assert numbers["train_tokens_per_epoch"] == sum(whole["length"])
-    assert numbers["train_long_prompts"] == sum(length > 150 for length in whole["prompt_length"]) > 0
+    assert train.prompt_tokens + train.target_tokens == sum(whole["length"])
+    assert train.long_prompts == sum(length > 150 for length in whole["prompt_length"]) > 0
     pieces = Counter(prompt.record_index for prompt in prompts)
-    assert numbers["dev_records"] == len(pieces) == 86
-    assert numbers["dev_chunked"] == sum(count > 1 for count in pieces.values()) > 0
+    assert dev.records == len(pieces) == 86
+    assert dev.chunked == sum(count > 1 for count in pieces.values()) > 0
     answers = [encode_completion(record.spans, tokenizer) for record in records["dev"]]
-    assert numbers["dev_long_answers"] == sum(len(answer) > 48 for answer in answers)
+    assert dev.long_targets == sum(len(answer) > 48 for answer in answers)
 
 
 def test_steps_are_those_of_the_trainer(check):
     found = check(
         per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1.5, eval_steps=20
     )
-    examples = found.numbers["train_examples"]
-    per_epoch = math.ceil(math.ceil(examples / 4) / 2)
-    assert found.numbers["expected_steps"] == math.ceil(1.5 * per_epoch)
+    per_epoch = math.ceil(math.ceil(found.scans["train"].examples / 4) / 2)
+    assert f"{math.ceil(1.5 * per_epoch)} optimiser steps" in says(found, "steps")
     assert count_steps(10, batch_size=4, accumulation=1, epochs=2, eval_steps=2) == (6, 4, 2)  # 2 3 4 6
     assert count_steps(10, batch_size=4, accumulation=8, epochs=0.1, eval_steps=500) == (1, 1, 1)
     assert count_steps(100, batch_size=10, accumulation=1, epochs=3, eval_steps=10) == (30, 3, 3)
@@ -171,7 +170,7 @@ def test_a_split_without_mentions_is_refused(check, tmp_path, split):
     folder = write_splits(tmp_path, **{split: [Record("Nothing here", (), "n", "a")]})
     with pytest.raises(PreflightError, match=rf"no mention in {split}\.jsonl") as error:
         check(data_dir=folder)
-    assert isinstance(error.value, BioMergeError) and error.value.preflight.numbers["train_records"] == 1
+    assert isinstance(error.value, BioMergeError) and error.value.preflight.scans["train"].records == 1
 
 
 def test_a_test_split_without_mentions_matters_only_when_it_is_scored(check, tmp_path):
@@ -201,8 +200,8 @@ def test_leaks_repeats_and_contradictions_are_counted(check, tmp_path):
     again = Record("Aspirin helps .", ((0, 7),), "a4", "a")
     leak = Record("ASPIRIN helps.", ((0, 7),), "a5", "a")
     found = check(data_dir=write_splits(tmp_path, train=[ASPIRIN, other, again], dev=[leak, CAFFEINE]))
-    assert found.numbers["train_repeated"] == 1 and found.numbers["train_contradicting"] == 1
-    assert found.numbers["dev_leaks"] == 1 and found.numbers["test_leaks"] == 0
+    assert found.scans["train"].repeated == 1 and found.scans["train"].contradicting == 1
+    assert "ok: 0 sentences of test also stand in train" in says(found, "leaks")
     assert says(found, "repeats").startswith("warning") and "warning: 1 sentences of dev" in says(
         found, "leaks"
     )
@@ -213,10 +212,10 @@ def test_several_corpora_want_a_cue(check, tmp_path):
     folder = write_splits(tmp_path, train=[ASPIRIN, b], dev=[CAFFEINE, Record("c d", ((0, 1),), "c1", "c")])
     without = check(data_dir=folder)
     assert "train mixes 2 corpora (a 1, b 1)" in says(without, "cues")
-    assert without.numbers["train_contradicting"] == 1
+    assert without.scans["train"].contradicting == 1
     assert "scored but not trained on: c" in says(without, "cues")
     cued = check(data_dir=folder, corpus_cue=True, cue_dropout=0.0)
-    assert cued.numbers["train_contradicting"] == 0
+    assert cued.scans["train"].contradicting == 0
     assert "warning: c: not in train, so asked with the default cue 'any', which no" in says(cued, "cues")
     assert "note: c: not in train" in says(check(data_dir=folder, corpus_cue=True, default_cue="a"), "cues")
 
