@@ -24,20 +24,16 @@ from biomerge_lib.model.backbones import prepare_backbone
 from biomerge_lib.model.unsloth_lora_ner import import_backend
 from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_options
 
-# In the first line that torchrun writes when a process has failed.
-_TORCHRUN = "elastic/multiprocessing/api.py"
+_TORCHRUN = "elastic/multiprocessing/api.py"  # in the first line that it writes when a process has failed
 _KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
 
 
 def read_records(parameters: Parameters) -> dict[str, list[Record]]:
     """The records that a run trains on and is scored on, as its parameters choose them."""
-    chosen = {
-        "train": read_split(parameters.data_dir, "train", **training_options(parameters)),
-        "dev": read_split(parameters.data_dir, "dev", **scoring_options(parameters)),
-    }
+    options = {"train": training_options(parameters), "dev": scoring_options(parameters)}
     if parameters.run_test_eval:
-        chosen["test"] = read_split(parameters.data_dir, "test", **scoring_options(parameters))
-    return chosen
+        options["test"] = options["dev"]
+    return {split: read_split(parameters.data_dir, split, **chosen) for split, chosen in options.items()}
 
 
 def train_run(
@@ -72,11 +68,9 @@ def _train_here(
     from biomerge_lib.training.run import build_model, build_trainer, train
 
     backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
-    model = build_model(parameters, backbone)
+    model, tokenizer = build_model(parameters, backbone), load_tokenizer(backbone)
     records = records or read_records(parameters)
-    trainer = build_trainer(
-        model, load_tokenizer(backbone), records, parameters, checkpoints=folder / "checkpoints"
-    )
+    trainer = build_trainer(model, tokenizer, records, parameters, checkpoints=folder / "checkpoints")
     if trainer.is_world_process_zero():
         trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
         print(f"training {trained:,} of {total:,} weights ({trained / total:.1%})")

@@ -85,9 +85,7 @@ def build_trainer(
         DataError: dev has no records or no entity (no metric could be computed).
     """
     if not any(record.spans for record in records["dev"]):
-        raise DataError(
-            "the dev records hold no entity: there is nothing to measure. Check dev.jsonl or eval_limit."
-        )
+        raise DataError("the dev records hold no entity: nothing to measure. Check dev.jsonl or eval_limit.")
     datasets = {
         split: build_dataset(
             records[split],
@@ -173,8 +171,7 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     Writes ``training.json`` (the returned metrics) and ``log_history.json`` to the run folder.
 
     Raises:
-        ModelError: the newest checkpoint is of another backbone, the GPU's memory or the disk is full, or the loss is
-            no number.
+        ModelError: the checkpoint is of another backbone, GPU memory or disk is full, or the loss is no number.
         RunInterrupted: the job asked for an end; a checkpoint is there.
     """
     checkpoints = Path(cast(str, trainer.args.output_dir))
@@ -193,10 +190,8 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     seconds = time.monotonic() - started
     if trainer.state.global_step < trainer.state.max_steps:
         print(explain_early_stop(trainer.parameters, trainer.state))
-    best = Path(
-        trainer.state.best_model_checkpoint or cast(Path, find_resumable_checkpoint(checkpoints))
-    ).name
-    metrics = collect_metrics(trainer, best, seconds)
+    best = trainer.state.best_model_checkpoint or cast(Path, find_resumable_checkpoint(checkpoints))
+    metrics = collect_metrics(trainer, Path(best).name, seconds)
     if trainer.parameters.run_test_eval:
         metrics |= {f"test_{name}": value for name, value in trainer.score_greedily("test").items()}
     if trainer.is_world_process_zero():

@@ -9,7 +9,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -164,33 +164,23 @@ class NerTrainer(Trainer):
             write_json(folder / BACKBONE_NOTE, {"sha256": self.backbone_sha256})
 
     def training_step(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         if not self.model.training:  # after an evaluation
             model.train()
+        if self._graphed is None and "graphed" in self.launch:
+            self._graphed = GraphedPass(functools.partial(self._run_pass, model), self._trained)
+        run = self._graphed or functools.partial(self._run_pass, model)
         rows, loss = rows_of(inputs), torch.zeros((), device=self.args.device)
         for number, row in enumerate(rows, start=1):
             batch = to_device(self, {**row, "num_words_in_batch": self._words_in_step})
             batch["num_items_in_batch"] = num_items_in_batch
             # Several processes add their gradients up once, with the last row's.
-            alone = self.accelerator.no_sync(model) if number < len(rows) else nullcontext()
-            with alone:
-                of_row = (
-                    self._graphed_pass(model)(batch)
-                    if "graphed" in self.launch
-                    else self._run_pass(model, batch)
-                )
+            with self.accelerator.no_sync(model) if number < len(rows) else nullcontext():
+                of_row = run(batch)
             self.finite.watch(of_row, batch, self.state.global_step)
             loss += of_row
         return loss
-
-    def _graphed_pass(self, model: torch.nn.Module) -> GraphedPass:
-        if self._graphed is None:
-            self._graphed = GraphedPass(functools.partial(self._run_pass, model), self._trained)
-        return self._graphed
 
     def _run_pass(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         inputs = dict(batch)
@@ -210,11 +200,7 @@ class NerTrainer(Trainer):
         return 0  # walks over all modules at every step, for a number that nobody reads
 
     def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: torch.nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """The loss; what is predicted; what is right: answers' token ids and, with a head, words' labels.
 
@@ -223,10 +209,7 @@ class NerTrainer(Trainer):
         inputs = to_device(self, inputs)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = model(**inputs)
-        if prediction_loss_only:
-            return output["loss"], None, None
-        labels = inputs["labels"]
-        words = []
+        labels, words = inputs["labels"], []
         if "token_logits" in output:
             words = [output["token_logits"].argmax(-1), inputs["token_labels"]]
         if "cu_seq_lens" in inputs:
@@ -247,10 +230,9 @@ class NerTrainer(Trainer):
             for both in zip(prediction.label_ids, prediction.predictions, strict=True)
         ]
         eos = cast(int, self.processing_class.eos_token_id)
-        answers = score_forced_answers(pairs[0], eos_id=eos, separator_ids=self.separator_ids)
-        found = {
-            "answer": {"ner_f1": answers.f1, "ner_precision": answers.precision, "ner_recall": answers.recall}
-        }
+        forced = score_forced_answers(pairs[0], eos_id=eos, separator_ids=self.separator_ids)
+        answer = {"ner_f1": forced.f1, "ner_precision": forced.precision, "ner_recall": forced.recall}
+        found = {"answer": answer}
         if self.parameters.fast_metrics:
             found["head"] = score_word_labels(*zip(*pairs[1], strict=True))
         scores = {f"{name}_{metric}": value for name in found for metric, value in found[name].items()}
@@ -258,16 +240,13 @@ class NerTrainer(Trainer):
             return scores | self.score_greedily("dev")
         return scores | found["head" if self.parameters.watch_metric == "token_head" else "answer"]
 
-    @contextmanager
-    def _whole_model(self) -> Iterator[CausalLM]:
+    def _whole_model(self) -> AbstractContextManager[CausalLM]:
         """The model without its wrappers, under ZeRO-3 with all weights: gathered once, not anew for every token."""
         if not is_deepspeed_zero3_enabled():
-            yield self.accelerator.unwrap_model(self.model)
-            return
+            return nullcontext(self.accelerator.unwrap_model(self.model))
         from trl.models.utils import unwrap_model_for_generation
 
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
-            yield model
+        return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
 
     def score_greedily(self, split: str) -> dict[str, Any]:
         """Decode a split's records with the model as it stands, and score exact spans."""
@@ -311,9 +290,8 @@ def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:
     """
     on_gpu = torch.cuda.is_available()
     if "graphed" in parameters.step_launch and not on_gpu:
-        raise ModelError(
-            f"step_launch={parameters.step_launch} needs a GPU, and PyTorch sees none here. Set step_launch=auto."
-        )
+        asked = f"step_launch={parameters.step_launch}"
+        raise ModelError(f"{asked} needs a GPU, and PyTorch sees none here. Set step_launch=auto.")
     if parameters.step_launch != "auto":
         return parameters.step_launch
     if not on_gpu or parameters.deepspeed:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from biomerge_lib.core.files import write_text
 from biomerge_lib.core.parameters import Parameters
@@ -40,18 +40,13 @@ class StopOnRequest(TrainerCallback):
     def __init__(self) -> None:
         self.stopped_at: int | None = None
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         last_of_epoch = state.global_step >= state.max_steps or float(state.epoch).is_integer()
         if _any_process(jobs.stop_requested(), args) and not last_of_epoch:
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
-        return control
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if self.stopped_at == state.global_step and state.is_world_process_zero:
             jobs.note_interrupted(f"checkpoint-{state.global_step} of {state.max_steps} steps")
 
@@ -66,24 +61,18 @@ class EpochEndEvaluation(TrainerCallback):
         self.stop = stop
         self.evaluate_greedily = evaluate_greedily
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps  # the curve's last point
-        return control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if self.stop.stopped_at is not None:
-            return control  # in the middle of an epoch
+            return  # in the middle of an epoch
         here = (entry for entry in state.log_history if entry["step"] == state.global_step)
         evaluated = any(WATCH_METRIC in entry for entry in here)
         control.should_evaluate = control.should_save = not evaluated
         if self.evaluate_greedily is not None:
             self.evaluate_greedily()
             _keep_log(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}", state)
-        return control
 
 
 def _keep_log(checkpoint: Path, state: TrainerState) -> None:
@@ -107,19 +96,15 @@ class TrackingCallback(TrainerCallback):
         self._run: wandb.Run | None = None
         self._counted = (0.0, 0)  # when, how many tokens
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self._run = tracking.open_run(self.parameters, self.run_folder)
             self._counted = (time.monotonic(), self.count_tokens())
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if self._run is None:
             return
-        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in logs.items() if isinstance(value, int | float)}
         if "loss" in numbers:
             (then, before), self._counted = self._counted, (time.monotonic(), self.count_tokens())
             numbers["tokens_per_second"] = (self._counted[1] - before) / (self._counted[0] - then)
@@ -132,9 +117,8 @@ class TrackingCallback(TrainerCallback):
             return
         if self.stop.stopped_at:
             self._run.mark_preempting()
-        tracking.close_run(
-            self._run, self.run_folder, exit_code=jobs.INTERRUPTED if self.stop.stopped_at else 0
-        )
+        exit_code = jobs.INTERRUPTED if self.stop.stopped_at else 0
+        tracking.close_run(self._run, self.run_folder, exit_code=exit_code)
         self._run = None
 
 
@@ -181,23 +165,17 @@ class ProgressBar(TrainerCallback):
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             done = {"initial": state.global_step, "total": state.max_steps}
             self._bar = tqdm(desc="training", unit="step", mininterval=2.0, **done)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if self._bar is None or not logs:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        if self._bar is None:
             return
         if "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
