@@ -25,7 +25,6 @@ from biomerge_lib.decoding.answer_grammar import CONSTRAINTS
 from biomerge_lib.decoding.partial_answers import PartialAnswers
 from biomerge_lib.decoding.predictions import (
     Prediction,
-    Prompt,
     RawAnswer,
     build_prompts,
     collect_predictions,
@@ -100,11 +99,16 @@ def evaluate_split(
     if not records:
         raise DataError(f"{split}: no records to score.")
     prompts = build_prompts(records, client.tokenizer, prompt_format)
-    _check_context(client, prompts)
+    server = client.server
+    served = find_served_model(server.base_url, server.api_key, names=[server.model_id])
+    needed = max(len(prompt.prompt_ids) for prompt in prompts) + client.max_new_tokens
+    if served.max_model_len and needed > served.max_model_len:
+        raise ServerError(
+            f"the longest prompt and {client.max_new_tokens} new tokens make {needed}, but {served.id!r} takes "
+            f"{served.max_model_len}. Start it with --max-model-len {needed}, or lower max_input_tokens."
+        )
     all_ids = json.dumps([prompt.prompt_ids for prompt in prompts]).encode()
-    job = dict(
-        split=split, model=client.server.model_id, weights=weights, max_new_tokens=client.max_new_tokens
-    )
+    job = dict(split=split, model=server.model_id, weights=weights, max_new_tokens=client.max_new_tokens)
     job |= asdict(prompt_format) | dict(constrained_decoding=client.constrained_decoding)
     job |= dict(prompts=len(prompts), prompts_sha256=hashlib.sha256(all_ids).hexdigest())
     with PartialAnswers(f"{out}.partial.jsonl", job) as partial:
@@ -136,17 +140,6 @@ def evaluate_split(
         partial.remove()
     new_tokens = sum(len(answers[number].token_ids) + (answers[number].finish == "eos") for number in todo)
     return Evaluation(predictions, len(todo), resumed, seconds, new_tokens, retries)
-
-
-def _check_context(client: GreedyClient, prompts: Sequence[Prompt]) -> None:
-    server = client.server
-    served = find_served_model(server.base_url, server.api_key, names=[server.model_id])
-    needed = max(len(prompt.prompt_ids) for prompt in prompts) + client.max_new_tokens
-    if served.max_model_len and needed > served.max_model_len:
-        raise ServerError(
-            f"the longest prompt and {client.max_new_tokens} new tokens make {needed}, but {served.id!r} takes "
-            f"{served.max_model_len}. Start it with --max-model-len {needed}, or lower max_input_tokens."
-        )
 
 
 def choose_asking(stored: Mapping[str, Any], given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -189,19 +182,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--split", default="dev", choices=SPLITS, help="what to score (%(default)s)")
-    add(
-        "--data_dir",
-        "--data-dir",
-        default="data/union_span/ner",
-        help="folder of <split>.jsonl (%(default)s)",
-    )
+    folder = "folder of <split>.jsonl (%(default)s)"
+    add("--data_dir", "--data-dir", default="data/union_span/ner", help=folder)
     add("--port", type=int, default=8001, help="port of a server on this machine (%(default)s)")
     add("--base-url", help="address of a server elsewhere, e.g. http://node7:8001/v1; instead of --port")
-    add(
-        "--api-key-env",
-        default=API_KEY,
-        help="environment variable with the server's key (%(default)s)",
-    )
+    add("--api-key-env", default=API_KEY, help="environment variable with the server's key (%(default)s)")
     add("--model", type=Path, help="run folder or merged model folder (default: the folder the server names)")
     add(
         "--out",
@@ -211,25 +196,16 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--metrics", type=Path, help="also write the scores to this JSON file")
     add("--limit", type=_positive, help="score only so many records, spread over the split")
     add("--concurrency", type=_positive, default=64, help="requests in flight (%(default)s)")
-    add(
-        "--offset-anchors",
-        choices=ANCHOR_STYLES,
-        help="how prompts show offsets (this and the next three: as the run was trained)",
-    )
-    add(
-        "--corpus-cue",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="whether prompts name the record's corpus",
-    )
+    anchors = "how prompts show offsets (this and the next three: as the run was trained)"
+    add("--offset-anchors", choices=ANCHOR_STYLES, help=anchors)
+    cue = "whether prompts name the record's corpus"
+    add("--corpus-cue", action=argparse.BooleanOptionalAction, default=None, help=cue)
     add("--max-input-tokens", type=_positive, help="longer prompts are chunked")
     add("--max-new-tokens", type=_positive, help="longer answers are cut")
-    add(
-        "--constrained-decoding",
-        choices=CONSTRAINTS,
-        default="off",
-        help="format: answers are spans; offsets: at edges of words, ascending, without overlap (%(default)s)",
+    constraint = (
+        "format: answers are spans; offsets: at edges of words, ascending, without overlap (%(default)s)"
     )
+    add("--constrained-decoding", choices=CONSTRAINTS, default="off", help=constraint)
     add("--span-threshold", type=_share, help="drop predicted spans of a lower probability")
     return parser
 
@@ -270,9 +246,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     out = options.out or run_folder / f"predictions-{options.split}-vllm.jsonl"
     print(f"{data_path}: {len(records)} records, sha256 {file_sha256(data_path)[:12]}")
     asked = {name: chosen[name] for name in ASKED_WITH}
-    print(
-        f"{server.model_id} at {server.base_url}: {', '.join(f'{name}={value}' for name, value in asked.items())}"
-    )
+    said = ", ".join(f"{name}={value}" for name, value in asked.items())
+    print(f"{server.model_id} at {server.base_url}: {said}")
     client = GreedyClient(
         server=server,
         tokenizer=load_plain_tokenizer(model_dir),
@@ -290,24 +265,19 @@ def _evaluate(options: argparse.Namespace) -> None:
         span_threshold=options.span_threshold,
     )
     scores = score_predictions(evaluation.predictions)
-    _print_scores(scores, evaluation)
-    print(f"wrote {out}")
-    if options.metrics:
-        origin = {"split": options.split, "model": server.model_id}
-        origin |= {name: getattr(options, name) for name in ("constrained_decoding", "span_threshold")}
-        write_json(options.metrics, {**scores, **evaluation.speed(), **asked, **origin})
-
-
-def _print_scores(scores: Mapping[str, float], evaluation: Evaluation) -> None:
     low, high = scores["ner_f1_low"], scores["ner_f1_high"]
-    print(
-        f"Span F1 = {scores['ner_f1']:.4f} ± {(high - low) / 2:.4f} (95 % interval {low:.4f} to {high:.4f})"
-    )
+    margin = f"± {(high - low) / 2:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    print(f"Span F1 = {scores['ner_f1']:.4f} {margin}")
     print(f"precision = {scores['ner_precision']:.4f}, recall = {scores['ner_recall']:.4f}")
     print(
         f"{evaluation.asked} sentences in {evaluation.seconds:.1f} s: {evaluation.sentences_per_second:.1f} a second, "
         f"{evaluation.tokens_per_second:.0f} tokens/s ({evaluation.resumed} resumed, {evaluation.retries} retries)"
     )
+    print(f"wrote {out}")
+    if options.metrics:
+        origin = {"split": options.split, "model": server.model_id}
+        origin |= {name: getattr(options, name) for name in ("constrained_decoding", "span_threshold")}
+        write_json(options.metrics, {**scores, **evaluation.speed(), **asked, **origin})
 
 
 if __name__ == "__main__":

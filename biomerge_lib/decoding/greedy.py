@@ -47,7 +47,7 @@ def greedy_decode(
     eos = cast(int, tokenizer.eos_token_id)
     graphed = constrained_decoding == "off" and can_graph(model)
     decoder = GraphedDecoder(model, eos_token_id=eos) if graphed else None
-    grammars = _Grammars(tokenizer, model.config.vocab_size, constrained_decoding)
+    masks_of = _grammar_masks(tokenizer, model.config.vocab_size, constrained_decoding)
     rows = [_Row(prompt) for prompt in prompts]
     bar = tqdm(total=len(rows), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
     with decoding_mode(model), torch.inference_mode(), bar:
@@ -57,13 +57,12 @@ def greedy_decode(
             batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
             waiting = []
             for batch in batches:
-                masks = grammars.masks([row.prompt for row in batch])
-                leave = len(batch) // SHARE_LEFT if len(batches) > 1 else 0
+                masks, leave = masks_of(batch), len(batch) // SHARE_LEFT if len(batches) > 1 else 0
                 _continue(model, tokenizer, batch, max_new_tokens, masks=masks, decoder=decoder, leave=leave)
-                unfinished = [row for row in batch if not row.has_ended(eos, max_new_tokens)]
+                unfinished = [row for row in batch if eos not in row.ids and len(row.ids) < max_new_tokens]
                 bar.update(len(batch) - len(unfinished))
                 waiting += unfinished
-    return [read_answer(row.ids, tokenizer, row.best, row.second) for row in rows]
+    return [read_answer(row.ids, tokenizer, row.top_two) for row in rows]
 
 
 @contextmanager
@@ -83,12 +82,11 @@ def decoding_mode(model: CausalLM | PeftModel) -> Iterator[None]:
 def read_answer(
     token_ids: Sequence[int],
     tokenizer: PreTrainedTokenizerFast,
-    logprobs: Sequence[float] = (),
-    second_logprobs: Sequence[float] = (),
+    top_two: Sequence[tuple[float, float]] = (),
 ) -> RawAnswer:
     """The answer in generated ids: everything before the first EOS; without one it ran into the length limit.
 
-    ``logprobs`` are those of the tokens, ``second_logprobs`` those of the runners-up.
+    ``top_two`` are the log-probabilities of the tokens and of the runners-up.
     """
     ids = list(token_ids)
     finish: Literal["eos", "length"] = "length"
@@ -96,14 +94,14 @@ def read_answer(
         ids = ids[: ids.index(tokenizer.eos_token_id)]
         finish = "eos"
     text = cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    steps = len(ids) + (finish == "eos")
-    logprobs, second_logprobs = logprobs[:steps], second_logprobs[:steps]
+    top_two = top_two[: len(ids) + (finish == "eos")]
+    logprobs = [best for best, _ in top_two]
     return RawAnswer(
         token_ids=ids,
         text=text,
         finish=finish,
         logprobs=[round(logprob, 6) for logprob in logprobs],
-        margins=[margin_of(one, other) for one, other in zip(logprobs, second_logprobs, strict=True)],
+        margins=[margin_of(best, second) for best, second in top_two],
         part_logprobs=sum_parts(ids, logprobs, tokenizer),
     )
 
@@ -121,34 +119,26 @@ class _TopTwo:
         self.steps.append(scores.float().log_softmax(-1).topk(2).values.cpu())
         return scores
 
-    def rows(self) -> list[list[list[float]]]:
-        """The best and the second log-probabilities: batch x steps x 2."""
-        import torch
 
-        return torch.stack(self.steps, dim=1).tolist()
+def _grammar_masks(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, constraint: str
+) -> Callable[[Sequence[_Row]], list[Callable]]:
+    """What makes the logits processors that mask what each row's grammar forbids; none for ``off``."""
+    if constraint == "off":
+        return lambda rows: []
+    import xgrammar
+    from xgrammar.contrib.hf import LogitsProcessor
 
+    info = xgrammar.TokenizerInfo.from_huggingface(
+        tokenizer, vocab_size=vocab_size, stop_token_ids=tokenizer.eos_token_id
+    )
+    compiler = xgrammar.GrammarCompiler(info)
 
-class _Grammars:
-    """The grammars of a batch of prompts as a logits processor, for one tokenizer and one constraint."""
+    def masks(rows: Sequence[_Row]) -> list[Callable]:
+        grammars = (cast(str, build_grammar(row.prompt.chunk.record.text, constraint)) for row in rows)
+        return [LogitsProcessor([compiler.compile_grammar(grammar) for grammar in grammars])]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int, constraint: str):
-        self.constraint = constraint
-        if constraint != "off":
-            import xgrammar
-
-            info = xgrammar.TokenizerInfo.from_huggingface(
-                tokenizer, vocab_size=vocab_size, stop_token_ids=tokenizer.eos_token_id
-            )
-            self.compiler = xgrammar.GrammarCompiler(info)
-
-    def masks(self, prompts: Sequence[Prompt]) -> list[Callable]:
-        if self.constraint == "off":
-            return []
-        from xgrammar.contrib.hf import LogitsProcessor
-
-        texts = [prompt.chunk.record.text for prompt in prompts]
-        grammars = [cast(str, build_grammar(text, self.constraint)) for text in texts]
-        return [LogitsProcessor([self.compiler.compile_grammar(grammar) for grammar in grammars])]
+    return masks
 
 
 @dataclass
@@ -157,18 +147,7 @@ class _Row:
 
     prompt: Prompt
     ids: list[int] = field(default_factory=list)
-    best: list[float] = field(default_factory=list)
-    second: list[float] = field(default_factory=list)
-
-    def has_ended(self, eos_token_id: int, max_new_tokens: int) -> bool:
-        return eos_token_id in self.ids or len(self.ids) >= max_new_tokens
-
-    def add(self, ids: list[int], logprobs: list[list[float]], max_new_tokens: int) -> None:
-        """Take up what one pass wrote: token ids (N,) and log-probabilities (N, 2)."""
-        room = max_new_tokens - len(self.ids)
-        self.ids += ids[:room]
-        self.best += [best for best, _ in logprobs[:room]]
-        self.second += [second for _, second in logprobs[:room]]
+    top_two: list[tuple[float, float]] = field(default_factory=list)
 
 
 def _continue(
@@ -196,15 +175,18 @@ def _continue(
         ids, logprobs = decoder.decode(**inputs, max_new_tokens=most, leave=leave)
         written = zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
     else:
-        top_two = _TopTwo()
+        processor = _TopTwo()
         generated = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            logits_processor=LogitsProcessorList([*masks, top_two]),
+            logits_processor=LogitsProcessorList([*masks, processor]),
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        written = zip(rows, generated[:, longest:].tolist(), top_two.rows(), strict=True)
-    for row, new_ids, both in written:
-        row.add(new_ids, both, max_new_tokens)
+        top_two = torch.stack(processor.steps, dim=1)
+        written = zip(rows, generated[:, longest:].tolist(), top_two.tolist(), strict=True)
+    for row, new_ids, top in written:
+        room = max_new_tokens - len(row.ids)
+        row.ids += new_ids[:room]
+        row.top_two += top[:room]

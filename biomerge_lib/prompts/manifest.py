@@ -54,9 +54,8 @@ class Manifest:
     def as_said(self) -> dict[str, Any]:
         """The values of ``biomerge.json``."""
         values = asdict(self)
-        return {
-            name: value for name, value in (values.pop("prompt_format") | values).items() if value is not None
-        }
+        values |= values.pop("prompt_format")
+        return {name: value for name, value in values.items() if value is not None}
 
     def cue_options(self, cue: str | None = None) -> dict[str, Any] | None:
         """How ``cue_record`` marks texts for a model that was trained with corpus cues; None for one that was not.

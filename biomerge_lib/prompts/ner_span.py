@@ -87,12 +87,8 @@ def _parsed(path: Path) -> tuple[Record, ...]:
 
 def training_options(parameters: Parameters) -> dict[str, Any]:
     """The options of :func:`read_split` for the records that a run trains on."""
-    draw = {"subsample": parameters.subsample, "seed": parameters.seed}
-    return (
-        _cue_options(parameters)
-        | draw
-        | ({"cue_dropout": parameters.cue_dropout} if parameters.corpus_cue else {})
-    )
+    own = {"subsample": parameters.subsample, "cue_dropout": parameters.cue_dropout}
+    return _cue_options(parameters) | own
 
 
 def scoring_options(parameters: Parameters) -> dict[str, Any]:
@@ -101,7 +97,8 @@ def scoring_options(parameters: Parameters) -> dict[str, Any]:
 
 
 def _cue_options(parameters: Parameters) -> dict[str, Any]:
-    return {"default_cue": parameters.default_cue, "seed": parameters.seed} if parameters.corpus_cue else {}
+    default_cue = parameters.default_cue if parameters.corpus_cue else None
+    return {"default_cue": default_cue, "seed": parameters.seed}
 
 
 def describe_model(parameters: Parameters) -> Manifest:
@@ -155,11 +152,10 @@ def encode_example(
     ``labels``: IGNORE on the prompt (``<NER>`` ... ``<TAG>``), the completion's ids up to and with EOS.
     ``token_labels``: B/I/O (0 = O, 1 = B, 2 = I) on the last token of each word, IGNORE elsewhere.
     """
-    return label_encoding(record, encode(record, tokenizer, prompt_format))
+    return _label(record, encode(record, tokenizer, prompt_format))
 
 
-def label_encoding(record: Record, encoding: Encoding) -> dict[str, list[int]]:
-    """The example of :func:`encode_example` from a record's token ids."""
+def _label(record: Record, encoding: Encoding) -> dict[str, list[int]]:
     prompt_ids, completion_ids = encoding.prompt_ids, encoding.completion_ids
     token_labels = [IGNORE] * (len(prompt_ids) + len(completion_ids))
     labels = word_labels(encoding.words, record.spans)
@@ -186,7 +182,7 @@ def iter_examples(
     """
     for pieces in encode_chunks(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens):
         for chunk, ids in pieces:
-            example = label_encoding(chunk.record, ids)
+            example = _label(chunk.record, ids)
             sizes = {"length": len(example["input_ids"]), "prompt_length": len(ids.prompt_ids)}
             yield {**example, **sizes}
 
@@ -242,8 +238,7 @@ def hash_records(records: Iterable[Record]) -> str:
     """A name of the records' content: text, spans, data set and cue, in order."""
     digest = hashlib.sha256()
     for record in records:
-        fields = record.text, record.spans, record.dataset, record.cue
-        digest.update(repr(fields).encode())
+        digest.update(repr((record.text, record.spans, record.dataset, record.cue)).encode())
     return digest.hexdigest()
 
 
@@ -273,20 +268,14 @@ class SpanCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
 
-        lengths = [len(example["input_ids"]) for example in examples]
-        shape = (len(examples), max(lengths))
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORE),
-            "token_labels": torch.full(shape, IGNORE),
-            "lengths": torch.tensor(lengths),
-        }
-        for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
-            batch["attention_mask"][row, :length] = 1
-            for name in ("input_ids", "labels", "token_labels"):
-                batch[name][row, :length] = torch.as_tensor(example[name])
-        return batch
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE, "token_labels": IGNORE}
+        batch = {}
+        for name, fill in fills.items():
+            rows = [torch.as_tensor(example[name], dtype=torch.int64) for example in examples]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        return batch | {"attention_mask": mask, "lengths": lengths}
 
 
 @contextmanager

@@ -86,10 +86,8 @@ def encode_many(
     eos: Any = tokenizer.eos_token_id
     columns = zip(renderings, prompts["input_ids"], prompts["offset_mapping"], completions, strict=True)
     return [
-        Encoding(
-            [*ids, tag], [*answer, eos], rendering.words, _last_tokens(offsets, rendering.rendered_words)
-        )
-        for rendering, ids, offsets, answer in columns
+        Encoding([*ids, tag], [*answer, eos], said.words, _last_tokens(offsets, said.rendered_words))
+        for said, ids, offsets, answer in columns
     ]
 
 
@@ -180,14 +178,11 @@ def _split(
             continue
         cut = _middle_cut(chunk.record, encoding.words, keep_spans=use_gold)
         if cut is None:
-            where = f"{record.dataset}/{record.doc_id}"
-            limits = f"max_input_tokens ({prompt_format.max_input_tokens})"
-            if use_gold:
-                limits += f" or max_target_tokens ({max_target_tokens})"
+            or_target = f" or max_target_tokens ({max_target_tokens})" if use_gold else ""
             raise DataError(
-                f"{where}: {chunk.record.text[:60]!r} needs {len(encoding.prompt_ids)} prompt and "
-                f"{len(encoding.completion_ids)} target tokens and cannot be cut between words or gold spans. "
-                f"Raise {limits}."
+                f"{record.dataset}/{record.doc_id}: {chunk.record.text[:60]!r} needs {len(encoding.prompt_ids)} prompt "
+                f"and {len(encoding.completion_ids)} target tokens and cannot be cut between words or gold spans. "
+                f"Raise max_input_tokens ({prompt_format.max_input_tokens}){or_target}."
             )
         halves = [_slice(chunk, cut, len(chunk.record.text)), _slice(chunk, 0, cut)]
         encodings = encode_many([half.record for half in halves], tokenizer, prompt_format)

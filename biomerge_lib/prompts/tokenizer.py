@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
-GENERIC_CLASSES = (
-    "TokenizersBackend",
-    "PreTrainedTokenizerFast",
-)  # all of the tokenizer is in tokenizer.json
+# All of such a tokenizer is in tokenizer.json.
+GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 NOT_NEEDED = ("sklearn", "torchao")
 log = logging.getLogger(__name__)
 
@@ -50,14 +48,11 @@ def add_biomerge_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
     """
     from transformers import AddedToken
 
+    name = tokenizer.name_or_path
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: a fast tokenizer is needed (character offsets of tokens)."
-        )
+        raise ModelError(f"{name}: a fast tokenizer is needed (character offsets of tokens).")
     if tokenizer.eos_token is None:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the tokenizer has no EOS token; answers could never end."
-        )
+        raise ModelError(f"{name}: the tokenizer has no EOS token; answers could never end.")
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in ADDED_TOKENS if token not in vocabulary]
     added = tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
@@ -89,16 +84,13 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
             "notebooks/01_tokenizer.ipynb writes one; or set tokenizer_dir."
         )
     import_transformers()
+    import transformers
+
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in config:
-        # AutoTokenizer comes to the same class, and imports generation and torch's compiler on the way (3 s).
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    else:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    # AutoTokenizer comes to the same class, and imports generation and torch's compiler on the way (3 s).
+    is_generic = config.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in config
+    loader: Any = transformers.PreTrainedTokenizerFast if is_generic else transformers.AutoTokenizer
+    tokenizer = loader.from_pretrained(folder)
     check_tokenizer(tokenizer, str(folder))
     return tokenizer
 
@@ -110,11 +102,10 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in ADDED_TOKENS if token not in vocabulary]
+    again = "run notebooks/01_tokenizer.ipynb."
     if missing:
-        raise ModelError(
-            f"{name}: tokens {', '.join(missing)} are missing; run notebooks/01_tokenizer.ipynb."
-        )
+        raise ModelError(f"{name}: tokens {', '.join(missing)} are missing; {again}")
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
-        raise ModelError(f"{name}: EOS or pad token is not set; run notebooks/01_tokenizer.ipynb.")
+        raise ModelError(f"{name}: EOS or pad token is not set; {again}")
     if tokenizer("<NER> x")["input_ids"][-1] == tokenizer.eos_token_id:
         raise ModelError(f"{name}: the tokenizer appends EOS to every text; prompts must stay open.")

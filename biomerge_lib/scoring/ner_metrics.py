@@ -5,8 +5,9 @@ The headline is exact-span micro F1: a predicted span counts when start and end 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span, snap_to_words
 from biomerge_lib.decoding.predictions import Prediction
 
-BIO_NAMES = ("O", "B", "I")
+BIO_TAGS = ("O", "B-ENT", "I-ENT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
     ``unreadable_rate``, ``out_of_text_rate``, ``unsorted_rate``, ``truncated_rate``: share of records whose
     answer had such a fault. ``dataset/NAME/ner_f1``: per corpus, when there are several.
     """
-    exact = score_spans((p.gold, p.pred) for p in predictions)
-    snapped = score_spans((p.gold, snap_prediction(p)) for p in predictions)
-    low, high = bootstrap_f1([(p.gold, p.pred) for p in predictions])
+    pairs = [(p.gold, p.pred) for p in predictions]
+    exact = score_spans(pairs)
+    low, high = bootstrap_f1(pairs)
     count = max(len(predictions), 1)
     scores = {
         "ner_f1": exact.f1,
@@ -73,8 +74,8 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
         "ner_recall": exact.recall,
         "ner_f1_low": low,
         "ner_f1_high": high,
-        "ner_f1_snapped": snapped.f1,
-        **score_overlaps([(p.gold, p.pred) for p in predictions]),
+        "ner_f1_snapped": score_spans((p.gold, snap_prediction(p)) for p in predictions).f1,
+        **score_overlaps(pairs),
         "unreadable_rate": sum(p.unreadable > 0 for p in predictions) / count,
         "out_of_text_rate": sum(p.out_of_text > 0 for p in predictions) / count,
         "unsorted_rate": sum(p.unsorted > 0 for p in predictions) / count,
@@ -86,9 +87,8 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
     datasets = sorted({p.dataset for p in predictions})
     if len(datasets) > 1:
         for name in datasets:
-            scores[f"dataset/{name}/ner_f1"] = score_spans(
-                (p.gold, p.pred) for p in predictions if p.dataset == name
-            ).f1
+            own = score_spans((p.gold, p.pred) for p in predictions if p.dataset == name)
+            scores[f"dataset/{name}/ner_f1"] = own.f1
     return scores
 
 
@@ -137,9 +137,9 @@ def length_bucket(text: str, edges: Sequence[int] = (10, 20, 30, 40, 60)) -> str
 
 def score_by_length(predictions: Sequence[Prediction]) -> list[dict[str, float | int | str]]:
     """Exact-span F1 by the number of words in the sentence."""
-    buckets: dict[str, list[Prediction]] = {}
+    buckets: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
-        buckets.setdefault(length_bucket(prediction.text), []).append(prediction)
+        buckets[length_bucket(prediction.text)].append(prediction)
     return [
         {"words": words, "records": len(members), "ner_f1": score_spans((p.gold, p.pred) for p in members).f1}
         for words, members in sorted(buckets.items())
@@ -158,15 +158,9 @@ def bootstrap_f1(
     """95 % percentile bootstrap interval of the micro F1, resampling sentences (Efron and Tibshirani 1993)."""
     if not pairs:
         return 0.0, 0.0
-    counts = np.array(
-        [
-            (s.true_positives, s.false_positives, s.false_negatives)
-            for s in (score_spans([pair]) for pair in pairs)
-        ]
-    )
-    weights = np.random.default_rng(seed).multinomial(
-        len(pairs), np.full(len(pairs), 1 / len(pairs)), size=samples
-    )
+    counts = np.array([astuple(score_spans([pair])) for pair in pairs])
+    shares = np.full(len(pairs), 1 / len(pairs))
+    weights = np.random.default_rng(seed).multinomial(len(pairs), shares, size=samples)
     true_positives, false_positives, false_negatives = (weights @ counts).T
     denominator = 2 * true_positives + false_positives + false_negatives
     f1 = np.divide(2 * true_positives, denominator, out=np.zeros(samples), where=denominator > 0)
@@ -176,16 +170,11 @@ def bootstrap_f1(
 
 def score_word_labels(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]]) -> dict[str, float]:
     """seqeval's entity-level precision, recall and F1 of B/I/O labels (0 = O, 1 = B, 2 = I), one list a sentence."""
-    from seqeval.metrics import f1_score, precision_score, recall_score
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
-    gold_names = [[_tag(label) for label in sentence] for sentence in gold]
-    pred_names = [[_tag(label) for label in sentence] for sentence in predicted]
-    options = {"zero_division": 0}
-    return {
-        "ner_f1": float(f1_score(gold_names, pred_names, **options)),
-        "ner_precision": float(precision_score(gold_names, pred_names, **options)),
-        "ner_recall": float(recall_score(gold_names, pred_names, **options)),
-    }
+    tags = ([[BIO_TAGS[label] for label in sentence] for sentence in side] for side in (gold, predicted))
+    precision, recall, f1, _ = precision_recall_fscore_support(*tags, average="micro", zero_division=0)
+    return {"ner_f1": float(f1), "ner_precision": float(precision), "ner_recall": float(recall)}
 
 
 def score_forced_answers(
@@ -278,11 +267,6 @@ def _overlap_groups(gold: list[Span], pred: list[Span]) -> list[tuple[list[Span]
         groups[-1][side].append(span)
         reach = max(reach, span[1])
     return groups
-
-
-def _tag(label: int) -> str:
-    name = BIO_NAMES[label]
-    return name if name == "O" else f"{name}-ENT"
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import cast
+from itertools import chain, takewhile
+from typing import TYPE_CHECKING, cast
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.decoding.predictions import Decoder, Prediction
+from biomerge_lib.decoding.predictions import Prediction
 from biomerge_lib.scoring.ner_metrics import SpanScore, score_spans
+
+if TYPE_CHECKING:
+    from biomerge_lib.prompts.prompt import Tokenizer
 
 F1_TOLERANCE = 0.02
 # Log-probabilities of tokens that bfloat16 may swap lie nearer than this.
@@ -88,11 +91,10 @@ class Parity:
 
     def rows(self) -> list[dict]:
         """One row a decoder, for a table; scores to four digits."""
-        rows = []
+        rows: list[dict] = []
         if self.trainer_f1 is not None:
-            rows.append(
-                {"decoder": "Trainer, greedy", "dtype": self.reference_dtype, "F1": round(self.trainer_f1, 4)}
-            )
+            f1 = round(self.trainer_f1, 4)
+            rows.append({"decoder": "Trainer, greedy", "dtype": self.reference_dtype, "F1": f1})
         for decoder, dtype, score in (
             ("transformers, greedy", self.reference_dtype, self.reference),
             ("vLLM", self.served_dtype, self.served),
@@ -126,7 +128,7 @@ class Parity:
 def check_parity(
     reference: Sequence[Prediction],
     served: Sequence[Prediction],
-    tokenizer: Decoder,
+    tokenizer: Tokenizer,
     *,
     reference_dtype: str | None,
     served_dtype: str | None,
@@ -137,10 +139,18 @@ def check_parity(
     Raises:
         DataError: they are not predictions of the same records.
     """
-    _check_same_records(reference, served)
+    again = "Score the same split and eval_limit with 04_greedy_dev and 05_vllm_eval."
+    if len(reference) != len(served):
+        sizes = f"{len(reference)} and of {len(served)}"
+        raise DataError(f"predictions of {sizes} records cannot be compared. {again}")
     both_float32 = reference_dtype == served_dtype == "float32"
     differences = []
     for one, other in zip(reference, served, strict=True):
+        if (one.text, one.gold) != (other.text, other.gold):
+            raise DataError(
+                f"predictions of other records: number {one.index} is {one.dataset}/{one.doc_id} {one.text[:40]!r} in "
+                f"one file and {other.dataset}/{other.doc_id} {other.text[:40]!r} in the other. {again}"
+            )
         difference = _find_difference(one, other, tokenizer, both_float32=both_float32)
         if difference is not None:
             differences.append(difference)
@@ -156,37 +166,37 @@ def check_parity(
 
 
 def _find_difference(
-    one: Prediction, other: Prediction, tokenizer: Decoder, *, both_float32: bool
+    one: Prediction, other: Prediction, tokenizer: Tokenizer, *, both_float32: bool
 ) -> Difference | None:
     answers, other_answers = _readable(one.answers), _readable(other.answers)
     if one.answer_ids == other.answer_ids and one.finish == other.finish and answers == other_answers:
         return None
     if len(one.answer_ids) != len(other.answer_ids):
-        return Difference(
-            one.index, 0, "", "", "tokenisation", " | ".join(one.answers), " | ".join(other.answers)
-        )
-    chunk = next(
-        i
-        for i in range(len(one.answer_ids))
-        if (one.answer_ids[i], one.finish[i], answers[i])
-        != (other.answer_ids[i], other.finish[i], other_answers[i])
-    )
+        whole = " | ".join(one.answers), " | ".join(other.answers)
+        return Difference(one.index, 0, "", "", "tokenisation", *whole)
+    mine = zip(one.answer_ids, one.finish, answers, strict=True)
+    theirs = zip(other.answer_ids, other.finish, other_answers, strict=True)
+    chunk = [own != its for own, its in zip(mine, theirs, strict=True)].index(True)
     ids, other_ids = one.answer_ids[chunk], other.answer_ids[chunk]
     equal = takewhile(lambda pair: pair[0] == pair[1], zip(ids, other_ids, strict=False))
     position = sum(1 for _ in equal)
+    margins = [p.margins[chunk][position : position + 1] for p in (one, other) if len(p.margins) > chunk]
+    margin = min(chain(*margins), default=None)
     return Difference(
         index=one.index,
         position=position,
         reference_token=_token_text(ids, position, one.finish[chunk], tokenizer),
         served_token=_token_text(other_ids, position, other.finish[chunk], tokenizer),
-        cause=_name_cause(one, other, chunk, position, both_float32=both_float32),
+        cause=_name_cause(one, other, chunk, position, margin, both_float32=both_float32),
         reference_answer=one.answers[chunk],
         served_answer=other.answers[chunk],
-        margin=_find_margin(one, other, chunk, position),
+        margin=margin,
     )
 
 
-def _name_cause(one: Prediction, other: Prediction, chunk: int, position: int, *, both_float32: bool) -> str:
+def _name_cause(
+    one: Prediction, other: Prediction, chunk: int, position: int, margin: float | None, *, both_float32: bool
+) -> str:
     if one.prompt_hashes and other.prompt_hashes and one.prompt_hashes != other.prompt_hashes:
         return "tokenisation"
     ids, other_ids = one.answer_ids[chunk], other.answer_ids[chunk]
@@ -198,19 +208,9 @@ def _name_cause(one: Prediction, other: Prediction, chunk: int, position: int, *
     ended = [p.finish[chunk] for p, own in ((one, ids), (other, other_ids)) if len(own) == position]
     if "length" in ended:
         return "truncation"
-    margin = _find_margin(one, other, chunk, position)
     if not both_float32 if margin is None else margin <= NEAR_TIE:
         return "dtype"
     return "stop" if ended else "weights"
-
-
-def _find_margin(one: Prediction, other: Prediction, chunk: int, position: int) -> float | None:
-    found = [p.margins[chunk][position] for p in (one, other) if _has_margin(p, chunk, position)]
-    return min(found, default=None)
-
-
-def _has_margin(prediction: Prediction, chunk: int, position: int) -> bool:
-    return chunk < len(prediction.margins) and position < len(prediction.margins[chunk])
 
 
 def _readable(answers: Sequence[str]) -> list[str]:
@@ -218,21 +218,7 @@ def _readable(answers: Sequence[str]) -> list[str]:
     return [answer.rstrip("\ufffd") for answer in answers]
 
 
-def _token_text(ids: Sequence[int], position: int, finish: str, tokenizer: Decoder) -> str:
+def _token_text(ids: Sequence[int], position: int, finish: str, tokenizer: Tokenizer) -> str:
     if position < len(ids):
         return cast(str, tokenizer.decode([ids[position]]))
     return "<cut>" if finish == "length" else "<end>"
-
-
-def _check_same_records(reference: Sequence[Prediction], served: Sequence[Prediction]) -> None:
-    again = "Score the same split and eval_limit with 04_greedy_dev and 05_vllm_eval."
-    if len(reference) != len(served):
-        raise DataError(
-            f"predictions of {len(reference)} and of {len(served)} records cannot be compared. {again}"
-        )
-    for one, other in zip(reference, served, strict=True):
-        if (one.text, one.gold) != (other.text, other.gold):
-            raise DataError(
-                f"predictions of other records: number {one.index} is {one.dataset}/{one.doc_id} {one.text[:40]!r} in "
-                f"one file and {other.dataset}/{other.doc_id} {other.text[:40]!r} in the other. {again}"
-            )
