@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.records import NER_PREFIX
+from biomerge_lib.core.records import NER_PREFIX, iter_lines
 from biomerge_lib.corpora.documents import ReadCounts
 from biomerge_lib.corpora.format_pubtator import read_pubtator
 from biomerge_lib.corpora.formats import read_text
@@ -62,7 +62,10 @@ def iter_texts(paths: Iterable[Path | str], *, name_empty: bool = True) -> Itera
 
 def _read_path(path: Path | str) -> Iterator[Text]:
     if str(path) == STDIN:
-        yield Text("stdin", _decode(sys.stdin.buffer.read(), "standard input"))
+        try:
+            yield Text("stdin", sys.stdin.buffer.read().decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input: not UTF-8 (byte {error.start + 1}).") from None
         return
     path = Path(path)
     inside = (file for file in path.glob("*") if file.suffix.lower() in ENDINGS and file.is_file())
@@ -86,33 +89,22 @@ def _read_path(path: Path | str) -> Iterator[Text]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Text]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            line = _decode(raw, where)
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-                text = fields.get("text")
-                if text is None:
-                    text = fields["input"].removeprefix(NER_PREFIX)
-                doc_id = fields.get("doc_id", fields.get("id", f"{path.stem}-{number}"))
-            except (ValueError, KeyError, AttributeError):
-                raise DataError(
-                    f'{where}: expected an object with a text, {{"text": "...", "doc_id": "..."}} or the project\'s '
-                    f"record, found {line[:60]!r}."
-                ) from None
-            if not isinstance(text, str):
-                raise DataError(f"{where}: text must be a string.")
-            yield Text(str(doc_id), text)
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}).") from None
+    for number, line in iter_lines(path):
+        where = f"{path}:{number}"
+        try:
+            fields = json.loads(line)
+            text = fields.get("text")
+            if text is None:
+                text = fields["input"].removeprefix(NER_PREFIX)
+            doc_id = fields.get("doc_id", fields.get("id", f"{path.stem}-{number}"))
+        except (ValueError, KeyError, AttributeError):
+            raise DataError(
+                f'{where}: expected an object with a text, {{"text": "...", "doc_id": "..."}} or the project\'s '
+                f"record, found {line[:60]!r}."
+            ) from None
+        if not isinstance(text, str):
+            raise DataError(f"{where}: text must be a string.")
+        yield Text(str(doc_id), text)
 
 
 def _read_start(path: Path) -> str:

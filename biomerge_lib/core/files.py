@@ -27,12 +27,12 @@ def partial_of(path: Path | str) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path | str, mode: str = "w", *, partial: Path | None = None) -> Iterator[Any]:
+def whole_file(path: Path | str, mode: str = "w") -> Iterator[Any]:
     """A file to write (text: UTF-8) that gets its name when the block ends; after an error the old one is still there.
 
-    The folder is made. ``partial`` is where the file lies until then, if not at :func:`partial_of`.
+    The folder is made.
     """
-    partial = partial or partial_of(path)
+    partial = partial_of(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     with partial.open(mode, encoding=encoding, newline=newline) as out:

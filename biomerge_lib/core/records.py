@@ -106,19 +106,23 @@ def iter_records(path: Path | str) -> Iterator[Record]:
     if not path.is_file():
         raise DataError(f"{path}: no such file. notebooks/02_data.ipynb writes it; or set data_dir.")
     found = False
-    with path.open("rb") as lines:
+    for number, line in iter_lines(path):
+        found = True
+        yield parse_record(line, f"{path}:{number}")
+    if not found:
+        raise DataError(f"{path}: the file has no records.")
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers; DataError where one is not UTF-8."""
+    with path.open("rb") as lines:  # a text file's lines would also end at a lone carriage return
         for number, raw in enumerate(lines, start=1):
-            where = f"{path}:{number}"
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line).") from None
-            if not line.strip():
-                continue
-            found = True
-            yield parse_record(line, where)
-    if not found:
-        raise DataError(f"{path}: the file has no records.")
+                raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line).") from None
+            if line.strip():
+                yield number, line
 
 
 def read_records(path: Path | str) -> list[Record]:

@@ -57,14 +57,20 @@ def parse_spans(answer: str) -> list[Span]:
     >>> parse_spans('<TAG> 0\u20117 ;20 - 34')
     [(0, 7), (20, 34)]
     """
-    return _read_pairs(answer)[0]
+    return parse_answer(answer, 0).spans
 
 
 def parse_answer(answer: str, text_length: int) -> Answer:
     """Read a model's answer to a text of ``text_length`` characters, with everything wrong about it."""
-    spans, unreadable, is_sorted = _read_pairs(answer)
-    out_of_text = [span for span in spans if not is_inside(span, text_length)]
-    return Answer(spans=spans, unreadable=unreadable, out_of_text=out_of_text, is_sorted=is_sorted)
+    parts = read_parts(answer)
+    pairs = [span for _, span in parts if span is not None]
+    spans = sorted(set(pairs))
+    return Answer(
+        spans=spans,
+        unreadable=[part for part, span in parts if span is None and part],
+        out_of_text=[span for span in spans if not is_inside(span, text_length)],
+        is_sorted=pairs == spans,
+    )
 
 
 def is_inside(span: Span, text_length: int) -> bool:
@@ -95,11 +101,3 @@ def read_parts(answer: str) -> list[tuple[str, Span | None]]:
         match = _PAIR.fullmatch(part)
         parts.append((part.strip(), (int(match[1]), int(match[2])) if match else None))
     return parts
-
-
-def _read_pairs(answer: str) -> tuple[list[Span], list[str], bool]:
-    parts = read_parts(answer)
-    pairs = [span for _, span in parts if span is not None]
-    unreadable = [part for part, span in parts if span is None and part]
-    spans = sorted(set(pairs))
-    return spans, unreadable, pairs == spans

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from biomerge_lib.core.records import Record
-
-if TYPE_CHECKING:
-    import pandas
 
 
 def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
@@ -20,10 +19,8 @@ def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
     return sum(is_unseen) / max(len(is_unseen), 1)
 
 
-def data_card_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+def data_card_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """The data card's counts as a table: one row a source and split."""
-    import pandas as pd
-
     rows = [
         {"dataset": dataset, "split": split, **counts}
         for dataset, source in card["sources"].items()
@@ -32,10 +29,8 @@ def data_card_table(card: Mapping[str, Any]) -> pandas.DataFrame:
     return pd.DataFrame(rows).set_index(["dataset", "split"])
 
 
-def union_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+def union_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """What each step of the union left of each corpus's training sentences: one row a step, one column a corpus."""
-    import pandas as pd
-
     steps = card["union"]["steps"]
     table = pd.DataFrame([step["left"] for step in steps], index=[step["step"] for step in steps])
     table["all"] = table.sum(axis=1)
@@ -43,19 +38,15 @@ def union_table(card: Mapping[str, Any]) -> pandas.DataFrame:
     return table
 
 
-def leak_table(card: Mapping[str, Any], when: str = "before") -> pandas.DataFrame:
+def leak_table(card: Mapping[str, Any], when: str = "before") -> pd.DataFrame:
     """Which sentences train, dev and test share: one row a pair of corpora and splits. ``when``: before, after."""
-    import pandas as pd
-
     counts = ["sentences", "verbatim", "short", "documents", "source_sentences"]
     table = pd.DataFrame(card["union"]["leaks"][when], columns=["from", "into", *counts])
     return table.astype(dict.fromkeys(["from", "into"], str) | dict.fromkeys(counts, int))
 
 
-def reading_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+def reading_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """What the readers found and did, one row a source and split: mentions left out, joined sentences, other units."""
-    import pandas as pd
-
     rows = {
         (dataset, split): {name: value for name, value in counts.items() if isinstance(value, int)}
         for dataset, source in card["sources"].items()
@@ -65,10 +56,8 @@ def reading_table(card: Mapping[str, Any]) -> pandas.DataFrame:
     return table.rename_axis(["dataset", "split"])
 
 
-def conflict_table(card: Mapping[str, Any]) -> pandas.DataFrame:
+def conflict_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """Sentences with different gold, before and after the union: in train alone, and in all splits."""
-    import pandas as pd
-
     rows = {
         (when, where): {name: found[name] for name in ("groups", "within", "across")}
         for when, both in card["union"]["conflicts"].items()
@@ -83,13 +72,11 @@ def read_conflicts(data_dir: Path | str) -> list[list[dict[str, Any]]]:
         return [json.loads(line) for line in lines]
 
 
-def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pandas.DataFrame:
+def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pd.DataFrame:
     """Share of each corpus's mentions whose string is a mention in each corpus's train (lower case), and in any.
 
     One row a corpus of ``other``. What stands in the column ``any`` a dictionary could find.
     """
-    import pandas as pd
-
     columns = ["dataset", "mention"]
     seen = pd.DataFrame(_iter_mentions(train), columns=columns)
     found = pd.DataFrame(_iter_mentions(other), columns=columns)

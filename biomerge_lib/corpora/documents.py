@@ -130,14 +130,9 @@ def read_spans(
     unique = sorted(set(spans))
     counts.duplicates += len(spans) - len(unique)
     counts.spans += len(unique)
-    counts.overlapping += count_overlapping(unique)
+    reaches = accumulate((end for _, end in unique), max)
+    counts.overlapping += sum(start < reach for (start, _), reach in zip(unique[1:], reaches, strict=False))
     return unique
-
-
-def count_overlapping(spans: list[Span]) -> int:
-    """How many of the sorted spans share a character with an earlier one."""
-    reaches = accumulate((end for _, end in spans), max)
-    return sum(start < reach for (start, _), reach in zip(spans[1:], reaches, strict=False))
 
 
 def _locate(document: Document, counts: ReadCounts) -> list[tuple[Span, ...]]:

@@ -29,12 +29,11 @@ def place_in_draw(name: str, seed: int) -> float:
 def draw_share(documents: Iterable[DocumentKey], share: float, seed: int) -> set[DocumentKey]:
     """That share of each corpus's documents, and at least one document of each corpus."""
     by_dataset = defaultdict(set)
-    for dataset, doc_id in documents:
-        by_dataset[dataset].add(doc_id)
-    chosen = set()
-    for dataset, names in by_dataset.items():
-        kept = _in_order(dataset, names, seed)[: max(1, round(share * len(names)))]
-        chosen |= {(dataset, name) for name in kept}
+    for document in documents:
+        by_dataset[document[0]].add(document)
+    chosen: set[DocumentKey] = set()
+    for found in by_dataset.values():
+        chosen.update(_in_order(found, seed)[: max(1, round(share * len(found)))])
     return chosen
 
 
@@ -44,8 +43,7 @@ def draw_splits(records: Iterable[Record], shares: Sequence[float], seed: int) -
     The shares need not add up to one. Every part gets a document, while there are as many.
     """
     records = list(records)
-    names = sorted({document_of(record) for record in records})
-    names.sort(key=lambda name: place_in_draw("\0".join(name), seed))
+    names = _in_order({document_of(record) for record in records}, seed)
     cuts = [round(len(names) * sum(shares[: index + 1]) / sum(shares)) for index in range(len(shares))]
     for index in range(len(cuts) - 2, -1, -1):
         cuts[index] = min(cuts[index], cuts[index + 1] - 1)
@@ -64,14 +62,13 @@ def draw_sentences(records: Iterable[Record], sentences: int, seed: int) -> set[
     sizes = Counter(map(document_of, records))
     chosen: set[DocumentKey] = set()
     taken = 0
-    for dataset in {dataset for dataset, _ in sizes}:
-        for name in _in_order(dataset, {doc_id for _, doc_id in sizes}, seed):
-            taken += sizes[dataset, name]
-            if chosen and taken > sentences:
-                break
-            chosen.add((dataset, name))
+    for document in _in_order(sizes, seed):
+        taken += sizes[document]
+        if chosen and taken > sentences:
+            break
+        chosen.add(document)
     return chosen
 
 
-def _in_order(dataset: str, names: Iterable[str], seed: int) -> list[str]:
-    return sorted(names, key=lambda name: (place_in_draw(f"{dataset}\0{name}", seed), name))
+def _in_order(documents: Iterable[DocumentKey], seed: int) -> list[DocumentKey]:
+    return sorted(documents, key=lambda document: (place_in_draw("\0".join(document), seed), document))

@@ -40,17 +40,16 @@ def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:
                 text = block.findtext("text") or ""
                 mentions = tuple(_bioc_mention(node, offset, path) for node in block.iterfind("annotation"))
                 yield Document(doc_id, text, mentions, where, is_sentence=bool(sentences))
-            if sentences and (stray := passage.find("annotation")) is not None:
-                where = f"{path}:{stray.get(_LINE)}"
-                raise DataError(
-                    f"{where}: an annotation beside sentences; move it into the sentence that holds it."
-                )
+            if sentences:
+                _refuse_annotation(passage, "sentence", path)
         counts.other_lines += len(element.findall("relation"))
-        if (stray := element.find("annotation")) is not None:
-            where = f"{path}:{stray.get(_LINE)}"
-            raise DataError(
-                f"{where}: an annotation beside passages; move it into the passage that holds it."
-            )
+        _refuse_annotation(element, "passage", path)
+
+
+def _refuse_annotation(element: ElementTree.Element, inside: str, path: Path) -> None:
+    if (stray := element.find("annotation")) is not None:
+        move = f"an annotation beside {inside}s; move it into the {inside} that holds it."
+        raise DataError(f"{path}:{stray.get(_LINE)}: {move}")
 
 
 def _bioc_mention(node: ElementTree.Element, offset: int, path: Path) -> Mention:

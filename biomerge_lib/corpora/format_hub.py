@@ -105,8 +105,6 @@ def _rows(stream: Any, where: str) -> Iterator[dict[str, Any]]:
         for row in stream:
             yield row
             number += 1
-    except (DataError, GeneratorExit):
-        raise
     except Exception as error:
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]

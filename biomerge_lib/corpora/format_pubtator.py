@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
@@ -26,7 +27,8 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
     doc_id, start = "", 0
     texts: list[str] = []
     mentions: list[Mention] = []
-    for number, line in enumerate(split_lines(read_text(path)), start=1):
+    lines = chain(split_lines(read_text(path)), [""])  # "" ends the last document
+    for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         text = _TEXT.fullmatch(line)
         if texts and (not line.strip() or (text and (text[2] == "t" or text[1] != doc_id))):
@@ -55,8 +57,6 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
         else:
             span = (int(columns[1]), int(columns[2]))
             mentions.append(Mention((span,), columns[4].strip(), columns[3], where))
-    if texts:
-        yield Document(doc_id, "\n".join(texts), tuple(mentions), f"{path}:{start}")
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:

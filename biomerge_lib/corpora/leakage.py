@@ -92,7 +92,7 @@ def find_leaks(splits: Splits) -> list[dict[str, Any]]:
                             "into": f"{target} {second}",
                             "sentences": len(shared),
                             "verbatim": sum(item.record.text in texts for item in shared),
-                            "short": sum(_is_short(item.record) for item in shared),
+                            "short": sum(len(item.record.text.split()) < SHORT_WORDS for item in shared),
                             "documents": _whole_documents(shared, ours),
                             "source_sentences": sum(
                                 counts[key] for key in {item.sentence for item in shared}
@@ -146,10 +146,6 @@ def _by_dataset(items: Iterable[Keyed]) -> dict[str, list[Keyed]]:
     for item in items:
         found[item.record.dataset].append(item)
     return dict(found)
-
-
-def _is_short(record: Record) -> bool:
-    return len(record.text.split()) < SHORT_WORDS
 
 
 def _whole_documents(shared: Iterable[Keyed], every: Iterable[Keyed]) -> int:

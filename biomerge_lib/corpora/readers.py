@@ -9,12 +9,13 @@ source --[sources]--> files of each split --[format_*]--> documents --[documents
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError, ParameterError, nearest
 from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.corpora.documents import DISCONTINUOUS, ReadCounts, read_spans
+from biomerge_lib.corpora.draws import document_of
 from biomerge_lib.corpora.formats import Column, Reading, Source
 from biomerge_lib.corpora.leakage import check_documents
 from biomerge_lib.corpora.sentences import SPLITTERS, split_document
@@ -102,22 +103,20 @@ def iter_source(source: Source, split: str, how: Reading, counts: ReadCounts) ->
         DataError: as :func:`read_corpus`, for what one split can show.
     """
     documents = set()
-    for record in _iter_records(source, split, how, counts):
-        documents.add((record.dataset, record.doc_id))
-        yield record
-    counts.documents = len(documents)
-    if not counts.sentences:
-        raise DataError(f"{source.location}: {split} has no text.")
-
-
-def _iter_records(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:
     for item in FORMATS[source.format].read(source, split, how, counts):
+        records: Iterable[Record] = ()
         if isinstance(item, Record):
-            yield item
+            records = [item]
         elif item.text.strip() or item.mentions:
             spans = read_spans(item, types=how.types, discontinuous=how.discontinuous, counts=counts)
-            yield from split_document(
+            records = split_document(
                 item, spans, dataset=source.name, sentence_split=how.sentence_split, counts=counts
             )
         else:
             counts.empty_documents += 1
+        for record in records:
+            documents.add(document_of(record))
+            yield record
+    counts.documents = len(documents)
+    if not counts.sentences:
+        raise DataError(f"{source.location}: {split} has no text.")

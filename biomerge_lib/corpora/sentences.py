@@ -22,6 +22,7 @@ ends that AnatEM and BC5CDR have in their IOB versions (10,597 and 12,438 inside
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
@@ -96,13 +97,8 @@ def iter_sentences(text: str) -> Iterator[Span]:
 
 def find_lines(text: str) -> list[Span]:
     """The lines of a text that are not blank, without white space at their edges."""
-    lines, position = [], 0
-    for line in text.split("\n"):
-        start, end = trim(text, position, position + len(line))
-        if start < end:
-            lines.append((start, end))
-        position += len(line) + 1
-    return lines
+    lines = (trim(text, *line.span()) for line in re.finditer(r"[^\n]+", text))
+    return [(start, end) for start, end in lines if start < end]
 
 
 def find_document(text: str) -> list[Span]:

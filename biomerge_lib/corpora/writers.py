@@ -86,7 +86,7 @@ def write_iob(tagged: Iterable[Tagged], out: TextIO, *, spaced: bool = True) -> 
             lost = len(text.spans) - len(spans)
             log.warning("%s: %d overlapping mentions cannot be written as IOB", text.doc_id, lost)
         if not text.start:
-            print(f"-DOCSTART- ({_one_line(text.doc_id)})\n", file=out)
+            print(f"-DOCSTART- ({' '.join(text.doc_id.split()) or 'text'})\n", file=out)
         for start, end in join_cut(find_sentences(text.text), spans):
             for (first, last), tag in _tag_tokens(text.text, (start, end), spans, spaced):
                 print(text.text[first:last], text.start + first, text.start + last, tag, sep="\t", file=out)
@@ -155,7 +155,3 @@ def _brat_lines(text: Tagged) -> Iterator[str]:
         offsets = ";".join(f"{a + start} {b + start}" for a, b in parts)
         words = " ".join(text.text[start:end].split())
         yield f"T{number}\t{UNTYPED} {offsets}\t{words}\n"
-
-
-def _one_line(name: str) -> str:
-    return " ".join(name.split()) or "text"

@@ -9,7 +9,11 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from biomerge_lib import __version__
 from biomerge_lib.core.errors import DataError
@@ -42,9 +46,6 @@ from biomerge_lib.report.report_runs import (
 )
 from biomerge_lib.scoring.ner_metrics import length_bucket, score_spans
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 PREDICTION_FILES = [f"predictions-{split}-{way}.jsonl" for split in SPLITS[1:] for way in ("greedy", "vllm")]
 WRITERS = {"greedy.jsonl": GREEDY, "vllm.jsonl": VLLM}
 
@@ -56,10 +57,7 @@ def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> P
 
 def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
     """Write the page about collected runs, atomically, as one HTML file that loads nothing else."""
-    from jinja2 import Environment, FileSystemLoader
-
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     ranked = [run for run in runs if run.rank]
     answers = read_answers(ranked)
     figures = {"scores": draw_scores(ranked), "sweep": draw_sweep(ranked), "curves": draw_curves(ranked)}
@@ -88,9 +86,6 @@ def _tables(
     runs: Sequence[ReportedRun], links: Mapping[ReportedRun, Sequence[tuple[str, str]]]
 ) -> dict[str, pd.DataFrame]:
     """What the page tabulates of the runs themselves; Markup, in columns of objects, may hold elements."""
-    import pandas as pd
-    from markupsafe import Markup
-
     ranked, others = [run for run in runs if run.rank], [run for run in runs if not run.rank]
     link, code = Markup('<a href="{}">{}</a>'), Markup('<code title="{}">{}</code>')
     linked = {run: Markup(" ").join(link.format(at, name) for name, at in links[run]) for run in runs}
@@ -138,8 +133,6 @@ def _tables(
 
 def _group(ranked: Sequence[ReportedRun], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A row for the runs that have it in common."""
-    import pandas as pd
-
     groups: dict[str, dict[str, Any]] = {}
     for run, row in zip(ranked, rows, strict=True):
         groups.setdefault(str(row), {"runs": [], **row})["runs"].append(run.rank)
@@ -161,8 +154,6 @@ def show_value(value: Any, column: str = "") -> str:
 
 def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
     """Predictions of the best runs: per corpus, per length, and the errors of the best run that has any."""
-    import pandas as pd
-
     compared: list[tuple[ReportedRun, list[Prediction]]] = []
     file: str | None = None
     texts: list[str] | None = None
@@ -205,8 +196,6 @@ def _score_groups(
     title: str, keys: Sequence[str], compared: Sequence[tuple[ReportedRun, list[Prediction]]]
 ) -> pd.DataFrame:
     """F1 of the compared runs in each group of sentences."""
-    import pandas as pd
-
     rows = []
     for key in sorted(set(keys)):
         parts = [[p for p, of in zip(found, keys, strict=True) if of == key] for _, found in compared]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from biomerge_lib.report.report_runs import (
     F1_COLUMNS,
     READINGS,
@@ -22,7 +24,6 @@ from biomerge_lib.report.report_runs import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -117,8 +118,6 @@ def draw_sweep(ranked: Sequence[ReportedRun]) -> list[Figure]:
 
     Nothing below 4 runs, and no heat map of more than 25 rows or columns, or where hardly two runs share a value.
     """
-    import pandas as pd
-
     varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
     numeric = [name for name, values in varying.items() if all(map(is_number, values))]
     columns = {name: v if name in numeric else [str(x) for x in v] for name, v in varying.items()}
@@ -165,7 +164,6 @@ def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
 def _parallel_coordinates(table: pd.DataFrame) -> Figure:
     """A line a run, best first, through its parameters' values, evenly spaced in their order, to its score."""
     import numpy as np
-    import pandas as pd
     from matplotlib.ticker import MaxNLocator
 
     figure, axis = _axes(max(4.5, 1.5 * len(table.columns)), 3.8, "", grid="")

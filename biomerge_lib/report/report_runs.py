@@ -10,17 +10,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
+import pandas as pd
 import yaml
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.parameters import NOT_IDENTITY, as_overrides, compose_parameters, watch_metric_of
 from biomerge_lib.experiment.runs import outdated_stages
 from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
 HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
@@ -152,8 +150,6 @@ def runs_table(runs: Sequence[ReportedRun]) -> pd.DataFrame:
 
 def values_table(runs: Sequence[ReportedRun], columns: Mapping[str, Sources]) -> pd.DataFrame:
     """A row a run, with the first number of each column's sources; NaN where there is none."""
-    import pandas as pd
-
     rows = [[run.rank, run.name, *map(run.value, columns.values())] for run in runs]
     return pd.DataFrame(rows, columns=["rank", "run", *columns])
 
