@@ -50,7 +50,7 @@ def execute_notebook(
     for attempt in range(1, KERNEL_STARTS + 1):
         executed.unlink(missing_ok=True)
         try:
-            with _kernel_sockets() as config, _imports_from(cwd):
+            with _kernel_sockets() as config:
                 papermill.execute_notebook(
                     notebook,
                     executed,
@@ -60,7 +60,7 @@ def execute_notebook(
                     progress_bar=progress,
                     start_timeout=KERNEL_START_SECONDS,
                     config=config,
-                    kernel_manager_class=_kernel_manager(),
+                    kernel_manager_class=_kernel_manager(cwd),
                 )
             return
         except PapermillExecutionError as error:
@@ -84,22 +84,6 @@ def execute_notebook(
 
 
 @contextmanager
-def _imports_from(folder: Path) -> Iterator[None]:
-    """Let kernels import what lies in ``folder`` before what the environment was installed from.
-
-    Two clones may share an environment; each one's notebooks are for its own library.
-    """
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), before] if before else [str(folder)])
-    try:
-        yield
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-@contextmanager
 def _kernel_sockets() -> Iterator[Any]:
     """Kernel settings with a private folder of Unix sockets.
 
@@ -115,15 +99,20 @@ def _kernel_sockets() -> Iterator[Any]:
         yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/k.json"}})
 
 
-def _kernel_manager() -> type:
-    """Kernels that are interrupted at their end only where the user interrupts a running cell.
+def _kernel_manager(folder: Path) -> type:
+    """Kernels that import what lies in ``folder`` first: two clones may share an environment.
 
+    At their end they are interrupted only where the user interrupts a running cell.
     jupyter_client interrupts every kernel that it ends. When papermill has its last answer (kernel_info), the kernel
     may not be quite done with that, and prints "[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel".
     """
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
+        async def start_kernel(self, **kw: Any) -> None:  # type: ignore[override]
+            path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+            await super().start_kernel(**kw, env={**os.environ, "PYTHONPATH": path})
+
         async def _async_interrupt_kernel(self) -> None:
             if not self.shutting_down or isinstance(sys.exception(), KeyboardInterrupt):
                 await super()._async_interrupt_kernel()

@@ -79,14 +79,9 @@ def _git_commit() -> str | None:
     """
     if given := os.environ.get("BIOMERGE_COMMIT"):
         return given
-    describe = [
-        "git",
-        "-C",
-        str(PROJECT_DIR),
-        *["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-    ]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        found = subprocess.run(describe, capture_output=True, text=True, check=False)
+        found = subprocess.run(describe, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return found.stdout.strip() or None
