@@ -13,6 +13,7 @@ from textwrap import fill
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
+from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 
 EXIT_CODES = (
     f"exit codes: 0 done; 1 a fault of the program, please report it; 2 the input is at fault, the message says how; "
@@ -182,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    quiet_libraries()
     try:
         return options.verb(options)
     except RunInterrupted as error:
@@ -207,10 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from biomerge_lib.experiment.runs import quiet_libraries
     from biomerge_lib.experiment.tracking import run_tracked_notebook
 
-    quiet_libraries()
     print(kept_path(run_tracked_notebook(options.notebook, options.overrides)))
     return 0
 
@@ -239,16 +239,13 @@ def _preflight(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from biomerge_lib.experiment.runs import quiet_libraries
     from biomerge_lib.report.page import write_report
 
-    quiet_libraries()
     print(write_report(options.runs, options.out))
     return 0
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from biomerge_lib.experiment.runs import PROJECT_DIR
     from biomerge_lib.report.published import REPORTS_DIR, folder_of_reports, publish_run, write_results
 
     reports = folder_of_reports(options.into) if options.into else REPORTS_DIR
@@ -270,9 +267,7 @@ def _replaced(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from biomerge_lib.experiment import sweeps
-    from biomerge_lib.experiment.runs import quiet_libraries
 
-    quiet_libraries()
     sweep = sweeps.read_sweep(options.file, options.overrides)
     if options.pending:
         print(sweeps.pending_points(sweep))

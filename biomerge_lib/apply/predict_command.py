@@ -18,7 +18,6 @@ from biomerge_lib.apply.texts import STDIN, Text, iter_texts
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.files import partial_of, whole_file
 from biomerge_lib.corpora.writers import Tagged, write_brat, write_iob, write_jsonl
-from biomerge_lib.experiment.runs import quiet_libraries
 from biomerge_lib.report.display import bracket
 
 FORMAT_OF_ENDING = {".jsonl": "jsonl", ".conll": "conll", ".iob": "conll", ".tsv": "conll"}
@@ -27,7 +26,6 @@ LONG = 2_000  # characters that take long enough for a progress bar
 
 def predict_texts(options: Namespace) -> int:
     """Run the command; all files are read once before the model is loaded, so that a broken one is named at once."""
-    quiet_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading weights, for half a second
     if options.print_model_folder:
         from biomerge_lib.apply.ready_models import find_model
@@ -60,9 +58,16 @@ def predict_texts(options: Namespace) -> int:
     tagged = _tag(texts, characters, options)
     if kind == "brat":
         write_brat(tagged, options.out)
-    else:
-        with _open_out(options.out) as out:
-            _write(tagged, kind, out, spaced=not options.as_is)
+        return 0
+    with _open_out(options.out) as out:
+        if kind == "jsonl":
+            write_jsonl(tagged, out)
+        elif kind == "conll":
+            write_iob(tagged, out, spaced=not options.as_is)
+        else:
+            for part in tagged:
+                shown = bracket(part.text, part.spans, colour=out.isatty())
+                print(shown, file=out, end="\n" if part.is_last else "", flush=True)
     return 0
 
 
@@ -89,17 +94,6 @@ def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator
             yield Tagged(text.doc_id, text.text[part.start : part.end], spans, part.start, part.is_last)
             if part.is_last:
                 text = None
-
-
-def _write(tagged: Iterable[Tagged], kind: str, out: TextIO, *, spaced: bool) -> None:
-    if kind == "jsonl":
-        write_jsonl(tagged, out)
-    elif kind == "conll":
-        write_iob(tagged, out, spaced=spaced)
-    else:
-        for text in tagged:
-            shown = bracket(text.text, text.spans, colour=out.isatty())
-            print(shown, file=out, end="\n" if text.is_last else "", flush=True)
 
 
 def _input_at(out: Path, files: Iterable[str]) -> str | None:

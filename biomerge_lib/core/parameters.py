@@ -55,8 +55,7 @@ def _split_commas(value: Any) -> Any:
 
 
 def _split_numbers(value: Any) -> Any:
-    parts = _split_commas(value)
-    return [float(part) for part in parts] if isinstance(value, str) else parts
+    return [float(part) for part in _split_commas(value)] if isinstance(value, str) else value
 
 
 def _read_off(value: Any) -> Any:

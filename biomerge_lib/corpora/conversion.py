@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,10 @@ def _read(source: str, reading: Mapping[str, Any], split_shares: Sequence[float]
 
 def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
     written = {(data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
-    for path in (path for paths in corpus.source.files.values() for path in paths):
+    for path in chain.from_iterable(corpus.source.files.values()):
         if path.resolve() in written:
-            raise DataError(
-                f"{path}: is read from corpus {corpus.source.name}, and would be written over. "
-                "Set another data_dir."
-            )
+            risk = f"is read from corpus {corpus.source.name}, and would be written over"
+            raise DataError(f"{path}: {risk}. Set another data_dir.")
 
 
 def _has_no_splits(source: str) -> bool:

@@ -129,18 +129,11 @@ def _find_candidates(
     loose: list[Path] = []
     for entry in sorted(folder.iterdir()):
         split = None if entry.is_file() and form.is_document_a_file else split_of(entry.name)
-        if entry.is_dir():
-            files = sorted(filter(is_ours, entry.iterdir()))
-        else:
-            files = [entry] if is_ours(entry) else []
-        if not files:
-            continue
-        if split in candidates:
+        files = sorted(filter(is_ours, entry.iterdir() if entry.is_dir() else [entry]))
+        if files and split in candidates:
             candidates[split].append(files)
-        elif entry.is_file() and split is None:
-            loose.append(entry)
-        elif split is None:
-            unread.append(entry)
+        elif files and split is None:
+            (loose if entry.is_file() else unread).append(entry)
     if len(splits) == 1 and loose and not candidates[splits[0]] and not unread:
         candidates[splits[0]], loose = [loose], []
     return candidates, unread + loose

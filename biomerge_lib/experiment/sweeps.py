@@ -186,8 +186,7 @@ def describe_ranking(sweep: Sweep, points: Sequence[Point]) -> str:
 
 def pending_points(sweep: Sweep) -> str:
     """The points still to run, as ``sbatch --array`` takes them: ``0,3,4``; empty when all are finished."""
-    numbers = sorted(point.number for point in rank_points(sweep) if point.status != "finished")
-    return ",".join(map(str, numbers))
+    return ",".join(str(point.number) for point in rank_points(sweep) if point.status != "finished")
 
 
 def _find(path: Path) -> Path:

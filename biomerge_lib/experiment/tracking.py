@@ -65,12 +65,14 @@ def open_run(parameters: Parameters, folder: Path) -> wandb.Run | None:
     known = _identity(folder)
     given_id = os.environ.get("WANDB_RUN_ID")  # a sweep's agent hands it out
     resumed = bool(known) and given_id in (None, known["id"])
+    made_of = {"run_id": folder.name, "commit": provenance()["commit"]}
+    made_of |= {f"data_sha256_{split}": digest for split, digest in data_hashes(parameters.data_dir).items()}
     settings = {
         "id": known["id"] if resumed else given_id,
         "project": os.environ.get("WANDB_PROJECT", parameters.wandb_project),
         "name": os.environ.get("WANDB_NAME") or _sweep_point() or folder.name,
         "group": os.environ.get("WANDB_RUN_GROUP") or os.environ.get("WANDB_SWEEP_ID"),
-        "config": _config(parameters, folder),
+        "config": parameters.model_dump() | made_of,
     }
     run = None
     if reason is None:
@@ -239,11 +241,6 @@ def _init(
                 finish_timeout_raises=True,
             ),
         )
-
-
-def _config(parameters: Parameters, folder: Path) -> dict[str, Any]:
-    hashes = {f"data_sha256_{split}": digest for split, digest in data_hashes(parameters.data_dir).items()}
-    return parameters.model_dump() | hashes | {"run_id": folder.name, "commit": provenance()["commit"]}
 
 
 def _sweep_point() -> str | None:

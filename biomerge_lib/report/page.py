@@ -21,6 +21,7 @@ from biomerge_lib.core.files import write_text
 from biomerge_lib.core.markup import INERT
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.decoding.predictions import Prediction, read_predictions
+from biomerge_lib.experiment.stages import SCORING_STAGES, STAGES
 from biomerge_lib.report.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
 from biomerge_lib.report.report_figures import (
     COMPARED,
@@ -35,8 +36,6 @@ from biomerge_lib.report.report_notebooks import link_notebooks
 from biomerge_lib.report.report_runs import (
     AGREEMENT_COLUMNS,
     COST_COLUMNS,
-    GREEDY,
-    VLLM,
     ReportedRun,
     changed_words,
     collect_runs,
@@ -45,9 +44,6 @@ from biomerge_lib.report.report_runs import (
     values_table,
 )
 from biomerge_lib.scoring.ner_metrics import length_bucket, score_spans
-
-PREDICTION_FILES = [f"predictions-{split}-{way}.jsonl" for split in SPLITS[1:] for way in ("greedy", "vllm")]
-WRITERS = {"greedy.jsonl": GREEDY, "vllm.jsonl": VLLM}
 
 
 def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> Path:
@@ -159,7 +155,8 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
     texts: list[str] | None = None
     examples: dict[str, Any] = {}
     for run in ranked[:COMPARED]:
-        current = [name for name in PREDICTION_FILES if WRITERS[name.rpartition("-")[2]] not in run.outdated]
+        decoders = [STAGES[stage].decoder for stage in SCORING_STAGES if stage not in run.outdated]
+        current = [f"predictions-{split}-{decoder}.jsonl" for split in SPLITS[1:] for decoder in decoders]
         names = [name for name in current if name == (file or name) and (run.folder / name).is_file()]
         if not names:
             continue

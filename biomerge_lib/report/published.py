@@ -70,17 +70,14 @@ def _refuse_other_content(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise DataError(f"{out}: is no folder, and is left alone. Rename the run's folder or move it away.")
     paths = sorted(out.iterdir()) if out.exists() else []
-    other = [path.name for path in paths if not _is_published(path)]
+    ours = {path for path in paths if path.is_file() and (path.name in PUBLISHED or path.match(NOTEBOOKS))}
+    other = [path.name for path in paths if path not in ours]
     if other or (paths and read_metrics(out).get("run_id") != out.name):
         holds = f" ({', '.join(other[:3])}{', ...' if len(other) > 3 else ''})" if other else ""
         raise DataError(
             f"{out}: holds other things than an earlier copy of this run{holds}, and is left alone. "
             "Rename the run's folder, or publish with --into NAME."
         )
-
-
-def _is_published(path: Path) -> bool:
-    return path.is_file() and (path.name in PUBLISHED or path.match(NOTEBOOKS))
 
 
 def _machine_places(paths: Iterable[Path]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,8 @@ def write_union_report(parameters: Parameters, command: str, out: Path = OUT) ->
     Raises:
         DataError: as :func:`~biomerge_lib.corpora.conversion.write_corpus`.
     """
-    reading = {
-        "types": parameters.entity_types or None,
-        "sentence_split": parameters.sentence_split,
-        "discontinuous": parameters.discontinuous,
-        "token_column": parameters.token_column,
-        "tag_column": parameters.tag_column,
-    }
+    how_read = ("sentence_split", "discontinuous", "token_column", "tag_column")
+    reading = {"types": parameters.entity_types or None} | {n: getattr(parameters, n) for n in how_read}
     options = {name: getattr(parameters, name) for name in UNION_OPTIONS}
     card = write_corpus(parameters.corpora, parameters.data_dir, reading=reading, **options)
     where = provenance()
@@ -143,16 +139,10 @@ def _conflicts(card: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, A
     chosen = short[:: max(1, len(short) // EXAMPLES)][:EXAMPLES]
     if chosen:
         yield "A few short ones, with the mentions in brackets:"
-        rows = [
-            [
-                v["dataset"],
-                v["split"],
-                "yes" if v["kept"] else "no",
-                bracket(v["text"], parse_spans(v["target"])),
-            ]
-            for group in chosen
-            for v in group
-        ]
+        rows = []
+        for v in chain.from_iterable(chosen):
+            shown = bracket(v["text"], parse_spans(v["target"]))
+            rows.append([v["dataset"], v["split"], "yes" if v["kept"] else "no", shown])
         yield _table(["corpus", "split", "kept", "sentence"], rows)
 
 
