@@ -136,8 +136,8 @@ def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
     written = {(data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
     for path in chain.from_iterable(corpus.source.files.values()):
         if path.resolve() in written:
-            risk = f"is read from corpus {corpus.source.name}, and would be written over"
-            raise DataError(f"{path}: {risk}. Set another data_dir.")
+            own = f"{path}: is read from corpus {corpus.source.name}"
+            raise DataError(f"{own}, and would be written over. Set another data_dir.")
 
 
 def _has_no_splits(source: str) -> bool:

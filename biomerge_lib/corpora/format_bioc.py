@@ -1,11 +1,4 @@
-"""Knows BioC XML.
-
-Read here and not by a converter library, which was measured first on BC5CDR and AnatEM (counts of their README):
-bconv 1.2.1 reads one of BC5CDR's six files (an assertion stops it at parts of composite mentions in two BioC files,
-the composite column in all three PubTator files), has no BRAT reader and holds lxml below 5. bioc 2.1 finds every
-mention of BC5CDR, but strips lines (a title that ends in a blank shifts the whole abstract), splits at U+2028, opens
-files in the locale's encoding, checks no mention against its text and names no line: the errors below need the lines.
-"""
+"""Knows BioC XML; docs/corpora.md says why no converter library reads it."""
 
 from __future__ import annotations
 

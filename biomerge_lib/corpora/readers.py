@@ -41,7 +41,6 @@ def read_corpus(
     *,
     types: Collection[str] | None = None,
     splits: Sequence[str] = SPLITS,
-    dataset: str | None = None,
     sentence_split: str = "segtok",
     discontinuous: str = "skip",
     token_column: Column = None,
@@ -49,11 +48,11 @@ def read_corpus(
 ) -> Corpus:
     """Read a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
 
+    The records' data set is the folder's name less its format (``anatem_brat``: anatem); JSONL keeps its own.
+
     Args:
         types: the entity types to keep; None or nothing keeps all. A sentence without any stays, as a negative one.
         splits: the splits to read, each of which must be there.
-        dataset: the records' data set; without it the folder's name less its format (``anatem_brat``: anatem). The
-            project's JSONL keeps its own.
         sentence_split: how documents become sentences: ``segtok``, ``lines`` or ``document`` (no cut).
         discontinuous: ``skip`` or ``cover`` mentions of several parts.
         token_column, tag_column: where ``iob`` (number from 0, or name in the first line) and ``hub`` (name) have
@@ -80,7 +79,7 @@ def read_corpus(
         token_column=token_column,
         tag_column=tag_column,
     )
-    found = find_source(source, splits=splits, dataset=dataset)
+    found = find_source(source, splits=splits)
     counts = {split: ReadCounts() for split in splits}
     records = {split: list(iter_source(found, split, how, counts[split])) for split in splits}
     check_documents(records)

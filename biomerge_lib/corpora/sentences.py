@@ -5,19 +5,7 @@ break always ends a sentence (titles, headings, paragraphs; no sentence of AnatE
 that a mention is never cut: the sentences that a mention touches become one (``boundaries_joined`` counts the ends
 that went), and a line break inside it stays in the text as it is.
 
-The splitter is segtok: rules, no model to download, 70 kB, exact substrings. Compared line by line with the sentence
-ends that AnatEM and BC5CDR have in their IOB versions (10,597 and 12,438 inside 1,212 and 1,500 documents):
-
-    splitter                     AnatEM P / R / F1     BC5CDR P / R / F1     mentions cut   seconds
-    segtok 1.5.11                .998 / .992 / .995    .998 / .994 / .996         0           3.3
-    blingfire 0.1.8 (99 MB)      .998 / .984 / .991    .999 / .989 / .994         0           1.9
-    one regular expression       .994 / .986 / .990    .998 / .991 / .995         2           0.6
-    nltk 3.10 punkt, self-taught .987 / .995 / .991    .987 / .999 / .993         2           1.6
-    nltk 3.10 punkt, untaught    .973 / .997 / .985    .968 / .997 / .982         2           2.1
-    pysbd 0.3.4                  .983 / .990 / .987    .988 / .993 / .991         3          25.9
-    sentencex 1.0.32             .970 / .979 / .975    .994 / .989 / .991         0           0.4
-    syntok 1.4.4                 .979 / .978 / .978    .992 / .983 / .987         1           6.4
-    spaCy 3.8 sentencizer        .969 / .984 / .976    .974 / .992 / .983         2           3.8
+The splitter is segtok: rules, no model to download, exact substrings; docs/corpora.md compares it with others.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ SAMPLE_DIR = Path(__file__).parent / "sample_corpus"
 _ABOUT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
 
 
-def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: str | None = None) -> Source:
+def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS) -> Source:
     """Find a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
 
     With one name in ``splits`` the source may also be that split's file, or a folder whose names tell no split.
@@ -53,13 +53,13 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS, dataset: 
     folder = SAMPLE_DIR if name == SAMPLE else Path(name).expanduser()
     if forced == "hub" and not folder.is_dir():
         repository, _, config = name.partition("#")
-        return find_hub(name, dataset or "_".join(filter(None, [Path(repository).name, config])), splits)
+        return find_hub(name, "_".join(filter(None, [Path(repository).name, config])), splits)
     if not folder.exists():
         forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
         raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
     kind = forced or _find_format(folder)
     own_name = folder.stem if folder.is_file() else folder.resolve().name
-    dataset = dataset or (SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}"))
+    dataset = SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}")
     if kind == "hub":
         return find_hub(str(folder), dataset, splits)
     candidates, unread = _find_candidates(folder, kind, splits, is_forced=forced is not None)

@@ -34,9 +34,7 @@ class NotebookFailed(BioMergeError):
         self.reason = reason
 
 
-def execute_notebook(
-    notebook: Path, executed: Path, parameters: Mapping[str, Any], *, cwd: Path, progress: bool
-) -> None:
+def execute_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], *, cwd: Path) -> None:
     """Execute ``notebook`` with papermill into ``executed``.
 
     Raises:
@@ -57,7 +55,7 @@ def execute_notebook(
                     parameters=dict(parameters),
                     cwd=str(cwd),
                     kernel_name="python3",
-                    progress_bar=progress,
+                    progress_bar=sys.stderr.isatty(),
                     start_timeout=KERNEL_START_SECONDS,
                     config=config,
                     kernel_manager_class=_kernel_manager(cwd),

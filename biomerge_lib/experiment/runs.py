@@ -193,7 +193,7 @@ def load_run_parameters(folder: Path) -> Parameters:
         raise ParameterError(f"{path}: {error}") from None
 
 
-def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) -> Path:
+def run_notebook(name: str, overrides: Sequence[str]) -> Path:
     """Execute a notebook with papermill into its run folder; return the executed notebook's path.
 
     Raises:
@@ -231,13 +231,13 @@ def run_notebook(name: str, overrides: Sequence[str], *, progress: bool = True) 
             _scoring_parameters(folder, parameters, explicit)
         folder.mkdir(parents=True, exist_ok=True)
         chosen = {name: values[name] for name in sorted(told)}
-        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, progress=progress)
+        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen)
     return executed
 
 
-def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], *, progress: bool) -> None:
+def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]) -> None:
     try:
-        execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR, progress=progress)
+        execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR)
     except NotebookFailed as error:
         if jobs.was_interrupted():
             run.fail(

@@ -47,7 +47,7 @@ def run_tracked_notebook(name: str, overrides: Sequence[str]) -> Path:
         # The notebook says it too, but a job's log begins here.
         print(_offline_notice(reason, folder), flush=True)
     try:
-        executed = run_notebook(name, overrides, progress=sys.stderr.isatty())
+        executed = run_notebook(name, overrides)
     except RunInterrupted:
         raise
     except BioMergeError:

@@ -354,7 +354,7 @@ def test_the_notebook_runs_on_documents(tmp_path, tiny_prepared, form, name, typ
         f"runs_dir={tmp_path}/runs",
         f"tokenizer_dir={tiny_prepared}",
     ]
-    run_notebook("02_data", [*words, "run_id=documents", "max_per_corpus=500"], progress=False)
+    run_notebook("02_data", [*words, "run_id=documents", "max_per_corpus=500"])
     stages = json.loads((tmp_path / "runs" / "documents" / "metrics.json").read_text())["stages"]
     metrics = stages["02_data"]["metrics"]
     assert metrics["test_spans"] == test_spans and 450 < metrics["train_sentences"] <= 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_lines(tmp_path: Path, content: str | bytes, **options) -> tuple[list[Re
     """A TSV file's records."""
     counts = ReadCounts()
     path = write_files(tmp_path, {"train.tsv": content}) / "train.tsv"
-    source = find_source(path, splits=("train",), dataset="x")
+    source = replace(find_source(path, splits=("train",)), name="x")
     return list(iter_source(source, "train", Reading(**options), counts)), counts
 
 
@@ -574,8 +575,9 @@ def test_biobert_s_train_dev_is_left_unread(tmp_path):
 
 
 def test_a_split_may_be_a_folder_and_a_corpus_a_file(tmp_path):
-    folder = write_files(tmp_path, {f"{split}/{n}.iob2": GOOD_IOB for split in SPLITS for n in "ab"})
-    corpus = read_corpus(folder, dataset="mine")
+    files = {f"{split}/{n}.iob2": GOOD_IOB for split in SPLITS for n in "ab"}
+    folder = write_files(tmp_path / "mine", files)
+    corpus = read_corpus(folder)
     assert [len(records) for records in corpus.values()] == [4, 4, 4]
     assert corpus["dev"][2].doc_id == "mine_dev_b_s00001" and corpus["dev"][2].dataset == "mine"
     assert {split: paths[0].parent.name for split, paths in corpus.source.files.items()} == {

@@ -32,9 +32,7 @@ def execute(tmp_path):
             "language": "python",
         }
         nbformat.write(notebook, tmp_path / "in.ipynb")
-        execute_notebook(
-            tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path, progress=False
-        )
+        execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path)
         return nbformat.read(tmp_path / "out.ipynb", 4)
 
     return run
@@ -114,9 +112,7 @@ def test_a_kernel_that_dies_at_its_start_is_started_again(execute, tmp_path, mon
 
 
 def _run_light(number):
-    runs.run_notebook(
-        "01_tokenizer", [f"run_id=r{number}", f"runs_dir={os.environ['LIGHT_RUNS']}"], progress=False
-    )
+    runs.run_notebook("01_tokenizer", [f"run_id=r{number}", f"runs_dir={os.environ['LIGHT_RUNS']}"])
 
 
 def test_ten_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
