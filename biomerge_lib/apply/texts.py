@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ from pathlib import Path
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import NER_PREFIX, iter_lines
 from biomerge_lib.corpora.documents import ReadCounts
-from biomerge_lib.corpora.format_pubtator import read_pubtator
+from biomerge_lib.corpora.format_pubtator import is_pubtator, read_pubtator
 from biomerge_lib.corpora.formats import read_text
 
 STDIN = "-"
 ENDINGS = (".txt", ".jsonl", ".pubtator")
 NO_PROSE = (".json", ".csv", ".tsv", ".xml", ".html", ".ann", ".conll", ".iob")
-_PUBTATOR = re.compile(r"\s*[^|\t\n]+\|t\|")
 log = logging.getLogger("biomerge")
 
 
@@ -74,10 +72,10 @@ def _read_path(path: Path | str) -> Iterator[Text]:
         no = f"no {', '.join(ENDINGS)} file in this folder" if path.is_dir() else "no such file or folder"
         raise DataError(f"{path}: {no}.")
     for file in files:
-        start = _read_start(file)
+        _refuse_binary(file)
         if file.suffix.lower() == ".jsonl":
             yield from _read_jsonl(file)
-        elif file.suffix.lower() == ".pubtator" or _PUBTATOR.match(start):
+        elif is_pubtator(file):
             for document in read_pubtator(file, ReadCounts()):
                 yield Text(document.doc_id, document.text)
         elif file.suffix.lower() in NO_PROSE:
@@ -107,12 +105,10 @@ def _read_jsonl(path: Path) -> Iterator[Text]:
         yield Text(str(doc_id), text)
 
 
-def _read_start(path: Path) -> str:
-    """What a file begins with; refused if that is no UTF-8 text."""
+def _refuse_binary(path: Path) -> None:
     with path.open("rb") as stream:
         start = stream.read(1 << 16)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
     if b"\0" in start:
         raise DataError(f"{path}: a binary file; text (UTF-8) is needed.")
-    return start[: 1 << 12].decode("utf-8-sig", errors="replace")

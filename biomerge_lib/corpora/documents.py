@@ -18,7 +18,6 @@ What every reader of documents (BRAT, BioC, PubTator, hub) keeps to:
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
@@ -145,7 +144,7 @@ def _locate(document: Document, counts: ReadCounts) -> list[tuple[Span, ...]]:
         for unit, widths in OFFSET_UNITS.items():
             try:
                 converted = _to_code_points(parts, widths(document.text))
-            except ValueError:
+            except KeyError:
                 continue
             if converted != parts and _find_problem(document, converted) is None:
                 counts.offset_units[unit] += 1
@@ -178,21 +177,11 @@ def _find_problem(document: Document, parts_of_mentions: list[tuple[Span, ...]])
 
 
 def _to_code_points(parts_of_mentions: list[tuple[Span, ...]], widths: list[int]) -> list[tuple[Span, ...]]:
-    """Convert offsets that give each code point a width; ValueError where one falls inside a code point."""
-    positions = list(accumulate(widths, initial=0))
-
-    def index(
-        offset: int, *, is_end: bool
-    ) -> int:  # of a code point without width, the mention takes neither side
-        found = bisect_left(positions, offset) if is_end else bisect_right(positions, offset) - 1
-        if not 0 <= found < len(positions) or positions[found] != offset:
-            raise ValueError(offset)
-        return found
-
-    return [
-        tuple((index(start, is_end=False), index(end, is_end=True)) for start, end in parts)
-        for parts in parts_of_mentions
-    ]
+    """Convert offsets that give each code point a width; KeyError where one falls inside a code point."""
+    places = list(enumerate(accumulate(widths, initial=0)))
+    # Of code points without width a mention takes none: the last place of an offset begins it, the first one ends it.
+    starts, ends = ({offset: place for place, offset in order} for order in (places, reversed(places)))
+    return [tuple((starts[start], ends[end]) for start, end in parts) for parts in parts_of_mentions]
 
 
 # How wide the code points of a text are where offsets are not code points.

@@ -61,12 +61,6 @@ def hub_files(folder: Path) -> list[Path]:
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record | Document]:
-    """Read one split: sentences come as records, ``bigbio_kb`` rows as documents.
-
-    Raises:
-        DataError: the columns are missing, contradict each other or must be named, an unknown tag, or numbers without
-            names.
-    """
     stream, where = source.streams[split], f"hub:{source.location} {split}"
     looked_at: list[str] = []
     parsed_tags: dict[Any, ParsedTag] = {}

@@ -47,12 +47,7 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
             raise DataError(f"{where}: expected {expected} (PubTator), found {line[:60]!r}.")
         if columns[1][:1].isalpha():
             counts.other_lines += 1
-        elif (
-            len(columns) < 5
-            or not columns[1].isdecimal()
-            or not columns[2].isdecimal()
-            or not columns[4].strip()
-        ):
+        elif len(columns) < 5 or not (all(map(str.isdecimal, columns[1:3])) and columns[4].strip()):
             raise DataError(f"{where}: expected ID, START, END, mention, type by tabs, found {line[:60]!r}.")
         else:
             span = (int(columns[1]), int(columns[2]))
@@ -64,8 +59,9 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
         yield from read_pubtator(path, counts)
 
 
-def _has(path: Path) -> bool:
-    return path.suffix == ".pubtator" or _TITLE.match(first_line(path)) is not None
+def is_pubtator(path: Path) -> bool:
+    """By its ending or its first line."""
+    return path.suffix.lower() == ".pubtator" or _TITLE.match(first_line(path)) is not None
 
 
-PUBTATOR = Format((".txt", ".pubtator"), _read, _has)
+PUBTATOR = Format((".txt", ".pubtator"), _read, is_pubtator)

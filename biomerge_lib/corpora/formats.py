@@ -52,7 +52,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How a corpus is read; see :func:`~biomerge_lib.corpora.readers.read_corpus`. ``types`` None keeps all."""
+    """How a corpus is read.
+
+    ``types`` are the entity types to keep (None: all). ``sentence_split`` cuts documents: ``segtok``, ``lines`` or
+    ``document`` (no cut); ``discontinuous`` is ``skip`` or ``cover``, for mentions of several parts. The columns say
+    where ``iob`` (number from 0, or name in the first line) and ``hub`` (name) have tokens and tags; None finds them.
+    """
 
     types: frozenset[str] | None = None
     sentence_split: str = "segtok"

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from biomerge_lib.core.errors import DataError, ParameterError, nearest
 from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.corpora.documents import DISCONTINUOUS, ReadCounts, read_spans
 from biomerge_lib.corpora.draws import document_of
-from biomerge_lib.corpora.formats import Column, Reading, Source
+from biomerge_lib.corpora.formats import Reading, Source
 from biomerge_lib.corpora.leakage import check_documents
 from biomerge_lib.corpora.sentences import SPLITTERS, split_document
 from biomerge_lib.corpora.sources import FORMATS, find_source
@@ -41,10 +42,7 @@ def read_corpus(
     *,
     types: Collection[str] | None = None,
     splits: Sequence[str] = SPLITS,
-    sentence_split: str = "segtok",
-    discontinuous: str = "skip",
-    token_column: Column = None,
-    tag_column: Column = None,
+    **options: Any,
 ) -> Corpus:
     """Read a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
 
@@ -53,32 +51,20 @@ def read_corpus(
     Args:
         types: the entity types to keep; None or nothing keeps all. A sentence without any stays, as a negative one.
         splits: the splits to read, each of which must be there.
-        sentence_split: how documents become sentences: ``segtok``, ``lines`` or ``document`` (no cut).
-        discontinuous: ``skip`` or ``cover`` mentions of several parts.
-        token_column, tag_column: where ``iob`` (number from 0, or name in the first line) and ``hub`` (name) have
-            tokens and tags; None finds them, or refuses.
+        options: the other fields of :class:`~biomerge_lib.corpora.formats.Reading`.
 
     Raises:
         DataError: a split is missing or has two candidates, a file is malformed (named as ``file:line``), a document
             is in two splits, a type is in none, or nothing is annotated.
         ParameterError: an unknown ``sentence_split`` or ``discontinuous``.
     """
-    for name, value, valid in (
-        ("sentence_split", sentence_split, tuple(SPLITTERS)),
-        ("discontinuous", discontinuous, DISCONTINUOUS),
-    ):
-        if value not in valid:
+    types = [types] if isinstance(types, str) else types
+    how = Reading(types=frozenset(types) if types else None, **options)
+    for name, valid in (("sentence_split", tuple(SPLITTERS)), ("discontinuous", DISCONTINUOUS)):
+        if (value := getattr(how, name)) not in valid:
             raise ParameterError(
                 f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
             )
-    types = [types] if isinstance(types, str) else types
-    how = Reading(
-        types=frozenset(types) if types else None,
-        sentence_split=sentence_split,
-        discontinuous=discontinuous,
-        token_column=token_column,
-        tag_column=tag_column,
-    )
     found = find_source(source, splits=splits)
     counts = {split: ReadCounts() for split in splits}
     records = {split: list(iter_source(found, split, how, counts[split])) for split in splits}

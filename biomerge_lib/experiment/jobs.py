@@ -23,7 +23,6 @@ INTERRUPTED = 75  # exit status: stopped on request, to be continued (EX_TEMPFAI
 # Made anew from the rest, too large to fetch, or another job's: 03 merges again, W&B's logs are only added to.
 NOT_FETCHED = ("merged", "wandb", "*.partial", ".ipynb_checkpoints", ".lock")
 LOCK = ".lock"
-METRICS = "metrics.json"
 
 
 class RunInterrupted(BioMergeError):
@@ -84,11 +83,11 @@ def fetch_run(folder: Path) -> None:
             shutil.copytree(kept, partial, ignore=leave_out)
             if folder.is_dir():
                 shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=leave_out)
-            paths = [path for path in (kept / METRICS, folder / METRICS) if path.is_file()]
+            paths = [path for path in (kept / "metrics.json", folder / "metrics.json") if path.is_file()]
             if len(paths) == 2:
                 then, now = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
                 then["stages"] |= now["stages"]
-                write_json(partial / METRICS, then)
+                write_json(partial / "metrics.json", then)
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise BioMergeError(f"{kept} could not be copied to {folder.parent}: {error}") from error
