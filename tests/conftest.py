@@ -23,8 +23,10 @@ from biomerge_lib.core.prompt_format import PromptFormat, Rendering
 from biomerge_lib.core.records import Record
 from biomerge_lib.experiment.runs import quiet_libraries
 from biomerge_lib.prompts.manifest import Manifest
+from biomerge_lib.prompts.tokenizer import import_transformers
 
 quiet_libraries()
+import_transformers()  # without what no test needs; before a test's module imports it
 # `make test &` in a script begins with interrupts ignored, which the processes that tests interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
