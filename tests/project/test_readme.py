@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from biomerge_lib.__main__ import main
+from biomerge_lib.__main__ import build_parser
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETER_NAMES, compose_parameters
 from biomerge_lib.experiment.runs import find_notebook
@@ -76,16 +76,12 @@ def test_every_path_in_a_command_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_and_override_is_known(page, capsys):
+def test_every_command_and_override_is_known(page):
     for command in commands_of(page):
         if not command.startswith("python -m biomerge_lib "):
             continue
         words = shlex.split(command, comments=True)[3:]
-        with pytest.raises(SystemExit) as help_asked:
-            main([words[0], "--help"])
-        assert help_asked.value.code == 0
-        shown = capsys.readouterr().out
-        assert not [word for word in words if word.startswith("--") and word not in shown]
+        build_parser().parse_args([word for word in words if word != "--help"])
         overrides = [word for word in words if "=" in word]
         if words[0] == "run":
             find_notebook(words[1])
