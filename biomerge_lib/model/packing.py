@@ -12,7 +12,7 @@ import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -21,13 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from biomerge_lib.core.errors import ModelError
-from biomerge_lib.model.reach_ins import set_attention
 from biomerge_lib.prompts.prompt import IGNORE
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ATTENTION = "biomerge_packed"
+ATTENTION = "biomerge_packed"  # within each sentence where ``packed_row`` describes one, else PyTorch's SDPA
 # PyTorch before 2.12 groups the heads of key and value unasked.
 _GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -149,13 +145,8 @@ def unpack_rows(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
 
 
-def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let the model read packed rows wherever ``packed_row`` describes one; all else goes through PyTorch's SDPA."""
-    set_attention(model, ATTENTION)
-
-
 def packed_row(cu_seq_lens: torch.Tensor, max_seq_len: int) -> dict[str, Any]:
-    """What the forward of a model that :func:`use_packed_attention` prepared wants beside tokens and position ids."""
+    """What the forward of a model that attends by :data:`ATTENTION` wants beside tokens and position ids."""
     # A mask of four dimensions is taken as ready: transformers builds none (T x T) and looks for no boundaries in
     # position_ids, which would wait for the GPU.
     ready = cu_seq_lens.view(1, 1, 1, -1)
@@ -202,9 +193,7 @@ def attend_within_sentences(
         return cast(torch.Tensor, attended)[None], None
     lengths = cu_seq_lens.diff().tolist()
     if sliding_window is not None and max(lengths) > sliding_window:
-        raise ModelError(
-            f"a sentence is longer than the model's window of {sliding_window}: set packing=false."
-        )
+        raise ModelError(f"a sentence is longer than the window of {sliding_window}: set packing=false.")
     outputs = [
         torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=True

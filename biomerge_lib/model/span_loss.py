@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 
-from biomerge_lib.model.packing import packed_row, use_packed_attention
-from biomerge_lib.model.reach_ins import read_trained_rows_in_place
+from biomerge_lib.model.packing import ATTENTION, packed_row
+from biomerge_lib.model.reach_ins import read_trained_rows_in_place, set_attention
 from biomerge_lib.prompts.prompt import B_I_O, IGNORE
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def install_span_loss(model: CausalLM, *, head_loss_weight: float, max_seq_len: 
     ``max_seq_len``: tokens of the longest sentence that a packed row may hold.
     """
     own_forward = model.forward
-    use_packed_attention(model)
+    set_attention(model, ATTENTION)
     read_trained_rows_in_place(model)
 
     @functools.wraps(own_forward)

@@ -158,9 +158,7 @@ def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
             use_gradient_checkpointing=False,
         )
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise ModelError(
-            f"{folder}: Unsloth cannot load this backbone ({error}). Set backend=peft."
-        ) from error
+        raise ModelError(f"{folder}: Unsloth cannot load this ({error}). Set backend=peft.") from error
     remove_unsloth_generate(model)
     return model
 
@@ -221,10 +219,9 @@ def choose_lora_layers(model: CausalLM, *, backend: str) -> list[str]:
     """
     import torch
 
-    linear = (
-        name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)
-    )
-    layers = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    modules = model.get_decoder().named_modules()
+    linear = (name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear))
+    layers = list(dict.fromkeys(linear))
     kind = type(model).__name__
     if not layers:
         raise ModelError(f"{kind}: its layers have no torch.nn.Linear to put LoRA on; see docs/backbones.md.")
@@ -247,9 +244,7 @@ def load_causal_lm(folder: Path | str, *, dtype: str) -> CausalLM:
     from transformers import AutoModelForCausalLM
 
     if not (Path(folder) / "config.json").is_file():
-        raise ModelError(
-            f"{folder}: no model here (config.json is missing). notebooks/03_train.ipynb writes one."
-        )
+        raise ModelError(f"{folder}: no model here (config.json is missing). 03_train.ipynb writes one.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = cast("CausalLM", AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)))
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
@@ -283,9 +278,8 @@ def _attach_token_head(model: CausalLM, wanted: bool) -> None:
 
     if wanted:
         # float32: three rows cost nothing, and bfloat16 would round their updates away.
-        model.token_head = torch.nn.Linear(model.config.hidden_size, len(B_I_O)).to(
-            model.device, torch.float32
-        )
+        head = torch.nn.Linear(model.config.hidden_size, len(B_I_O))
+        model.token_head = head.to(model.device, torch.float32)
 
 
 def _rotate_as_narrow_as_autocast(model: CausalLM) -> None:

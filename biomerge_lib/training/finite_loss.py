@@ -33,20 +33,17 @@ class FiniteLoss:
         on_host.copy_(loss, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        before, self._launched = self._launched, (arrived, on_host, batch, step)
-        self._look(before)
+        self.finish()
+        self._launched = (arrived, on_host, batch, step)
 
     def finish(self) -> None:
-        """Look at the last pass's loss, too.
+        """Look at the last pass's loss.
 
         Raises:
             ModelError: it is not finite.
         """
-        self._look(self._launched)
-
-    def _look(self, launched: tuple | None) -> None:
-        if launched:
-            arrived, *seen = launched
+        if self._launched:
+            arrived, *seen = self._launched
             arrived.synchronize()
             self._check(*seen)
 

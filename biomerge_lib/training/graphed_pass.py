@@ -1,28 +1,15 @@
-"""Knows how a training pass reaches the GPU: compiled decoder layers, or one CUDA graph for forward and backward."""
+"""Knows how a training pass reaches the GPU as one CUDA graph for forward and backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
-from biomerge_lib.model.reach_ins import compile_once, zero_at_once
-
-if TYPE_CHECKING:
-    from biomerge_lib.model.backbones import LayerStack
+from biomerge_lib.model.reach_ins import zero_at_once
 
 Batch = dict[str, torch.Tensor]
-
-
-def compile_layers(decoder: LayerStack) -> None:
-    """Compile a decoder's layers: one compilation serves all layers and all lengths of packed rows.
-
-    Decoding and scoring run uncompiled under ``torch.compiler.set_stance("force_eager")``.
-    """
-    for layer in decoder.layers:
-        compile_once(layer)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def train_run(
     if done.is_file():
         print(f"{folder.name} is trained already; existing_run=replace trains it anew.")
     elif parameters.num_processes == 1 and not parameters.deepspeed:
-        return _train_here(folder, parameters, records)
+        return _train_here(folder, parameters, records or read_records(parameters))
     else:
         # Prepared once, before the processes look for it all at the same time.
         prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
@@ -60,16 +60,13 @@ def train_run(
     return json.loads(done.read_text(encoding="utf-8"))
 
 
-def _train_here(
-    folder: Path, parameters: Parameters, records: dict[str, list[Record]] | None = None
-) -> dict[str, Any]:
+def _train_here(folder: Path, parameters: Parameters, records: dict[str, list[Record]]) -> dict[str, Any]:
     import_backend(parameters.backend)
     from biomerge_lib.prompts.tokenizer import load_tokenizer
     from biomerge_lib.training.run import build_model, build_trainer, train
 
     backbone = prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
     model, tokenizer = build_model(parameters, backbone), load_tokenizer(backbone)
-    records = records or read_records(parameters)
     trainer = build_trainer(model, tokenizer, records, parameters, checkpoints=folder / "checkpoints")
     if trainer.is_world_process_zero():
         trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
@@ -130,7 +127,8 @@ def main() -> int:
     folder = Path(sys.argv[1])
     try:
         take_gpu()
-        _train_here(folder, load_run_parameters(folder))
+        parameters = load_run_parameters(folder)
+        _train_here(folder, parameters, read_records(parameters))
     except BioMergeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,7 +26,7 @@ def collect_metrics(trainer: NerTrainer, best: str, seconds: float) -> dict[str,
     """
     state, processes = trainer.state, trainer.args.world_size
     step, greedy = trainer.last_greedy
-    if f"checkpoint-{step}" != best or "greedy_dev_ner_f1" not in greedy:
+    if f"checkpoint-{step}" != best:
         greedy = trainer.evaluate_greedily()
     at_best = [entry for entry in state.log_history if f"checkpoint-{entry['step']}" == best]
     metrics: dict[str, Any] = {
@@ -85,8 +85,6 @@ def explain_gap(metrics: dict[str, Any]) -> str:
         "token_head": "the head tags each word from its left context, the answer is written after the whole sentence",
         "greedy": "both decode greedily and should agree",
     }
-    cause = (
-        "; ".join(seen)
-        or f"the answers are well-formed, so the two readings differ in kind: {kinds[watched]}"
-    )
+    kind = f"the answers are well-formed, so the two readings differ in kind: {kinds[watched]}"
+    cause = "; ".join(seen) or kind
     return f"{watched} {fast:.3f} and greedy {greedy:.3f} differ by {abs(fast - greedy):.3f}: {cause}."

@@ -63,12 +63,6 @@ class Preflight:
     def __str__(self) -> str:
         return "\n".join(f"{f.verdict:<8} {f.check:<11} {f.says}" for f in self.findings)
 
-    def _repr_html_(self) -> str:
-        import pandas as pd
-
-        with pd.option_context("display.max_colwidth", None):
-            return pd.DataFrame(self.findings).to_html(index=False)
-
 
 def check_training(parameters: Parameters) -> Preflight:
     """Check that these parameters can train: 03_train before it reads data, and ``python -m biomerge_lib preflight``.
@@ -155,9 +149,9 @@ def _report_answers(found: Preflight, tokenizer: PlainTokenizer, parameters: Par
         answer = parse_answer(written, len(record.text))
         if tuple(answer.spans) != record.spans or answer.unreadable:
             says = (
-                f"the tokenizer in {parameters.tokenizer_dir} cannot write {record.target!r}: it decodes as "
+                f"the tokenizer in {parameters.tokenizer_dir} cannot write {record.target!r}: it decodes as"
             )
-            found.add(REFUSED, "answers", f"{says}{written!r}")
+            found.add(REFUSED, "answers", f"{says} {written!r}")
             return
     found.add(OK, "answers", f"EOS is labelled, and {len(sample):,} answers decode to their spans")
 
@@ -165,13 +159,10 @@ def _report_answers(found: Preflight, tokenizer: PlainTokenizer, parameters: Par
 def _report_train_lengths(found: Preflight, parameters: Parameters) -> None:
     scan = found.scans["train"]
     if scan.impossible:
-        says = f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}"
-        found.add(REFUSED, "limits", says)
+        found.add(REFUSED, "limits", f"{len(scan.impossible):,} records fit no chunk. {scan.impossible[0]}")
     else:
-        says = (
-            f"{scan.long_prompts:,} prompts and {scan.long_targets:,} targets of train are over the limits "
-        )
-        says += f"(max_input_tokens={parameters.max_input_tokens}, max_target_tokens={parameters.max_target_tokens}): "
+        says = f"{scan.long_prompts:,} prompts and {scan.long_targets:,} targets of train are over the limits"
+        says += f" (max_input_tokens={parameters.max_input_tokens}, max_target_tokens={parameters.max_target_tokens}): "
         says += f"{scan.chunked:,} records are cut into chunks, nothing is truncated"
         found.add(OK, "limits", says)
     if scan.chunked > 0.2 * scan.records:
@@ -265,9 +256,9 @@ def _report_steps(found: Preflight, parameters: Parameters) -> None:
 def _report_full_training(found: Preflight, parameters: Parameters) -> None:
     if parameters.learning_rate >= HIGH_RATE:
         says = (
-            f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it "
+            f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it"
         )
-        found.add(WARNING, "weights", says + "(2e-4 to 5e-4 for SmolLM2-135M)")
+        found.add(WARNING, "weights", says + " (2e-4 to 5e-4 for SmolLM2-135M)")
     prepared = Path(parameters.backbones_dir) / backbone_name(parameters.backbone)
     weights = sum(path.stat().st_size for path in prepared.glob("*.safetensors")) // 2  # bfloat16
     if not weights:
@@ -277,10 +268,8 @@ def _report_full_training(found: Preflight, parameters: Parameters) -> None:
     disk_gb = checkpoint_gb * (parameters.save_total_limit + 1)  # a new one is written before the oldest goes
     runs = Path(parameters.runs_dir).absolute()
     free_gb = shutil.disk_usage(next(path for path in (runs, *runs.parents) if path.is_dir())).free / 1e9
-    says = (
-        f"all {weights / 1e6:,.1f} million weights train: {memory_gb:.1f} GB of memory before activations, "
-    )
-    says += f"{checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)"
+    says = f"all {weights / 1e6:,.1f} million weights train: {memory_gb:.1f} GB of memory before activations"
+    says += f", {checkpoint_gb:.1f} GB a checkpoint, up to {disk_gb:.1f} GB of them ({free_gb:,.0f} GB free)"
     found.add(OK if disk_gb < free_gb else WARNING, "weights", says)
 
 

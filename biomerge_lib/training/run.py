@@ -24,11 +24,10 @@ from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
 from biomerge_lib.model.backbones import refuse_other_backbone
 from biomerge_lib.model.packing import PackedCollator, RowCollator
-from biomerge_lib.model.reach_ins import recompute_none
+from biomerge_lib.model.reach_ins import compile_once, recompute_none
 from biomerge_lib.model.unsloth_lora_ner import load_full_model, load_lora_model, refuse_narrow_card
 from biomerge_lib.prompts.ner_span import SpanCollator, build_dataset
 from biomerge_lib.training.batches import build_collator, choose_rows, folds
-from biomerge_lib.training.graphed_pass import compile_layers
 from biomerge_lib.training.outcome import collect_metrics, explain_early_stop
 from biomerge_lib.training.trainer import NerTrainer, OneGpuArguments, choose_launch
 from biomerge_lib.training.trainer_callbacks import WATCH_METRIC
@@ -100,7 +99,8 @@ def build_trainer(
     steps = len(datasets["train"]) / (step_size * parameters.num_processes) * parameters.num_train_epochs
     launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
     if "compiled" in launch:
-        compile_layers(model.get_decoder())
+        for layer in model.get_decoder().layers:
+            compile_once(layer)
     lengths = datasets["train"]["length"][:]
     collator = build_collator(parameters, tokenizer.pad_token_id, launch, lengths)
     train_collator: SpanCollator | PackedCollator | RowCollator = collator
