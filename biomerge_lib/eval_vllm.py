@@ -202,9 +202,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--corpus-cue", action=argparse.BooleanOptionalAction, default=None, help=cue)
     add("--max-input-tokens", type=_positive, help="longer prompts are chunked")
     add("--max-new-tokens", type=_positive, help="longer answers are cut")
-    constraint = (
-        "format: answers are spans; offsets: at edges of words, ascending, without overlap (%(default)s)"
-    )
+    constraint = "format: answers are spans; offsets: at words' edges, ascending, no overlap (%(default)s)"
     add("--constrained-decoding", choices=CONSTRAINTS, default="off", help=constraint)
     add("--span-threshold", type=_share, help="drop predicted spans of a lower probability")
     return parser

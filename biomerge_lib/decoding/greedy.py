@@ -57,7 +57,8 @@ def greedy_decode(
             batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
             waiting = []
             for batch in batches:
-                masks, leave = masks_of(batch), len(batch) // SHARE_LEFT if len(batches) > 1 else 0
+                masks = masks_of(batch)
+                leave = len(batch) // SHARE_LEFT if len(batches) > 1 else 0
                 _continue(model, tokenizer, batch, max_new_tokens, masks=masks, decoder=decoder, leave=leave)
                 unfinished = [row for row in batch if eos not in row.ids and len(row.ids) < max_new_tokens]
                 bar.update(len(batch) - len(unfinished))

@@ -8,7 +8,6 @@ The official ``openai`` client does time-outs, retries and the pauses between th
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,6 @@ HOW_TO_START = (
 )
 API_KEY = "VLLM_API_KEY"  # the environment variable
 _RETRIED = (408, 409, 429)
-_MODELS_RETRIES = 2
-# One line a request would bury a notebook's output.
-for _library in ("httpx", "httpx2"):
-    logging.getLogger(_library).setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +51,14 @@ def find_served_model(base_url: str, api_key: str, *, names: Sequence[str] | Non
         with openai.OpenAI(
             base_url=base_url,
             api_key=api_key,
-            max_retries=_MODELS_RETRIES,
             timeout=20,
             http_client=openai.DefaultHttpxClient(trust_env=_may_use_proxy(base_url)),
         ) as client:
             cards = list(client.models.list())
     except openai.OpenAIError as error:
-        raise ServerError(f"{base_url}: {_reason(error, _MODELS_RETRIES)}. {HOW_TO_START}") from None
+        raise ServerError(
+            f"{base_url}: {_reason(error, openai.DEFAULT_MAX_RETRIES)}. {HOW_TO_START}"
+        ) from None
     models = [
         ServedModel(card.id, getattr(card, "root", None), getattr(card, "max_model_len", None))
         for card in cards
@@ -72,9 +68,7 @@ def find_served_model(base_url: str, api_key: str, *, names: Sequence[str] | Non
         return wanted[0]
     there = ", ".join(f"{model.id!r} (from {model.root})" for model in models) or "no model"
     asked = f", not {names[0]!r}.{nearest(names[0], [model.id for model in models])}" if names else "."
-    raise ServerError(
-        f"{base_url} serves {there}{asked} Name the served model, or start another server. {HOW_TO_START}"
-    )
+    raise ServerError(f"{base_url} serves {there}{asked} Name one of them, or start another. {HOW_TO_START}")
 
 
 def served_names(model_dir: Path | str) -> list[str]:
@@ -86,11 +80,6 @@ def served_names(model_dir: Path | str) -> list[str]:
     folder = Path(model_dir).resolve()
     name = folder.parent.name if folder.name == "merged" else folder.name
     return list(dict.fromkeys([name, str(folder), str(model_dir)]))
-
-
-def complete_url(address: str) -> str:
-    """``http://node7:8001`` and ``http://node7:8001/v1/`` as the client wants them: ``http://node7:8001/v1``."""
-    return address.rstrip("/").removesuffix("/v1") + "/v1"
 
 
 class Server(Protocol):
@@ -116,7 +105,7 @@ class RunningServer:
     startup_seconds = 0.0
 
     def __init__(self, base_url: str, model_dir: Path | str | None = None, *, key_variable: str = API_KEY):
-        self.base_url = complete_url(base_url)
+        self.base_url = base_url.rstrip("/").removesuffix("/v1") + "/v1"  # given with or without it
         self.api_key = os.environ.get(key_variable) or "EMPTY"
         names = None if model_dir is None else served_names(model_dir)
         self.model = find_served_model(self.base_url, self.api_key, names=names)

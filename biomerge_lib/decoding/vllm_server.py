@@ -136,9 +136,7 @@ class VllmServer:
         if self.port is None:
             self.port = next(port for port in random.sample(FREE_PORTS, 100) if _is_free(port))
         elif not _is_free(self.port):
-            raise ServerError(
-                f"port {self.port} on {HOST} is in use. Stop what listens there, or choose another."
-            )
+            raise ServerError(f"port {self.port} on {HOST} is in use. Stop what listens, or choose another.")
         started = time.monotonic()
         self._process = GuardedProcess(
             self._command(), environment=self._environment(), log_path=self.log_path
@@ -198,12 +196,10 @@ class VllmServer:
             raise ServerError(f"the vLLM server for {self.model_dir} {problem} {end}")
 
     def _is_ready(self) -> bool:
-        """It answers, and it is ours: only our server knows our key and serves our model's name."""
+        """It answers, through no proxy, and is ours: only our server knows our key and serves our model's name."""
         key = {"Authorization": f"Bearer {self.api_key}"}
         try:
-            answer = httpx.get(
-                f"{self.base_url}/models", headers=key, timeout=5, trust_env=False
-            )  # by no proxy
+            answer = httpx.get(f"{self.base_url}/models", headers=key, timeout=5, trust_env=False)
         except httpx.HTTPError:
             return False
         return answer.status_code == 200 and self.model_id in [card["id"] for card in answer.json()["data"]]

@@ -75,6 +75,7 @@ def scan_records(
     than ``max_target_tokens``) has to be tokenised to count those over the limits exactly. Of the others a sample is.
     """
     scan = Scan(sample=_sample(records))
+    chunk_limit = max_target_tokens if for_training else None
     short: list[Record] = []
     maybe_long: list[Record] = []
     for record in records:
@@ -89,10 +90,17 @@ def scan_records(
         scan.target_tokens += target
         scan.long_prompts += is_long
         scan.long_targets += has_long_target
-        if is_long or (for_training and has_long_target):
-            _count_chunks(scan, record, tokenizer, prompt_format, max_target_tokens if for_training else None)
-        else:
+        if not (is_long or (for_training and has_long_target)):
             scan.examples += 1
+            continue
+        try:
+            chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=chunk_limit)
+        except DataError as error:
+            scan.impossible.append(str(error))
+            continue
+        scan.examples += len(chunks)
+        scan.chunked += len(chunks) > 1
+        scan.cut_spans += len(find_cut_spans(record, chunks))
     scan.examples += len(short)
     if sample := count_tokens(_sample(short), tokenizer, prompt_format):
         share = len(short) / len(sample)
@@ -126,20 +134,3 @@ def count_record(
         scan.contradicting += not same
     else:
         scan.gold[prompt] = keyed.annotated
-
-
-def _count_chunks(
-    scan: Scan,
-    record: Record,
-    tokenizer: PlainTokenizer,
-    prompt_format: PromptFormat,
-    max_target_tokens: int | None,
-) -> None:
-    try:
-        chunks = split_record(record, tokenizer, prompt_format, max_target_tokens=max_target_tokens)
-    except DataError as error:
-        scan.impossible.append(str(error))
-        return
-    scan.examples += len(chunks)
-    scan.chunked += len(chunks) > 1
-    scan.cut_spans += len(find_cut_spans(record, chunks))

@@ -107,9 +107,7 @@ def read_model_folder(path: Path) -> tuple[Path, dict[str, Any]]:
     is_run = (path / "parameters.yaml").is_file()
     model_dir = path / "merged" if is_run else path
     if not (model_dir / "config.json").is_file():
-        raise ModelError(
-            f"{model_dir}: no model (config.json is missing). Name a run's folder or a merged model's."
-        )
+        raise ModelError(f"{model_dir}: no model (config.json is missing). Name a run or a merged model.")
     said = read_manifest(model_dir)
     if is_run and not said.keys() >= set(ASKED_WITH):
         parameters = load_run_parameters(path)

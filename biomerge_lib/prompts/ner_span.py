@@ -168,25 +168,6 @@ def _label(record: Record, encoding: Encoding) -> dict[str, list[int]]:
     }
 
 
-def iter_examples(
-    records: Iterable[Record],
-    tokenizer: PreTrainedTokenizerFast,
-    prompt_format: PromptFormat,
-    *,
-    max_target_tokens: int,
-) -> Iterator[dict[str, Any]]:
-    """Tokenised examples, with their ``length`` and ``prompt_length``; over-long records are chunked, never truncated.
-
-    Raises:
-        DataError: a word or a gold span that fits no chunk.
-    """
-    for pieces in encode_chunks(records, tokenizer, prompt_format, max_target_tokens=max_target_tokens):
-        for chunk, ids in pieces:
-            example = _label(chunk.record, ids)
-            sizes = {"length": len(example["input_ids"]), "prompt_length": len(ids.prompt_ids)}
-            yield {**example, **sizes}
-
-
 def build_dataset(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerFast,
@@ -195,8 +176,9 @@ def build_dataset(
     max_target_tokens: int,
     cache_dir: Path | str | None = None,
 ) -> Dataset:
-    """The examples of :func:`iter_examples` as a data set; tokenised once and then read from ``cache_dir``.
+    """The records' examples with ``length`` and ``prompt_length``; tokenised once and then read from ``cache_dir``.
 
+    Over-long records are chunked, never truncated.
     A cache file is named by a hash of everything that its contents depend on, so that it is never stale: the records,
     the tokenizer, the format of prompts, the limits, and the source code that turns one into the other. Without
     ``cache_dir`` the examples stay in memory.
@@ -206,13 +188,19 @@ def build_dataset(
     """
     from datasets import Dataset, Features, List, Value, disable_progress_bars
 
-    options: dict[str, Any] = {"prompt_format": prompt_format, "max_target_tokens": max_target_tokens}
     said = [hash_records(records), hash_tokenizer(tokenizer), asdict(prompt_format), max_target_tokens]
     name = hashlib.sha256(json.dumps([*said, _code_hash()]).encode()).hexdigest()[:24]
 
     def tokenise(batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
-        examples = list(iter_examples([records[i] for i in batch["record"]], tokenizer, **options))
-        return {column: [example[column] for example in examples] for column in features}
+        columns: dict[str, list[Any]] = {name: [] for name in features}
+        chosen = [records[i] for i in batch["record"]]
+        for pieces in encode_chunks(chosen, tokenizer, prompt_format, max_target_tokens=max_target_tokens):
+            for chunk, encoding in pieces:
+                example: dict[str, Any] = {**_label(chunk.record, encoding)}
+                example |= {"length": len(example["labels"]), "prompt_length": len(encoding.prompt_ids)}
+                for name, column in columns.items():
+                    column.append(example[name])
+        return columns
 
     ids, number = List(Value("int32")), Value("int32")
     features = {"input_ids": ids, "labels": ids, "token_labels": List(Value("int8"))}

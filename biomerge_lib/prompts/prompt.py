@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.prompt_format import PromptFormat
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerFast | PlainTokenizer
 
-Item = TypeVar("Item")
 BATCH = 1000  # records tokenised at a time
 IGNORE = -100
 B_I_O = {"O": 0, "B": 1, "I": 2}
@@ -50,11 +49,12 @@ class Encoding:
 
 
 def count_tokens(
-    records: Iterable[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
+    records: Sequence[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
 ) -> list[tuple[int, int]]:
     """The lengths of each record's prompt and completion in token ids, in half the time of :func:`encode_many`."""
     lengths: list[tuple[int, int]] = []
-    for batch in batched(records, BATCH):
+    for start in range(0, len(records), BATCH):
+        batch = records[start : start + BATCH]
         prompts = tokenizer([prompt_format.render(record).prompt for record in batch])["input_ids"]
         completions = _tokenise_completions(batch, tokenizer)
         lengths += [(len(p) + 1, len(c) + 1) for p, c in zip(prompts, completions, strict=True)]
@@ -92,7 +92,7 @@ def encode_many(
 
 
 def encode_chunks(
-    records: Iterable[Record],
+    records: Sequence[Record],
     tokenizer: Tokenizer,
     prompt_format: PromptFormat,
     *,
@@ -103,16 +103,10 @@ def encode_chunks(
     Raises:
         DataError: a single word, or a single gold span, is longer than the limits allow.
     """
-    for batch in batched(records, BATCH):
+    for start in range(0, len(records), BATCH):
+        batch = records[start : start + BATCH]
         for record, encoding in zip(batch, encode_many(batch, tokenizer, prompt_format), strict=True):
             yield _split(record, encoding, tokenizer, prompt_format, max_target_tokens)
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """The items in lists of ``size``, the last one shorter."""
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def word_labels(words: Sequence[Span], spans: Iterable[Span]) -> list[int]:
@@ -201,12 +195,8 @@ def find_cut_spans(record: Record, chunks: Sequence[Chunk]) -> list[Span]:
 
 def merge_chunks(chunks: Sequence[Chunk], spans_per_chunk: Sequence[Iterable[Span]]) -> list[Span]:
     """Map spans found in chunks back to the offsets of the text they were cut from, sorted."""
-    found = {
-        (start + chunk.offset, end + chunk.offset)
-        for chunk, spans in zip(chunks, spans_per_chunk, strict=True)
-        for start, end in spans
-    }
-    return sorted(found)
+    both = zip(chunks, spans_per_chunk, strict=True)
+    return sorted({(start + c.offset, end + c.offset) for c, spans in both for start, end in spans})
 
 
 def _tokenise_completions(records: Sequence[Record], tokenizer: Tokenizer) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
 # All of such a tokenizer is in tokenizer.json.
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 NOT_NEEDED = ("sklearn", "torchao")
-log = logging.getLogger(__name__)
 
 
 def import_transformers() -> None:
@@ -62,13 +60,10 @@ def add_biomerge_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
     return added
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> Path:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:
     """Save a tokenizer with the five tokens; :func:`load_tokenizer` reads it back."""
-    folder = Path(folder)
     check_tokenizer(tokenizer, str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:

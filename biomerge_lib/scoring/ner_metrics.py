@@ -38,9 +38,8 @@ class SpanScore:
 
     @property
     def f1(self) -> float:
-        return _ratio(
-            2 * self.true_positives, 2 * self.true_positives + self.false_positives + self.false_negatives
-        )
+        wrong = self.false_positives + self.false_negatives
+        return _ratio(2 * self.true_positives, 2 * self.true_positives + wrong)
 
 
 def score_spans(pairs: Iterable[tuple[Iterable[Span], Iterable[Span]]]) -> SpanScore:

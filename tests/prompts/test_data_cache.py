@@ -17,7 +17,6 @@ from biomerge_lib.prompts.ner_span import (
     encode_example,
     hash_records,
     hash_tokenizer,
-    iter_examples,
     read_split,
     train_datasets,
 )
@@ -148,7 +147,6 @@ def test_memory_and_cache_hold_the_same_examples(tokenizer, data_dir, tmp_path):
     in_memory = list(build_dataset(records, tokenizer, **EXAMPLES))
     assert len(in_memory) > len(records)  # some are chunked
     assert list(build_dataset(records, tokenizer, cache_dir=tmp_path, **EXAMPLES)) == in_memory
-    assert in_memory == list(iter_examples(records, tokenizer, **EXAMPLES))
 
 
 def test_tokenised_data_are_read_again_only_when_nothing_changed(tokenizer, data_dir, tmp_path, monkeypatch):
