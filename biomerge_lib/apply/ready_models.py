@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import file_sha256, locked
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer
@@ -37,14 +37,15 @@ def read_adapter(adapter: Path) -> Manifest:
     """How an exported adapter's model is asked.
 
     Raises:
-        DataError: its ``biomerge.json`` is missing.
-        ModelError: it is incomplete, or names an anchor style that is gone.
+        ModelError: files are missing, or its ``biomerge.json`` says too little or names an anchor style that is gone.
     """
-    if not (adapter / FILE).is_file():
-        raise DataError(
-            f"{adapter / FILE}: no such file. `python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
+    said = read_manifest(adapter)
+    if missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]:
+        raise ModelError(
+            f"{adapter}: no exported adapter ({', '.join(missing)} missing). "
+            "`python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
         )
-    return Manifest.of(read_manifest(adapter), where=adapter)
+    return Manifest.of(said, where=adapter)
 
 
 def merge_for_use(adapter: Path) -> Path:
@@ -55,9 +56,7 @@ def merge_for_use(adapter: Path) -> Path:
     Raises:
         ModelError: the adapter or its backbone is missing, or the cache folder cannot be written.
     """
-    missing = [name for name in ADAPTER_FILES if not (adapter / name).is_file()]
-    if missing:
-        raise ModelError(f"{adapter}: no exported adapter ({', '.join(missing)} missing).")
+    manifest = read_adapter(adapter)
     digest = file_sha256(*(adapter / name for name in ADAPTER_FILES))[:12]
     folder = cache_dir() / "models" / f"{adapter.resolve().name}-{digest}"
     if (folder / "config.json").is_file():
@@ -66,7 +65,7 @@ def merge_for_use(adapter: Path) -> Path:
         with locked(folder.with_name(f".{folder.name}.lock")):  # another process may be making it
             if not (folder / "config.json").is_file():
                 log.info("first use of %s: merging it into %s (once)", adapter.name, folder)
-                _merge(adapter, folder)
+                _merge(adapter, folder, manifest)
     except OSError as error:
         raise ModelError(
             f"{folder}: cannot be written ({error.strerror}). Set BIOMERGE_CACHE to a folder with 1 GB free."
@@ -80,14 +79,13 @@ def find_model(
     """The merged model of the shipped adapter, of another ``adapter``, or of a ``model`` folder; and how it is asked.
 
     Raises:
-        DataError, ModelError: no model or adapter in the folder, or it cannot be merged.
+        ModelError: no model or adapter in the folder, or it cannot be merged.
     """
     if model is not None:
         folder, said = read_model_folder(Path(model))
         return folder, Manifest.of(said, where=folder)
     folder = Path(adapter or SHIPPED)
-    manifest = read_adapter(folder)
-    return merge_for_use(folder), manifest
+    return merge_for_use(folder), read_adapter(folder)
 
 
 def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:
@@ -126,12 +124,11 @@ def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any
     return tokenizer, answer
 
 
-def _merge(adapter: Path, folder: Path) -> None:
+def _merge(adapter: Path, folder: Path, manifest: Manifest) -> None:
     from biomerge_lib.model.merging import merge_checkpoint
     from biomerge_lib.prompts.prompt import encode
     from biomerge_lib.prompts.tokenizer import load_tokenizer
 
-    manifest = read_adapter(adapter)
     backbone = _prepare(str(manifest.backbone))
     probe = Record("Aspirin can trigger asthma attacks .", (), "probe", "probe")
     probe_ids = encode(probe, load_tokenizer(backbone), manifest.prompt_format).prompt_ids

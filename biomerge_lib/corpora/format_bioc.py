@@ -65,39 +65,29 @@ def _iter_bioc_documents(path: Path) -> Iterator[ElementTree.Element]:
     """The file's ``document`` elements one after the other (memory holds one), each element knowing its line."""
     parser = expat.ParserCreate()
     parser.buffer_text = True
-    builder: ElementTree.TreeBuilder | None = None  # inside a document
+    builder = ElementTree.TreeBuilder()
+    opened: list[ElementTree.Element] = []  # the collection
     done: list[ElementTree.Element] = []
-    depth = 0
 
     def start(name: str, attributes: dict[str, str]) -> None:
-        nonlocal builder, depth
-        if depth == 0 and name != "collection":
-            raise DataError(
-                f"{path}:{parser.CurrentLineNumber}: expected BioC's <collection>, found <{name}>."
-            )
-        depth += 1
-        if name == "document":
-            builder = ElementTree.TreeBuilder()
-        if builder is not None:
-            builder.start(name, attributes | {_LINE: str(parser.CurrentLineNumber)})
+        element = builder.start(name, attributes | {_LINE: str(parser.CurrentLineNumber)})
+        if not opened:
+            opened.append(element)
+            if name != "collection":
+                line = f"{path}:{parser.CurrentLineNumber}"
+                raise DataError(f"{line}: expected BioC's <collection>, found <{name}>.")
 
     def end(name: str) -> None:
-        nonlocal builder, depth
-        depth -= 1
-        if builder is not None:
-            builder.end(name)
-        if name == "document" and builder is not None:
-            done.append(builder.close())
-            builder = None
-
-    def data(text: str) -> None:
-        if builder is not None:
-            builder.data(text)
+        element = builder.end(name)
+        if name == "document":
+            done.append(element)
+            opened[0].clear()
 
     def stop_at_entity(name: str, _: bool) -> None:  # expat would leave it out and shift all that follows
         raise DataError(f"{path}:{parser.CurrentLineNumber}: the entity &{name}; is not defined in the file.")
 
-    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, data
+    parser.StartElementHandler, parser.EndElementHandler = start, end
+    parser.CharacterDataHandler = builder.data
     parser.SkippedEntityHandler = stop_at_entity
     with path.open("rb") as stream:
         try:
