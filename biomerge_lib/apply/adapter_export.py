@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_json
@@ -100,8 +101,6 @@ def build_card(
     name: str, parameters: Parameters, metrics: Mapping[str, Any], *, backbone: str, megabytes: str
 ) -> str:
     """The model card, from a run's parameters and ``metrics.json`` and from ``corpus_notes.yaml``."""
-    from jinja2 import Environment, FileSystemLoader
-
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True)
     templates.filters |= {"text": in_markdown, "code": code_in_markdown}
     stages = metrics["stages"]

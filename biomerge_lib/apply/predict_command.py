@@ -80,13 +80,10 @@ def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator
     tagger = load_tagger(**{name: getattr(options, name) for name in names})
     texts, again = tee(texts)
     interval = 0.5 if sys.stderr.isatty() else 30
-    bar = tqdm(
-        total=characters, desc="reading", unit=" characters", mininterval=interval, disable=characters < LONG
-    )
-    with bar:
-        parts = tagger.find_parts(
-            (text.text for text in again), spaced=not options.as_is, note=lambda count: bar.update(count)
-        )
+    shown = {"desc": "reading", "unit": " characters", "mininterval": interval, "disable": characters < LONG}
+    with tqdm(total=characters, **shown) as bar:
+        said = (text.text for text in again)
+        parts = tagger.find_parts(said, spaced=not options.as_is, note=bar.update)
         text: Text | None = None
         for part in parts:
             text = text or next(texts)

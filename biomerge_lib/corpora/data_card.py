@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from biomerge_lib.core.records import Record
+from biomerge_lib.core.records import Record, iter_lines
 
 
 def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
@@ -68,8 +68,7 @@ def conflict_table(card: Mapping[str, Any]) -> pd.DataFrame:
 
 def read_conflicts(data_dir: Path | str) -> list[list[dict[str, Any]]]:
     """The groups of ``conflicts.jsonl``: each the versions of one sentence."""
-    with (Path(data_dir) / "conflicts.jsonl").open("rb") as lines:  # str.splitlines would also cut at U+2028
-        return [json.loads(line) for line in lines]
+    return [json.loads(line) for _, line in iter_lines(Path(data_dir) / "conflicts.jsonl")]
 
 
 def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pd.DataFrame:

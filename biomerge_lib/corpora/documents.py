@@ -121,10 +121,8 @@ def read_spans(
         else:
             counts.discontinuous_covered += len(parts) > 1
             counts.trimmed += (start, end) != (parts[0][0], parts[-1][1])
-            words = mention.words
-            counts.respaced += (
-                len(parts) == 1 and words is not None and document.text[start:end] != words.strip()
-            )
+            if len(parts) == 1 and mention.words is not None:
+                counts.respaced += document.text[start:end] != mention.words.strip()
             spans.append((start, end))
     unique = sorted(set(spans))
     counts.duplicates += len(spans) - len(unique)

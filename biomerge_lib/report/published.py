@@ -114,11 +114,10 @@ def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
     Raises:
         DataError: the markers are missing.
     """
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
         raise DataError(f"{readme}: the markers {BEGIN} and {END} are missing.")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
     write_text(readme, f"{before}{BEGIN}\n{results_table(reports_dir)}{END}{after}")
 
 

@@ -9,9 +9,14 @@ import io
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from biomerge_lib.report.report_runs import (
     F1_COLUMNS,
@@ -22,10 +27,6 @@ from biomerge_lib.report.report_runs import (
     values_table,
     varying_parameters,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CURVES = {
     "Training loss": "loss",
@@ -43,8 +44,6 @@ SCORE = "greedy dev F1"
 
 def as_svg(figure: Figure) -> str:
     """A figure as an element of a page: its text is text, black is the page's ink and white its paper."""
-    from matplotlib import rc_context
-
     for artist in figure.findobj():
         artist.set_clip_on(False)  # a clip path is a reference by url()
     file = io.StringIO()
@@ -163,9 +162,6 @@ def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
 
 def _parallel_coordinates(table: pd.DataFrame) -> Figure:
     """A line a run, best first, through its parameters' values, evenly spaced in their order, to its score."""
-    import numpy as np
-    from matplotlib.ticker import MaxNLocator
-
     figure, axis = _axes(max(4.5, 1.5 * len(table.columns)), 3.8, "", grid="")
     fan = 0.05 * (0.618 * np.arange(len(table)) % 1 - 0.5)  # tells runs apart that share a value
     heights = []
@@ -195,8 +191,6 @@ def _parallel_coordinates(table: pd.DataFrame) -> Figure:
 
 def _axes(width: float, height: float, title: str, *, grid: Any = "y") -> tuple[Figure, Axes]:
     # Without pyplot, which may look for a window system and keeps every figure until it is closed.
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     axis = figure.add_subplot()
     figure.suptitle(title, x=0.01, ha="left", weight="bold", size=10)

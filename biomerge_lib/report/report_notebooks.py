@@ -26,7 +26,7 @@ def link_notebooks(runs: Sequence[ReportedRun], out: Path) -> dict[ReportedRun, 
     """``(name, relative address)`` of each run's executed notebooks.
 
     The first ``RENDERED`` lead to pages that open in any browser (made anew only where the notebook is another), the
-    rest to the .ipynb files themselves, as all do where nbconvert is not installed or cannot read one.
+    rest to the .ipynb files themselves, as all do that nbconvert cannot read.
     """
     folder = out.with_name(f"{out.stem}_notebooks")
     links: dict[ReportedRun, list[tuple[str, str]]] = {}
@@ -51,10 +51,8 @@ def _render(notebook: Path, page: Path) -> bool:
     head = f"<head>{INERT}<!-- {file_sha256(notebook)} -->"
     if page.is_file() and head in page.read_text(encoding="utf-8"):
         return True
-    try:
-        from nbconvert import HTMLExporter
-    except ImportError:
-        return False
+    from nbconvert import HTMLExporter
+
     quiet = logging.getLogger("nbconvert")
     quiet.setLevel(logging.ERROR)  # plots have no alternative text
     try:
