@@ -9,7 +9,6 @@ training --[open_run]--> the curve; run folder --[upload_stage]--> final numbers
 from __future__ import annotations
 
 import json
-import netrc
 import os
 import subprocess
 import sys
@@ -145,11 +144,12 @@ def why_offline() -> str | None:
     """What keeps this machine from W&B: no key or no network; None if nothing does."""
     import httpx
     import wandb
+    from requests.utils import get_netrc_auth
 
     base_url = wandb.setup().settings.base_url
     host = urlsplit(base_url).hostname
     key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    if not key and not _netrc_has(host):
+    if not key and not get_netrc_auth(base_url):
         return "no API key: `wandb login`, or WANDB_API_KEY"
     try:
         httpx.head(base_url, timeout=10, verify=False)  # is anybody there? nothing is sent or believed
@@ -172,14 +172,6 @@ def _offline_reason(parameters: Parameters) -> str | None:
 
 def _offline_notice(reason: str, folder: Path) -> str:
     return f"W&B: offline ({reason}). Later, from a machine that reaches it: {_sync_command(folder)}"
-
-
-def _netrc_has(host: str | None) -> bool:
-    path = os.environ.get("NETRC") or Path.home() / ".netrc"
-    try:
-        return netrc.netrc(path).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _upload(folder: Path, stage: str, known: dict[str, Any]) -> None:
