@@ -1,6 +1,6 @@
 """Knows how a run reaches Weights & Biases, and that it may not; the run folder holds everything without it.
 
-training --[open_run]--> the curve; run folder --[upload_stage]--> final numbers and files, added to the same W&B run
+training --[open_wandb_run]--> the curve; run folder --[upload_stage]--> final numbers and files, added to the same W&B run
 
 ``wandb.json`` in the run folder names that run for every job and notebook. W&B's own environment variables
 (WANDB_MODE, WANDB_PROJECT, WANDB_RUN_GROUP, ...) are heeded; the API key stays in the environment or ``~/.netrc``.
@@ -56,7 +56,7 @@ def run_tracked_notebook(name: str, overrides: Sequence[str]) -> Path:
     return executed
 
 
-def open_run(parameters: Parameters, folder: Path) -> wandb.Run | None:
+def open_wandb_run(parameters: Parameters, folder: Path) -> wandb.Run | None:
     """Begin, or go on with, the W&B run of a training; offline without a key or network; None when disabled."""
     if _disabled(parameters):
         return None

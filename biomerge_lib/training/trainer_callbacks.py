@@ -98,7 +98,7 @@ class TrackingCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self._run = tracking.open_run(self.parameters, self.run_folder)
+            self._run = tracking.open_wandb_run(self.parameters, self.run_folder)
             self._counted = (time.monotonic(), self.count_tokens())
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:

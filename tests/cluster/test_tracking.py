@@ -65,7 +65,7 @@ def use(url, monkeypatch):
 
 
 def log(parameters, folder, steps, **finish):
-    run = tracking.open_run(parameters, folder)
+    run = tracking.open_wandb_run(parameters, folder)
     for step in steps:
         run.log({"loss": 1 / step}, step=step)
     tracking.close_run(run, folder, **finish)
@@ -109,7 +109,7 @@ def test_a_server_that_dies_in_the_middle_costs_seconds_and_nothing_else(
     tiny_parameters, folder, online, monkeypatch, capsys
 ):
     monkeypatch.setattr(tracking, "CURVE_SECONDS", 3)
-    run = tracking.open_run(tiny_parameters(wandb_mode="online"), folder)
+    run = tracking.open_wandb_run(tiny_parameters(wandb_mode="online"), folder)
     run.log({"loss": 1.0}, step=1)
     stop_server(online)
     run.log({"loss": 0.5}, step=2)
@@ -127,6 +127,6 @@ def test_a_server_that_dies_in_the_middle_costs_seconds_and_nothing_else(
 
 
 def test_disabled_means_that_nothing_is_written(tiny_parameters, folder, online):
-    assert tracking.open_run(tiny_parameters(wandb_mode="disabled"), folder) is None
+    assert tracking.open_wandb_run(tiny_parameters(wandb_mode="disabled"), folder) is None
     tracking.upload_stage(folder, "03_train")
     assert not online.runs and not (folder / "wandb").exists()
