@@ -1,6 +1,6 @@
 """Knows how a run reaches Weights & Biases, and that it may not; the run folder holds everything without it.
 
-training --[open_wandb_run]--> the curve; run folder --[upload_stage]--> final numbers and files, added to the same W&B run
+training --[open_wandb_run]--> the curve; run folder --[upload_stage]--> final numbers and files, added to the same run
 
 ``wandb.json`` in the run folder names that run for every job and notebook. W&B's own environment variables
 (WANDB_MODE, WANDB_PROJECT, WANDB_RUN_GROUP, ...) are heeded; the API key stays in the environment or ``~/.netrc``.
