@@ -58,18 +58,14 @@ def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = Non
     gold = {span for span in gold if is_inside(span, len(text))}
     found = {span for span in pred or () if is_inside(span, len(text))}
     edges = sorted({0, len(text)} | {edge for span in gold | found for edge in span})
+    unfound = "gold" if pred is None else "missed"
+    layers = {"right": gold & found, "spurious": found - gold, unfound: gold - found}
     pieces = []
     for start, end in pairwise(edges):
-        missed, spurious, right = (
-            any(first <= start < last for first, last in spans)
-            for spans in (gold - found, found - gold, gold & found)
-        )
-        kind = (
-            "right" if right else "overlap" if missed and spurious else "spurious" if spurious else "missed"
-        )
-        kind = "gold" if pred is None else kind
+        kinds = [kind for kind in layers if any(first <= start < last for first, last in layers[kind])]
+        kind = "overlap" if kinds == ["spurious", "missed"] else "".join(kinds[:1])
         piece = html.escape(text[start:end])
-        pieces.append(f'<mark class="{kind}">{piece}</mark>' if missed or spurious or right else piece)
+        pieces.append(f'<mark class="{kind}">{piece}</mark>' if kind else piece)
     label = f' <span class="bm-note">{html.escape(note)}</span>' if note else ""
     return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
 
