@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.union_report import write_union_report
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.records import Record, read_records, write_records
@@ -31,7 +32,6 @@ from biomerge_lib.corpora.leakage import (
 )
 from biomerge_lib.corpora.union import build_union
 from biomerge_lib.experiment.runs import run_notebook
-from biomerge_lib.report.union_report import write_union_report
 from tests.conftest import ROOT
 from tests.support.shared_corpora import shared_corpus
 

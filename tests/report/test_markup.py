@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from benchmarks.union_report import write_union_report
 from biomerge_lib.apply import adapter_export
 from biomerge_lib.core.markup import INERT, code_in_markdown, escaped, in_markdown
 from biomerge_lib.core.parameters import compose_parameters
@@ -18,7 +19,6 @@ from biomerge_lib.decoding.predictions import Prediction, write_predictions
 from biomerge_lib.report.page import show_value, write_report
 from biomerge_lib.report.published import results_table
 from biomerge_lib.report.report_runs import collect_runs, runs_table
-from biomerge_lib.report.union_report import write_union_report
 from tests.report.test_report import glue, make_run
 
 EVIL = "<img src=x onerror=alert(1)>|`$a$`[b](http://c) *d*"

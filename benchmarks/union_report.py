@@ -1,6 +1,6 @@
 """Knows how a union of corpora reads as a page: counts, steps, leaks, conflicts. Computes none of them.
 
-    python -m biomerge_lib.report.union_report corpora=[../shared/corpora/bc5cdr_iob,...] data_dir=data/union/ner
+    python -m benchmarks.union_report corpora=[../shared/corpora/bc5cdr_iob,...] data_dir=data/union/ner
 
 converts the corpora as 02_data would and writes ``reports/union/README.md`` and ``reports/union/union.json``. The page
 holds counts and a handful of short examples, never a corpus.
@@ -8,6 +8,7 @@ holds counts and a handful of short examples, never a corpus.
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -151,15 +152,18 @@ def _table(header: Iterable[Any], rows: Iterable[Sequence[Any]]) -> str:
     return markdown_table(map(in_markdown, header), shown)
 
 
-def main(arguments: Sequence[str]) -> int:
-    command = shlex.join(["python", "-m", "biomerge_lib.report.union_report", *arguments])
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parameters", nargs="+", metavar="NAME=VALUE", help="those of 02_data")
+    words = parser.parse_args().parameters
     try:
-        print(write_union_report(compose_parameters(arguments), command))
+        command = shlex.join(["python", "-m", "benchmarks.union_report", *words])
+        print(write_union_report(compose_parameters(words), command))
     except BioMergeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
