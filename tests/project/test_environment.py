@@ -197,7 +197,7 @@ class Paper:
         return subprocess.Popen(["bash", *command], env=kept | environment, **pipes)
 
     def end(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def bash(self, words: str) -> subprocess.CompletedProcess:

@@ -23,7 +23,7 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-RUN_SECONDS = 90
+WAIT_SECONDS = 600  # a ceiling for a busy machine
 IMAGES = """return [...document.querySelectorAll(".jp-OutputArea img")]
     .filter(image => image.complete && image.naturalWidth > 100 && image.naturalHeight > 100).length"""
 
@@ -49,7 +49,7 @@ def lab(tmp_path_factory):
     server = GuardedProcess(command, environment=environment, log_path=folder / "lab.log")
     address = f"http://127.0.0.1:{port}"
     try:
-        wait(lambda: is_up(f"{address}/api"), 60, lambda: (folder / "lab.log").read_text()[-2000:])
+        wait(lambda: is_up(f"{address}/api"), lambda: (folder / "lab.log").read_text()[-2000:])
         yield folder, address, token
     finally:
         server.stop()
@@ -78,12 +78,12 @@ def is_up(address: str) -> bool:
         return False
 
 
-def wait(condition, seconds, explain=lambda: "nothing came"):
+def wait(condition, explain=lambda: "nothing came"):
     """The first true value of ``condition``."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + WAIT_SECONDS
     while not (value := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"after {seconds} s: {explain()}")
+            pytest.fail(f"after {WAIT_SECONDS} s: {explain()}")
         time.sleep(0.3)
     return value
 
@@ -101,7 +101,7 @@ def run_notebook(browser, lab, name: str, **parameters) -> dict:
         return found and found[0].is_displayed() and found[0]
 
     def click(selector: str) -> None:
-        wait(lambda: seen(selector), 30, lambda: f"{selector} is not in {browser.title}").click()
+        wait(lambda: seen(selector), lambda: f"{selector} is not in {browser.title}").click()
 
     def keys(*typed: str) -> None:
         browser.switch_to.active_element.send_keys(*typed)
@@ -117,19 +117,19 @@ def run_notebook(browser, lab, name: str, **parameters) -> dict:
         return notebook if failed or all(cell["execution_count"] for cell in code) else None
 
     browser.get(f"{address}/lab/tree/{name}?token={token}&reset")
-    wait(lambda: seen('//*[contains(@class, "kernelName")][@aria-label="Python 3 (ipykernel)"]'), 60)
-    wait(lambda: seen('//*[@data-status="idle"]'), 60, lambda: "the kernel did not start")
+    wait(lambda: seen('//*[contains(@class, "kernelName")][@aria-label="Python 3 (ipykernel)"]'))
+    wait(lambda: seen('//*[@data-status="idle"]'), lambda: "the kernel did not start")
     number = next(
         i for i, cell in enumerate(notebook_cells(name)) if "parameters" in cell["metadata"].get("tags", [])
     )
-    cells = wait(lambda: browser.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell")[number:], 30)
+    cells = wait(lambda: browser.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell")[number:])
     cells[0].find_element(By.CSS_SELECTOR, ".cm-content").click()
     keys(Keys.CONTROL, Keys.END)
     for parameter, value in parameters.items():
         keys(Keys.END, Keys.ENTER, f"{parameter} = {value!r}")
     click('//*[contains(@class, "lm-MenuBar-itemLabel")][text()="Run"]')
     click('//*[contains(@class, "lm-Menu-itemLabel")][text()="Run All Cells"]')
-    return wait(saved, RUN_SECONDS, lambda: (folder / "lab.log").read_text()[-2000:])
+    return wait(saved, lambda: (folder / "lab.log").read_text()[-2000:])
 
 
 def printed(notebook: dict) -> str:
