@@ -171,10 +171,9 @@ class VllmServer:
         environment = {**os.environ, "VLLM_API_KEY": self.api_key, "VLLM_HOST_IP": HOST}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         environment.pop("MPLBACKEND", None)  # Jupyter's, which another environment cannot import
-        # The engine's process then has what the server's process has imported already; vLLM spawns it by itself where
-        # CUDA has been initialised before.
-        environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         if _is_cpu_build(self.version):
+            # The engine's process then has what the server's process has imported already. On a GPU vLLM chooses.
+            environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
             # One core is left to the HTTP server and the scheduler, as vLLM's own "auto" does: where OpenMP's
             # spinning threads shared it, two busy cores gave 4 tokens a second instead of 12.
             cores = sorted(os.sched_getaffinity(0))
@@ -200,9 +199,15 @@ class VllmServer:
         key = {"Authorization": f"Bearer {self.api_key}"}
         try:
             answer = httpx.get(f"{self.base_url}/models", headers=key, timeout=5, trust_env=False)
-        except httpx.HTTPError:
+            served = [card["id"] for card in answer.json()["data"]]
+        except (
+            httpx.HTTPError,
+            ValueError,
+            LookupError,
+            TypeError,
+        ):  # nobody yet, or something else on the port
             return False
-        return answer.status_code == 200 and self.model_id in [card["id"] for card in answer.json()["data"]]
+        return answer.status_code == 200 and self.model_id in served
 
 
 def open_server(base_url: str | None, model_dir: Path | str, **options: Any) -> VllmServer | RunningServer:
