@@ -91,9 +91,10 @@ def _torchrun(folder: Path, processes: int) -> None:
                 print(line, end="")
     if process.returncode:
         if killed := _KILLED.search("".join(lines)):
-            name, rank = signal.Signals(int(killed[1])).name, killed[2]
+            number, rank = int(killed[1]), killed[2]
             raise BioMergeError(
-                f"training process {rank} of {processes} (counted from 0) was ended by {name}, and the others with "
+                f"training process {rank} of {processes} (counted from 0) was ended by signal {number} "
+                f"({signal.strsignal(number)}), and the others with "
                 "it: the machine ran out of memory, or someone killed it. The same command goes on from the newest "
                 "checkpoint."
             )

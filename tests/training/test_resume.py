@@ -10,8 +10,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.records import write_records
 from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_checkpoint
+from biomerge_lib.training import launch
 from biomerge_lib.training.training_order import StepSampler
 from tests.conftest import ROOT, make_tiny_parameters
 from tests.support.forked_training import train
@@ -232,3 +234,14 @@ def test_each_process_gets_about_as_many_tokens_of_the_same_steps():
         ]
         assert max(unbalanced) > 1.05 * min(unbalanced)
     assert together[256:] == alone[256:]  # an incomplete step is dealt by the data loader
+
+
+@pytest.mark.integration
+def test_a_process_that_is_killed_under_torchrun_is_named(tiny_parameters, tmp_path, monkeypatch):
+    kill = "import os\nif os.environ.get('LOCAL_RANK') == '1': os.kill(os.getpid(), 9)\n"
+    (tmp_path / "sitecustomize.py").write_text(kill)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "prepare_backbone", lambda *places: None)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(BioMergeError, match=r"process 1 of 2 .* signal 9 \(Killed\).*newest checkpoint"):
+        launch.train_run(tmp_path / "run", tiny_parameters(num_processes=2))
