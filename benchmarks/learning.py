@@ -103,7 +103,7 @@ def start(group: str, name: str, changes: str, extra: list[str]) -> subprocess.P
 
 def run_all(sets: list[str], *, names: list[str], at_once: int, budget: float, extra: list[str]) -> None:
     """Train what is not finished, ``at_once`` side by side, in the sets' order; ``names`` are the only ones, if any."""
-    begun = time.time()
+    begun = time.monotonic()
     waiting = [
         (group, name, changes)
         for group in sets
@@ -116,13 +116,13 @@ def run_all(sets: list[str], *, names: list[str], at_once: int, budget: float, e
             if process.poll() is not None:
                 del running[key]
                 print(
-                    f"{time.time() - begun:5.0f} s  {' / '.join(key)}: ended with {process.returncode}",
+                    f"{time.monotonic() - begun:5.0f} s  {' / '.join(key)}: ended with {process.returncode}",
                     flush=True,
                 )
-        while waiting and len(running) < at_once and time.time() - begun < budget:
+        while waiting and len(running) < at_once and time.monotonic() - begun < budget:
             group, name, changes = waiting.pop(0)
             running[group, name] = start(group, name, changes, extra)
-        if waiting and time.time() - begun >= budget:
+        if waiting and time.monotonic() - begun >= budget:
             print(f"out of time: {len(waiting)} not started", flush=True)
             waiting.clear()
         time.sleep(0.5)

@@ -35,6 +35,7 @@ from benchmarks.common import read_log
 from benchmarks.random_llama import TOKENIZER_DIR, find_backbone
 from biomerge_lib.core.files import write_json
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.report.display import markdown_table
 
 REPORT = PROJECT_DIR / "reports" / "several_gpus.json"
 RUNS = PROJECT_DIR / "runs"
@@ -311,20 +312,13 @@ def environment_of(pid: int) -> dict[str, str]:
 def describe(found: dict[str, Any]) -> str:
     """The tables."""
 
-    def table(columns: dict[str, str], rows: list[dict[str, Any]]) -> list[str]:
-        def cell(value: Any) -> str:
-            if value is None:
-                return ""
-            if isinstance(value, float):
-                return f"{value:,.1f}" if value >= 10 else f"{value:.4g}"
-            return f"{value:,}" if isinstance(value, int) else str(value)
+    def table(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:
+        def short(value: Any) -> Any:
+            if not isinstance(value, float):
+                return value
+            return f"{value:.4g}" if value < 1000 else round(value)
 
-        lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
-        return [
-            *lines,
-            *("| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows),
-            "",
-        ]
+        return markdown_table(columns.values(), ([short(row.get(name)) for name in columns] for row in rows))
 
     def where(*rows: dict[str, Any]) -> str:
         known = [row["provenance"] for row in rows if row.get("provenance")]
@@ -351,7 +345,7 @@ def describe(found: dict[str, Any]) -> str:
             "",
             f"8B shape, LoRA r = 8 with dropout, {STEP} `start`-anchored sentences a card and step,",
         ]
-        lines += [f"packed, compiled layers, torchrun. {where(*rows)}", "", *table(columns, rows)]
+        lines += [f"packed, compiled layers, torchrun. {where(*rows)}", "", table(columns, rows), ""]
     if rows := found.get("losses"):
         columns = {
             "model": "model",
@@ -366,7 +360,7 @@ def describe(found: dict[str, Any]) -> str:
             "peak_memory_gb": "peak GB",
         }
         lines += ["## Losses", "", f"The same {STEP} sentences a step, no dropout, eager. {where(*rows)}", ""]
-        lines += table(columns, rows)
+        lines += [table(columns, rows), ""]
     if row := found.get("sweep"):
         at_once, in_turn = row["seconds"]["at once"], row["seconds"]["one after the other"]
         lines += ["## A sweep's points, a card each", ""]

@@ -56,7 +56,7 @@ class Run:
         self.folder = folder
         self.stage = stage
         self.parameters = parameters
-        self._started = time.time()
+        self._begin()
 
     @property
     def checkpoints(self) -> Path:
@@ -72,7 +72,7 @@ class Run:
 
     def start(self) -> None:
         """Record that the stage runs, with where its numbers will come from, and (04, 05) hashes of what it scores."""
-        self._started = time.time()
+        self._begin()
         read = {}
         if self.stage in SCORING_STAGES:
             split = self.parameters.split
@@ -82,7 +82,7 @@ class Run:
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Record the stage's metrics in ``metrics.json`` and glue its scalars into the notebook (scrapbook)."""
-        seconds = round(time.time() - self._started, 2)
+        seconds = round(time.monotonic() - self._clock, 2)
         left: dict[str, Any] = {}
         if self.stage == DATA:
             left = {"data": self._data()}
@@ -95,6 +95,9 @@ class Run:
     def fail(self, reason: str, status: str = "failed") -> None:
         self._write(status=status, error=reason)
 
+    def _begin(self) -> None:
+        self._started, self._clock = datetime.now(UTC), time.monotonic()
+
     def _data(self) -> dict[str, str]:
         return data_hashes(PROJECT_DIR / self.parameters.data_dir)
 
@@ -102,7 +105,7 @@ class Run:
         everything = read_metrics(self.folder)
         stage = everything.setdefault("stages", {}).get(self.stage, {})
         stage = {name: value for name, value in stage.items() if name != "error"} | fields
-        stage["started"] = datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds")
+        stage["started"] = self._started.isoformat(timespec="seconds")
         everything["run_id"] = self.folder.name
         everything["stages"][self.stage] = stage
         # What a run was trained with is 03's to say; the notebooks before it only announce it.
