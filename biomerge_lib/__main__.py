@@ -210,8 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from biomerge_lib.experiment.tracking import run_tracked_notebook
+    from biomerge_lib.training.preflight import check_training
 
-    print(kept_path(run_tracked_notebook(options.notebook, options.overrides)))
+    print(kept_path(run_tracked_notebook(options.notebook, options.overrides, check_training)))
     return 0
 
 
@@ -267,18 +268,19 @@ def _replaced(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from biomerge_lib.experiment import sweeps
+    from biomerge_lib.training.preflight import check_training
 
     sweep = sweeps.read_sweep(options.file, options.overrides)
     if options.pending:
         print(sweeps.pending_points(sweep))
         return 0
     if options.point is not None:
-        sweeps.run_point(sweep, options.point)
+        sweeps.run_point(sweep, options.point, check_training)
         return 0
     failed = []
     for number in range(len(sweep.points)) if options.run else ():
         try:
-            sweeps.run_point(sweep, number)
+            sweeps.run_point(sweep, number, check_training)
         except RunInterrupted:
             raise
         except BioMergeError as error:

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +47,7 @@ from biomerge_lib.experiment.stages import BEFORE_TRAINING, DATA, SCORING_STAGES
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 log = logging.getLogger("biomerge")
+Check = Callable[[Parameters], object]
 
 
 class Run:
@@ -115,12 +116,13 @@ class Run:
         write_json(self.folder / "metrics.json", everything)
 
 
-def open_notebook(stage: str, namespace: Mapping[str, Any]) -> Run:
+def open_run(stage: str, namespace: Mapping[str, Any], check: Check | None = None) -> Run:
     """Begin a notebook: go to the project folder, check the parameters, open the run folder.
 
     Args:
         stage: the notebook's name, e.g. ``03_train``.
         namespace: the notebook's ``globals()``, after its parameters cell.
+        check: refuses parameters that cannot work, before anything is written; what it returns is printed.
 
     Raises:
         ParameterError: see :func:`read_notebook_parameters`; a scoring notebook's training parameter differs
@@ -133,6 +135,8 @@ def open_notebook(stage: str, namespace: Mapping[str, Any]) -> Run:
     folder = parameters.run_folder
     if stage in SCORING_STAGES:
         parameters = _scoring_parameters(folder, parameters, given)
+    if check:
+        print(check(parameters))
     run = Run(folder, stage, parameters)
     if stage == TRAIN:
         prepare_run_folder(run)
@@ -196,8 +200,10 @@ def load_run_parameters(folder: Path) -> Parameters:
         raise ParameterError(f"{path}: {error}") from None
 
 
-def run_notebook(name: str, overrides: Sequence[str]) -> Path:
+def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None) -> Path:
     """Execute a notebook with papermill into its run folder; return the executed notebook's path.
+
+    ``check`` refuses training parameters that cannot work before an earlier run is moved aside for them.
 
     Raises:
         ParameterError: unknown notebook or parameter, or a run of other parameters, before anything starts.
@@ -226,6 +232,8 @@ def run_notebook(name: str, overrides: Sequence[str]) -> Path:
         if training and parameters.existing_run == "resume":
             jobs.fetch_run(folder)
         elif training and (jobs.archived_run(folder) / "parameters.yaml").is_file():
+            if check:
+                check(parameters)
             set_aside(jobs.archived_run(folder))
         # What the notebook's first cell would refuse is refused before its executed copy or metrics.json is touched.
         if training:

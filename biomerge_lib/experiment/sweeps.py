@@ -30,7 +30,7 @@ from biomerge_lib.core.parameters import (
 from biomerge_lib.experiment import jobs
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.provenance import PROJECT_DIR, changed_splits, data_hashes
-from biomerge_lib.experiment.runs import load_run_parameters, read_metrics
+from biomerge_lib.experiment.runs import Check, load_run_parameters, read_metrics
 from biomerge_lib.experiment.stages import TRAIN
 from biomerge_lib.experiment.tracking import run_tracked_notebook
 
@@ -131,8 +131,10 @@ def read_point(sweep: Sweep, number: int) -> Point:
     return Point(**common, status="finished", score=score, checkpoint=checkpoint)
 
 
-def run_point(sweep: Sweep, number: int) -> None:
+def run_point(sweep: Sweep, number: int, check: Check | None = None) -> None:
     """Train a point, unless it is finished with the same parameters and data; a failed one is tried again.
+
+    ``check`` refuses parameters that cannot work before an outdated run is moved aside.
 
     Raises:
         ParameterError: there is no such point.
@@ -151,7 +153,7 @@ def run_point(sweep: Sweep, number: int) -> None:
     os.environ.setdefault("WANDB_RUN_GROUP", sweep.name)
     os.environ["WANDB_NAME"] = label
     again = ["existing_run=replace"] if point.status == "outdated" else []
-    run_tracked_notebook(TRAIN, [*sweep.point_overrides(number), *again])
+    run_tracked_notebook(TRAIN, [*sweep.point_overrides(number), *again], check)
 
 
 def rank_points(sweep: Sweep) -> list[Point]:

@@ -26,7 +26,7 @@ from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
 from biomerge_lib.experiment.provenance import PROJECT_DIR, data_hashes, provenance
-from biomerge_lib.experiment.runs import current_stages, find_notebook, read_metrics, run_notebook
+from biomerge_lib.experiment.runs import Check, current_stages, find_notebook, read_metrics, run_notebook
 from biomerge_lib.experiment.stages import STAGES, TRAIN
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 CURVE_SECONDS, FILES_SECONDS = 60, 600  # how long a notebook's end waits for an upload
 
 
-def run_tracked_notebook(name: str, overrides: Sequence[str]) -> Path:
+def run_tracked_notebook(name: str, overrides: Sequence[str], check: Check | None = None) -> Path:
     """:func:`runs.run_notebook`; what it leaves, also when it fails, is added to the run's W&B run."""
     parameters = compose_parameters(overrides)
     folder = PROJECT_DIR / parameters.run_folder
@@ -46,7 +46,7 @@ def run_tracked_notebook(name: str, overrides: Sequence[str]) -> Path:
         # The notebook says it too, but a job's log begins here.
         print(_offline_notice(reason, folder), flush=True)
     try:
-        executed = run_notebook(name, overrides)
+        executed = run_notebook(name, overrides, check)
     except RunInterrupted:
         raise
     except BioMergeError:

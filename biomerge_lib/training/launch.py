@@ -28,7 +28,7 @@ _TORCHRUN = "elastic/multiprocessing/api.py"  # in the first line that it writes
 _KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
 
 
-def read_records(parameters: Parameters) -> dict[str, list[Record]]:
+def read_training_splits(parameters: Parameters) -> dict[str, list[Record]]:
     """The records that a run trains on and is scored on, as its parameters choose them."""
     options = {"train": training_options(parameters), "dev": scoring_options(parameters)}
     if parameters.run_test_eval:
@@ -41,7 +41,8 @@ def train_run(
 ) -> dict[str, Any]:
     """Train the run in ``folder`` (or go on with it) and return its metrics; see :func:`run.train`.
 
-    ``records`` are those of :func:`read_records`, where they have been read; torchrun's processes read for themselves.
+    ``records`` are those of :func:`read_training_splits`, where they have been read; torchrun's processes read for
+    themselves.
 
     With ``num_processes`` > 1 or DeepSpeed, torchrun starts the processes on this node; their output is shown here.
 
@@ -52,7 +53,7 @@ def train_run(
     if done.is_file():
         print(f"{folder.name} is trained already; existing_run=replace trains it anew.")
     elif parameters.num_processes == 1 and not parameters.deepspeed:
-        return _train_here(folder, parameters, records or read_records(parameters))
+        return _train_here(folder, parameters, records or read_training_splits(parameters))
     else:
         # Prepared once, before the processes look for it all at the same time.
         prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
@@ -129,7 +130,7 @@ def main() -> int:
     try:
         take_gpu()
         parameters = load_run_parameters(folder)
-        _train_here(folder, parameters, read_records(parameters))
+        _train_here(folder, parameters, read_training_splits(parameters))
     except BioMergeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,11 +11,13 @@ import nbformat
 import pytest
 import yaml
 
+from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError
 from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.experiment import execution, runs
 from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
-from biomerge_lib.experiment.runs import run_notebook
+from biomerge_lib.experiment.runs import open_run, run_notebook
+from biomerge_lib.training.preflight import check_training
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -135,7 +137,7 @@ def test_ten_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
     assert len({stage["metrics"]["process"] for stage in stages}) == 10
 
 
-def test_a_refused_run_touches_nothing(tmp_path):
+def test_a_refused_run_touches_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
     parameters = compose_parameters([f"runs_dir={tmp_path / 'runs'}", "run_id=mine"])
@@ -153,5 +155,17 @@ def test_a_refused_run_touches_nothing(tmp_path):
         run_notebook("04_greedy_dev", [*where, "lora_rank=4"])
     with pytest.raises(DataError, match=r"no such run .* Did you mean 'mine'"):
         run_notebook("04_greedy_dev", [where[0], "run_id=mime"])
+    # What would replace it cannot train, as there is no such data: it stays where it is.
+    replacing = {
+        "runs_dir": f"{tmp_path}/runs",
+        "run_id": "mine",
+        "data_dir": str(tmp_path),
+        "existing_run": "replace",
+    }
+    assert main(["run", "03_train", *(f"{name}={value}" for name, value in replacing.items())]) == 2
+    cell = "\n".join(["# Parameters (mine)", *(f"{name} = {value!r}" for name, value in replacing.items())])
+    monkeypatch.chdir(runs.PROJECT_DIR)
+    with pytest.raises(DataError, match=r"train.jsonl: no such file"):
+        open_run("03_train", replacing | {"In": [cell]}, check=check_training)
     assert {path.name: path.read_text() for path in folder.iterdir() if path.name in kept} == kept
-    assert not (tmp_path / "runs" / "mime").exists()
+    assert os.listdir(tmp_path / "runs") == ["mine"]

@@ -32,7 +32,7 @@ def test_a_notebook_keeps_the_house_rules(path):
         source = "".join(cell["source"])
         assert len(source.splitlines()) <= (25 if cell is tagged[0] else 20), source
         assert "\ndef " not in f"\n{source}" and "\nclass " not in f"\n{source}"
-    assert f'open_notebook("{path.stem}", globals())' in "".join(code[1]["source"])
+    assert f'open_run("{path.stem}", globals()' in "".join(code[1]["source"])
     assert "run.finish(" in "".join(code[-1]["source"])
     assert notebook["cells"][0]["cell_type"] == "markdown"
     assert notebook["cells"][0]["source"][0].startswith(f"# {path.stem[:2]} ")

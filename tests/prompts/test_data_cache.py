@@ -96,18 +96,18 @@ def test_unseen_corpora_get_the_default_cue(tmp_path):
 
 
 def test_a_run_trains_and_is_scored_with_the_cues_its_parameters_ask_for(tiny_parameters, tmp_path):
-    from biomerge_lib.training.launch import read_records
+    from biomerge_lib.training.launch import read_training_splits
 
     mine = [Record(f"word {n}", ((0, 4),), f"d{n}", "mine") for n in range(200)]
     write_records(tmp_path / "train.jsonl", mine)
     write_records(tmp_path / "dev.jsonl", [ASPIRIN, *mine[:3]])
     parameters = tiny_parameters(data_dir=str(tmp_path), corpus_cue=True, eval_limit=None, subsample=1.0)
     assert describe_model(parameters).cues == ["mine"]
-    cued = read_records(parameters)
+    cued = read_training_splits(parameters)
     assert {record.cue for record in cued["train"]} == {None, "any"}
     assert 5 < sum(record.cue == "any" for record in cued["train"]) < 40
     assert [record.cue for record in cued["dev"]] == ["any", None, None, None]
-    plain = read_records(tiny_parameters(data_dir=str(tmp_path), eval_limit=None, subsample=1.0))
+    plain = read_training_splits(tiny_parameters(data_dir=str(tmp_path), eval_limit=None, subsample=1.0))
     assert not any(record.cue for split in plain.values() for record in split)
 
 
