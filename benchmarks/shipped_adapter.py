@@ -17,13 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from biomerge_lib.apply.ready_models import SHIPPED
 from biomerge_lib.apply.tagger import Tagger, load_tagger
 from biomerge_lib.core.files import file_sha256, write_json, write_text
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.readers import read_corpus
 from biomerge_lib.experiment.runs import provenance, quiet_libraries
+from biomerge_lib.model.adapters import SHIPPED
 from biomerge_lib.report.display import markdown_table
 from biomerge_lib.scoring.ner_metrics import bootstrap_f1, score_spans
 

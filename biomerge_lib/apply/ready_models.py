@@ -18,10 +18,10 @@ from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import file_sha256, locked
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer
+from biomerge_lib.model.adapters import CONFIG, SHIPPED, WEIGHTS, read_adapter
 from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest, read_model_folder
 
-SHIPPED = Path(__file__).parent / "adapters" / "bc5cdr-smollm2-135m"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", FILE)
+ADAPTER_FILES = (WEIGHTS, CONFIG, FILE)
 Answerer = Callable[[list[Prompt]], list[RawAnswer]]
 log = logging.getLogger("biomerge")
 
@@ -31,21 +31,6 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("BIOMERGE_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "biomerge"
-
-
-def read_adapter(adapter: Path) -> Manifest:
-    """How an exported adapter's model is asked.
-
-    Raises:
-        ModelError: files are missing, or its ``biomerge.json`` says too little or names an anchor style that is gone.
-    """
-    said = read_manifest(adapter)
-    if missing := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]:
-        raise ModelError(
-            f"{adapter}: no exported adapter ({', '.join(missing)} missing). "
-            "`python -m biomerge_lib export-adapter RUN OUT` writes adapter folders."
-        )
-    return Manifest.of(said, where=adapter)
 
 
 def merge_for_use(adapter: Path) -> Path:

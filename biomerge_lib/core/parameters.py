@@ -154,6 +154,10 @@ class Parameters(BaseModel):
     trainable: Literal["lora", "all"] = Field(
         description="What trains: LoRA, or every weight (backend=peft, and a tenth of LoRA's learning_rate)"
     )
+    init_adapter: str | None = Field(
+        None,
+        description="Go on from an adapter: shipped, a run folder or an exported one; null = a fresh one",
+    )
     lora_rank: int = Field(ge=1, description="LoRA rank r")
     lora_alpha: int = Field(ge=1, description="LoRA alpha; the update is scaled by alpha / r")
     lora_dropout: float = Field(ge=0, lt=1, description="Dropout on the LoRA input")
@@ -241,6 +245,8 @@ class Parameters(BaseModel):
             yield f"{odd}: the best checkpoint could not be kept"
         if self.deepspeed and not Path(self.deepspeed).is_file():
             yield f"deepspeed={self.deepspeed}: no such file"
+        if self.trainable == "all" and self.init_adapter:
+            yield "trainable=all trains no adapter: set init_adapter=null"
         if self.trainable == "all" and self.deepspeed:
             yield "trainable=all does not go with deepspeed: set deepspeed=null"
         if self.backend == "unsloth":
@@ -264,6 +270,8 @@ class Parameters(BaseModel):
         if self.run_id:
             return self.run_id
         identity = {name: value for name, value in self.model_dump().items() if name not in NOT_IDENTITY}
+        if self.init_adapter is None:  # younger than the names of many runs
+            del identity["init_adapter"]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         data = Path(self.data_dir)
         data_name = data.parent.name if data.name == "ner" else data.name

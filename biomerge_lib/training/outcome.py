@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from biomerge_lib.core.parameters import Parameters
+from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.reach_ins import count_recomputing
 from biomerge_lib.training.trainer_callbacks import WATCH_METRIC
 
@@ -44,6 +45,11 @@ def collect_metrics(trainer: NerTrainer, best: str, seconds: float) -> dict[str,
         "best_checkpoint": best,
         "step_launch": trainer.launch,
         **({"row_tokens": trainer.row_tokens} if trainer.row_tokens else {}),
+        **(
+            {"init_adapter_sha256": adapter.sha256}
+            if (adapter := read_init_adapter(trainer.parameters))
+            else {}
+        ),
         "checkpointed_layers": count_recomputing(trainer.model.get_decoder().layers),
         "stopped_early": state.global_step < state.max_steps,
     }

@@ -14,12 +14,13 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.errors import BioMergeError, ModelError
 from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.spans import parse_answer
 from biomerge_lib.corpora.tags import find_implausible
 from biomerge_lib.experiment.provenance import device_name
+from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.backbones import backbone_name
 from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
 from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_options
@@ -84,6 +85,7 @@ def check_training(parameters: Parameters) -> Preflight:
     _report_cues(found, parameters)
     _report_context(found, parameters)
     _report_steps(found, parameters)
+    _report_init_adapter(found, parameters)
     if parameters.trainable == "all":
         _report_full_training(found, parameters)
     device = device_name()
@@ -251,6 +253,15 @@ def _report_steps(found: Preflight, parameters: Parameters) -> None:
     if steps < parameters.eval_steps:
         says = f"eval_steps={parameters.eval_steps} is never reached: scored at epochs' ends only"
         found.add(NOTE, "steps", says)
+
+
+def _report_init_adapter(found: Preflight, parameters: Parameters) -> None:
+    try:
+        if adapter := read_init_adapter(parameters):
+            says = f"training begins with {adapter.folder} (sha256 {adapter.sha256[:12]})"
+            found.add(OK, "adapter", says)
+    except ModelError as error:
+        found.add(REFUSED, "adapter", str(error))
 
 
 def _report_full_training(found: Preflight, parameters: Parameters) -> None:

@@ -22,6 +22,7 @@ from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import Record
 from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
+from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.backbones import refuse_other_backbone
 from biomerge_lib.model.packing import PackedCollator, RowCollator
 from biomerge_lib.model.reach_ins import compile_once, recompute_none
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | CausalLM:
-    """The prepared backbone with a fresh token head, to be trained whole or through a fresh adapter.
+    """The prepared backbone with a fresh token head, to be trained whole or through an adapter, fresh or begun.
 
     Raises:
         ModelError: the card, the backend or the backbone cannot do it.
@@ -55,7 +56,8 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
     }
     if parameters.trainable == "all":
         return load_full_model(backbone_folder, **common)
-    return load_lora_model(
+    init_adapter = read_init_adapter(parameters)
+    model = load_lora_model(
         backbone_folder,
         backend=parameters.backend,
         dtype=parameters.dtype,
@@ -64,6 +66,10 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
         lora_dropout=parameters.lora_dropout,
         **common,
     )
+    if init_adapter:
+        init_adapter.load_into(model, backbone_folder)
+        print(f"beginning with {init_adapter.folder} (sha256 {init_adapter.sha256[:12]})")
+    return model
 
 
 def build_trainer(

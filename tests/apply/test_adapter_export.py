@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.apply.adapter_export import export_adapter
-from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.corpora.conversion import write_corpus
 from biomerge_lib.model.backbones import backbone_sha256
 from biomerge_lib.model.unsloth_lora_ner import load_adapter, load_lora_model
+from biomerge_lib.training.preflight import PreflightError, check_training
+from biomerge_lib.training.run import build_model
 from tests.conftest import ROOT
 
 SHIPPED = ROOT / "biomerge_lib/apply/adapters/bc5cdr-smollm2-135m"
@@ -97,3 +100,62 @@ def test_the_shipped_adapter_is_small_and_says_how_to_ask_it():
     assert stored["max_input_tokens"] == 512 and stored["max_new_tokens"] == 128
     assert (SHIPPED / "adapter_model.safetensors").stat().st_size < 6e6
     assert "**0.838** [0.830, 0.845]" in (SHIPPED / "README.md").read_text()
+
+
+def test_training_begins_as_the_run_or_its_exported_adapter_ended(
+    run, tiny_prepared, tiny_parameters, tmp_path
+):
+    out = export_adapter(run, tmp_path / "mine")
+    same = dict(lora_rank=4, lora_alpha=8, fast_metrics=True)
+    ids = torch.arange(1, 40)[None]
+    heads, logits = [], []
+    for begun_from in (None, run, out):
+        parameters = tiny_parameters(init_adapter=begun_from and str(begun_from), **same)
+        model = build_model(parameters, tiny_prepared).eval()
+        heads.append(model.get_base_model().token_head.modules_to_save["default"].weight)
+        with torch.inference_mode():
+            logits.append(model(input_ids=ids).logits)
+    with torch.inference_mode():
+        ended = load_adapter(tiny_prepared, run / "checkpoints/checkpoint-9", dtype="float32")(input_ids=ids)
+    assert torch.equal(logits[1], ended.logits) and not torch.allclose(logits[0], logits[1])
+    torch.testing.assert_close(logits[2], logits[1], atol=1e-2, rtol=0)  # exported in bfloat16
+    # Training goes on with every weight of the adapter; the exported one has no token head, so that is a fresh one.
+    assert sum(p.requires_grad for p in model.parameters()) == sum(
+        p.requires_grad for p in build_model(tiny_parameters(**same), tiny_prepared).parameters()
+    )
+    assert torch.equal(heads[2], heads[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(lora_rank=8), r"lora_rank=4 \(not 8\)"),
+        (dict(lora_alpha=16), r"lora_alpha=8 \(not 16\)"),
+        (dict(offset_anchors="start"), r"offset_anchors=echo_start \(not start\)"),
+        (dict(corpus_cue=True), r"corpus_cue=False \(not True\)"),
+        (dict(backbone="/models/other"), r"backbone=smollm2-135m \(not other\)"),
+        (dict(init_adapter="nowhere"), "nowhere: no exported adapter"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_preflight(
+    run, tiny_prepared, tiny_parameters, tmp_path, changes, says
+):
+    data = write_corpus(["sample"], tmp_path / "data") and str(tmp_path / "data")
+    values = dict(lora_rank=4, lora_alpha=8, data_dir=data, tokenizer_dir=str(tiny_prepared))
+    values |= dict(init_adapter=str(run), eval_limit=None)
+    assert "training begins with" in str(check_training(tiny_parameters(**values)))
+    with pytest.raises(PreflightError, match=says):
+        check_training(tiny_parameters(**values | changes))
+
+
+def test_an_adapter_of_another_shape_or_backbone_is_named(run, tiny_prepared, tiny_parameters, tmp_path):
+    out = export_adapter(run, tmp_path / "mine")
+    weights = load_file(out / "adapter_model.safetensors")
+    name = min(name for name in weights if "lora_A" in name)
+    save_file(weights | {name: weights[name][:, :-1].contiguous()}, out / "adapter_model.safetensors")
+    parameters = tiny_parameters(init_adapter=str(out), lora_rank=4, lora_alpha=8)
+    with pytest.raises(ModelError, match=rf"its weights do not fit, e.g. {name} \(1 of "):
+        build_model(parameters, tiny_prepared)
+    (out / "backbone.json").write_text('{"sha256": "another"}')
+    with pytest.raises(ModelError, match="was trained on another backbone"):
+        build_model(parameters, tiny_prepared)

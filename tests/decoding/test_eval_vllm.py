@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from biomerge_lib.apply.ready_models import read_adapter
 from biomerge_lib.core.errors import DataError, ModelError, ParameterError, ServerError
 from biomerge_lib.core.files import fingerprint_weights
 from biomerge_lib.core.parameters import compose_parameters
@@ -37,6 +36,7 @@ from biomerge_lib.eval_vllm import (
     main,
 )
 from biomerge_lib.experiment.guarded_process import find_group_members
+from biomerge_lib.model.adapters import read_adapter
 from biomerge_lib.prompts.manifest import read_model_folder
 from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.scoring.ner_metrics import score_predictions
