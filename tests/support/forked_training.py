@@ -37,6 +37,8 @@ class Kill(TrainerCallback):
 def train(folder: Path, *, ranks: int = 0, kill_at_step: int | None = None) -> str:
     """Train the run in ``folder`` as its parameters say, or with ``ranks`` as each of torchrun's processes does.
 
+    The ranks are DeepSpeed's and have no compiler, as on many clusters.
+
     Returns what it printed.
     """
     log = folder / "log.txt"
@@ -47,7 +49,7 @@ def train(folder: Path, *, ranks: int = 0, kill_at_step: int | None = None) -> s
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "CXX": "false"}
         environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     processes = [
         FORKS.Process(target=_train, args=(folder, log, environment, kill_at_step), daemon=True)
@@ -80,6 +82,10 @@ def _train(folder: Path, log: Path, environment: dict[str, str], kill_at_step: i
 
         training.build_trainer = with_kill
     if environment:
+        import deepspeed
+
+        # On a CPU it would compile one for a minute; gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         sys.argv[1:] = [str(folder)]
         sys.exit(launch.main())
     launch.train_run(folder, load_run_parameters(folder))

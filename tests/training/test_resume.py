@@ -17,7 +17,6 @@ from biomerge_lib.training import launch
 from biomerge_lib.training.training_order import StepSampler
 from tests.conftest import ROOT, make_tiny_parameters
 from tests.support.forked_training import train
-from tests.support.shared_corpora import skip_but_fail_in_ci
 
 DEEPSPEED = ROOT / "parameters" / "deepspeed"
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
@@ -124,8 +123,6 @@ def test_deepspeed_trains_what_one_process_does_and_goes_on_from_its_checkpoint(
 
     Each goes on training behind the first epoch's greedy pass, for which ZeRO-3 gathers the weights.
     """
-    if shutil.which("g++") is None:
-        skip_but_fail_in_ci("g++ compiles DeepSpeed's optimiser")
     expected = losses(one)
     assert len(expected) == 12
     common = {"dtype": "bfloat16", "lora_dropout": 0.0, "eval_steps": 8, "save_steps": 8}
