@@ -26,7 +26,6 @@ from biomerge_lib.prompts.manifest import Manifest
 from biomerge_lib.prompts.tokenizer import import_transformers
 
 quiet_libraries()
-import_transformers()  # without what no test needs; before a test's module imports it
 # `make test &` in a script begins with interrupts ignored, which the processes that tests interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +45,11 @@ def render(text: str, style: str, cue: str | None = None) -> Rendering:
 EVERYDAY_SECONDS = 10  # of the processor: twice what CONTRIBUTING asks, for slower ones
 # These share a cluster, or hand on files; each begins at once, as it takes longest.
 TOGETHER = ("cluster", "notebooks")
+
+
+def pytest_collectstart() -> None:
+    """Import transformers without what no test needs, before a test's module does; not where tests are only dealt."""
+    import_transformers()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,9 @@ from pydantic import (
 
 from biomerge_lib.core.errors import ParameterError, nearest
 from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat, check_style
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 PARAMETERS_DIR = Path(__file__).resolve().parents[2] / "parameters"
 # What people call a parameter elsewhere (the brief's sweep, other trainers).
@@ -392,21 +395,38 @@ def notebook_parameter_names(notebook: Path | str) -> list[str]:
 
 @cache
 def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
-    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     # Hydra would take deepspeed=FILE for a choice of the folder parameters/deepspeed.
     named_as_group = [word for word in overrides if word.partition("=")[0] in _GROUPS & PARAMETER_NAMES]
+    choices = tuple(word for word in overrides if word.partition("=")[0] in _GROUPS - PARAMETER_NAMES)
     try:
-        with initialize_config_dir(str(PARAMETERS_DIR), version_base="1.3"):
-            config = compose("config", overrides=[word for word in overrides if word not in named_as_group])
-        OmegaConf.set_struct(config, False)
+        config = _compose_choices(choices).copy()
+        for value in OverridesParser.create().parse_overrides(
+            [word for word in overrides if word not in {*named_as_group, *choices}]
+        ):
+            if value.is_sweep_override():
+                raise ParameterError(f"{value.input_line}: one value is wanted. A list is written [a,b].")
+            config[value.key_or_group] = value.value()
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group))
         return cast(Mapping[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         raise ParameterError(str(error).strip().splitlines()[0]) from None
+
+
+@cache
+def _compose_choices(choices: tuple[str, ...]) -> DictConfig:
+    """What Hydra makes of the files that the groups' choices name; a sweep asks for the same ones at each point."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(PARAMETERS_DIR), version_base="1.3"):
+        config = compose("config", overrides=list(choices))
+    OmegaConf.set_struct(config, False)
+    return config
 
 
 def _normalise_overrides(overrides: Sequence[str]) -> list[str]:

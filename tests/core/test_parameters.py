@@ -177,6 +177,7 @@ def test_names_made_by_later_cells_are_no_parameters():
         (["num_processes=2", "backend=unsloth"], "num_processes > 1 needs backend=peft"),
         (["run_id=../../etc"], "run_id"),
         (["subsample"], "write name=value"),
+        (["learning_rate=1e-3,2e-3"], "learning_rate=1e-3,2e-3: one value is wanted"),
     ],
 )
 def test_what_is_wrong_is_refused_and_named(overrides, message):

@@ -242,6 +242,7 @@ def test_a_half_made_environment_is_not_taken_for_a_whole_one(paper: Paper) -> N
     assert done.returncode == 1 and "no Python 3.11 or 3.12 found (tried: none" in done.stderr
 
 
+@pytest.mark.integration
 def test_an_update_that_fails_leaves_a_good_environment_good(paper: Paper) -> None:
     good = paper.stamp.read_text()
     paper.stamp.write_text("older pins")
@@ -258,6 +259,7 @@ def test_an_update_that_fails_leaves_a_good_environment_good(paper: Paper) -> No
     assert paper.setup(PYTHON="none").returncode == 1
 
 
+@pytest.mark.integration
 def test_torch_comes_from_its_own_index_where_no_other_place_has_it(paper: Paper) -> None:
     paper.stamp.write_text("older pins")
     paper.uv_does("[[ $* != *--index-strategy*torch==* ]]")
@@ -266,6 +268,7 @@ def test_torch_comes_from_its_own_index_where_no_other_place_has_it(paper: Paper
     assert len(found) == 2 and "--default-index http://mirror/cpu" in found[1]
 
 
+@pytest.mark.integration
 def test_two_setups_at_once_install_once(paper: Paper) -> None:
     paper.stamp.write_text("older pins")
     go_on = paper.folder / "go_on"
@@ -281,6 +284,7 @@ def test_two_setups_at_once_install_once(paper: Paper) -> None:
     assert paper.asked.count(" sync ") == 1
 
 
+@pytest.mark.integration
 def test_the_device_is_what_was_asked_for_or_is_there(paper: Paper) -> None:
     if not shutil.which("nvidia-smi"):
         assert paper.setup(BIOMERGE_DEVICE="").returncode == 0 and not paper.asked  # the CPU set is there
@@ -317,6 +321,7 @@ def test_setup_refuses_what_it_does_not_know(paper: Paper) -> None:
     assert "BIOMERGE_DEVICE=cpu|cuda" in paper.setup("--help").stdout
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("device", SETS)
 def test_pips_settings_hold_for_uv(paper: Paper, device: str) -> None:
     wheels, others, gone = (paper.folder / name for name in ("wheels", "others", "gone"))
@@ -376,13 +381,10 @@ def test_make_clean_names_what_it_removes_and_removes_nothing_tracked(tmp_path: 
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
-def test_shell_scripts_parse_and_pass_shellcheck(script: Path) -> None:
+def test_shell_scripts_parse(script: Path) -> None:  # `make lint` asks shellcheck
     assert script.read_text().startswith(("#!/usr/bin/env bash\n", "#!/bin/bash\n"))
     parsed = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert parsed.returncode == 0, parsed.stderr
-    if shutil.which("shellcheck"):
-        checked = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
-        assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.integration

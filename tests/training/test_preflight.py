@@ -29,11 +29,11 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def check(tiny_parameters, tiny_prepared, data_dir):
-    """check_training on the sample corpus and the tiny tokenizer, with overrides."""
+def check(tiny_parameters, tiny_prepared, tmp_path):
+    """check_training on a sentence a split and the tiny tokenizer, with overrides."""
 
     def run(**overrides):
-        values = {"data_dir": str(data_dir), "tokenizer_dir": str(tiny_prepared), "eval_limit": None}
+        values = {"data_dir": write_splits(tmp_path / "few"), "tokenizer_dir": str(tiny_prepared), "eval_limit": None}
         return check_training(tiny_parameters(**{**values, **overrides}))
 
     return run
@@ -53,6 +53,7 @@ def write_splits(folder: Path, **splits: list[Record]) -> str:
 
 
 ASPIRIN = Record("Aspirin helps .", ((0, 7),), "a1", "a")
+LONG_WORD = Record("Methylenetetrahydrofolate helps .", ((0, 25),), "a3", "a")
 CAFFEINE = Record("Caffeine wakes .", ((0, 8),), "a2", "a")
 
 
@@ -81,7 +82,7 @@ def test_texts_of_tags_or_numbers_are_warned_about(check, tmp_path, text, proble
 
 def test_every_count_is_what_training_meets(check, tokenizer, data_dir):
     limits = {"max_input_tokens": 150, "max_target_tokens": 40, "max_new_tokens": 48}
-    scans = check(**limits, offset_anchors="start").scans
+    scans = check(data_dir=str(data_dir), **limits, offset_anchors="start").scans
     train, dev = scans["train"], scans["dev"]
     records = {split: read_split(data_dir, split) for split in ("train", "dev")}
     prompt_format = replace(START, max_input_tokens=150)
@@ -101,8 +102,9 @@ def test_every_count_is_what_training_meets(check, tokenizer, data_dir):
     assert dev.long_targets == sum(len(answer) > 48 for answer in answers)
 
 
-def test_steps_are_those_of_the_trainer(check):
+def test_steps_are_those_of_the_trainer(check, data_dir):
     found = check(
+        data_dir=str(data_dir),
         per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1.5, eval_steps=20
     )
     per_epoch = math.ceil(math.ceil(found.scans["train"].examples / 4) / 2)
@@ -131,14 +133,14 @@ def test_the_trainer_takes_as_many_steps(tmp_path, accumulation, epochs):
         disable_tqdm=True,
         save_strategy="no",
     )
-    trainer = Trainer(Line(1, 1), arguments, train_dataset=[{"x": torch.ones(1)}] * 30)
+    trainer = Trainer(Line(1, 1), arguments, train_dataset=[{"x": torch.ones(1)}] * 10)
     trainer.train()
-    expected = count_steps(30, batch_size=4, accumulation=accumulation, epochs=epochs, eval_steps=500)
+    expected = count_steps(10, batch_size=4, accumulation=accumulation, epochs=epochs, eval_steps=500)
     assert trainer.state.global_step == expected[0]
 
 
-def test_the_sample_corpus_can_train(check):
-    found = check()
+def test_the_sample_corpus_can_train(check, data_dir):
+    found = check(data_dir=str(data_dir))
     assert not [finding for finding in found.findings if finding.verdict in ("refused", "warning")]
     assert "EOS is labelled, and 448 answers decode to their spans" in says(found, "answers")
     assert "one corpus (sample 448): no cue needed" in says(found, "cues")
@@ -179,9 +181,10 @@ def test_a_test_split_without_mentions_matters_only_when_it_is_scored(check, tmp
         check(data_dir=folder, run_test_eval=True)
 
 
-def test_limits_that_fit_no_example_are_refused_with_the_first_of_them(check):
+def test_limits_that_fit_no_example_are_refused_with_the_first_of_them(check, tmp_path):
+    folder = write_splits(tmp_path, train=[LONG_WORD])
     with pytest.raises(PreflightError, match=r"records fit no chunk.*cannot be cut between words") as error:
-        check(max_input_tokens=16)
+        check(data_dir=folder, max_input_tokens=16)
     assert "fit no chunk" in says(error.value.preflight, "limits")
 
 
@@ -242,8 +245,8 @@ def test_a_gpu_setting_on_a_cpu_is_noted(check, monkeypatch):
     assert says(check(dtype="bfloat16"), "device") == ""
 
 
-def test_the_command_prints_the_table_and_its_exit_code_tells(data_dir, tiny_prepared, tmp_path, capsys):
-    words = [f"data_dir={data_dir}", f"tokenizer_dir={tiny_prepared}"]
+def test_the_command_prints_the_table_and_its_exit_code_tells(tiny_prepared, tmp_path, capsys):
+    words = [f"data_dir={write_splits(tmp_path / 'few', train=[LONG_WORD])}", f"tokenizer_dir={tiny_prepared}"]
     assert main(["preflight", *words]) == 0
     assert "optimiser steps" in capsys.readouterr().out
     assert main(["preflight", *words, "max_input_tokens=16"]) == 2
