@@ -31,8 +31,12 @@ debug: env ## environment, then the whole pipeline 01 to 06 on the CPU with the 
 test: env lint ## environment, lint, then every test and every notebook (PYTEST_ARGS=-x, NBMAKE_TIMEOUT=900)
 	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --durations=10 --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) tests notebooks $(PYTEST_ARGS)
 
-check: env lint ## everyday: lint, then the tests that are not marked slow or integration; about two minutes
-	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --durations=5 -m "not gpu and not slow and not integration" tests $(PYTEST_ARGS)
+check: env ## everyday: lint, and beside it the tests that are not marked slow or integration; under a minute
+	@lint=$$(mktemp) && trap 'rm -f $$lint' EXIT; tests=0; \
+	$(MAKE) --no-print-directory lint >$$lint 2>&1 & \
+	$(BIN)/pytest -q -p no:nbmake -n $(TEST_PROCESSES) --durations=5 \
+		-m "not gpu and not slow and not integration" tests $(PYTEST_ARGS) || tests=$$?; \
+	wait $$! || tests=$$?; cat $$lint; exit $$tests
 
 gpu-test: env ## the tests that want a CUDA card; their result goes to reports/gpu_tests.md
 	@$(BIN)/pytest -q -m gpu tests/gpu $(PYTEST_ARGS)

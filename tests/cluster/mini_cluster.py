@@ -66,9 +66,9 @@ class Cluster:
 
     def wait(self, *jobs: str, seconds: float = 800) -> list[str]:
         """Wait until the jobs (all tasks of an array) have ended; their states."""
-        deadline = time.time() + seconds
+        deadline = time.monotonic() + seconds
         while left := self.call("squeue", "--noheader", "--format=%i %T", "--jobs", ",".join(jobs)):
-            assert time.time() < deadline, f"{left}\n" + "\n".join(self.log(job)[-3000:] for job in jobs)
+            assert time.monotonic() < deadline, f"{left}\n" + "\n".join(self.log(job)[-3000:] for job in jobs)
             time.sleep(0.5)
         return [self.state(job) for job in jobs]
 
@@ -128,9 +128,9 @@ class Cluster:
 
 
 def wait_for(condition: Callable[[], object], cluster: Cluster, job: str, seconds: float = 600) -> None:
-    deadline = time.time() + seconds
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.time() < deadline, cluster.log(job)[-4000:]
+        assert time.monotonic() < deadline, cluster.log(job)[-4000:]
         time.sleep(0.05)
 
 

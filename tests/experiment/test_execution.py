@@ -56,7 +56,7 @@ def test_a_kernel_that_is_not_quite_done_ends_in_silence(execute, capfd):
         "answer = handlers['kernel_info_request']\n"
         "async def answer_slowly(*request):\n"
         "    await answer(*request)\n"
-        "    time.sleep(1)\n"
+        "    time.sleep(60)\n"
         "handlers['kernel_info_request'] = answer_slowly"
     )
     assert capfd.readouterr().err == ""

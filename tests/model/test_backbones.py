@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,14 +66,21 @@ def test_preparing_again_changes_nothing(tiny_backbone, tmp_path):
 
 def test_jobs_that_want_the_same_new_backbone_wait_for_the_first(tiny_backbone, tmp_path, monkeypatch):
     build_tokenizer(str(tiny_backbone), tmp_path / "tok")
-    loaded, load = [], backbones._load_source_model
+    loaded, load, locked = [], backbones._load_source_model, backbones.locked
+    wanting = threading.Semaphore(0)
 
-    def load_slowly(backbone):
+    def count_and_lock(path):
+        wanting.release()
+        return locked(path)
+
+    def load_when_all_want_it(backbone):
         loaded.append(backbone)
-        time.sleep(0.5)
+        if len(loaded) == 1:
+            assert all(wanting.acquire(timeout=300) for _ in range(4))
         return load(backbone)
 
-    monkeypatch.setattr(backbones, "_load_source_model", load_slowly)
+    monkeypatch.setattr(backbones, "locked", count_and_lock)
+    monkeypatch.setattr(backbones, "_load_source_model", load_when_all_want_it)
     wanted = (str(tiny_backbone), tmp_path / "tok", tmp_path / "backbones")
     with ThreadPoolExecutor(4) as pool:
         folders = [job.result() for job in [pool.submit(prepare_backbone, *wanted) for _ in range(4)]]

@@ -318,7 +318,6 @@ def test_setup_leaves_alone_what_it_did_not_make(paper: Paper) -> None:
 
 def test_setup_refuses_what_it_does_not_know(paper: Paper) -> None:
     assert "unknown argument '--compil'" in paper.setup("--compil").stderr
-    assert "BIOMERGE_DEVICE=cpu|cuda" in paper.setup("--help").stdout
 
 
 @pytest.mark.integration

@@ -33,7 +33,11 @@ def check(tiny_parameters, tiny_prepared, tmp_path):
     """check_training on a sentence a split and the tiny tokenizer, with overrides."""
 
     def run(**overrides):
-        values = {"data_dir": write_splits(tmp_path / "few"), "tokenizer_dir": str(tiny_prepared), "eval_limit": None}
+        values = {
+            "data_dir": write_splits(tmp_path / "few"),
+            "tokenizer_dir": str(tiny_prepared),
+            "eval_limit": None,
+        }
         return check_training(tiny_parameters(**{**values, **overrides}))
 
     return run
@@ -105,7 +109,10 @@ def test_every_count_is_what_training_meets(check, tokenizer, data_dir):
 def test_steps_are_those_of_the_trainer(check, data_dir):
     found = check(
         data_dir=str(data_dir),
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1.5, eval_steps=20
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1.5,
+        eval_steps=20,
     )
     per_epoch = math.ceil(math.ceil(found.scans["train"].examples / 4) / 2)
     assert f"{math.ceil(1.5 * per_epoch)} optimiser steps" in says(found, "steps")
@@ -246,7 +253,10 @@ def test_a_gpu_setting_on_a_cpu_is_noted(check, monkeypatch):
 
 
 def test_the_command_prints_the_table_and_its_exit_code_tells(tiny_prepared, tmp_path, capsys):
-    words = [f"data_dir={write_splits(tmp_path / 'few', train=[LONG_WORD])}", f"tokenizer_dir={tiny_prepared}"]
+    words = [
+        f"data_dir={write_splits(tmp_path / 'few', train=[LONG_WORD])}",
+        f"tokenizer_dir={tiny_prepared}",
+    ]
     assert main(["preflight", *words]) == 0
     assert "optimiser steps" in capsys.readouterr().out
     assert main(["preflight", *words, "max_input_tokens=16"]) == 2
