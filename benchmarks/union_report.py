@@ -36,6 +36,7 @@ UNION_OPTIONS = (
     "corpus_weights",
     "max_per_corpus",
     "split_shares",
+    "dev_share",
     "seed",
 )
 EXAMPLES = 6

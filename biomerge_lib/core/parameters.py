@@ -89,7 +89,10 @@ class Parameters(BaseModel):
         description="Column of the tags (number, -1 is the last, or name); null = the last"
     )
     split_shares: Beside[Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)]] = Field(
-        description="Shares of train, dev and test in the documents of a corpus without splits; [] = refuse such"
+        description="Shares of train, dev and test in the documents of a corpus without dev and test; [] = refuse such"
+    )
+    dev_share: Beside[float | None] = Field(
+        gt=0, lt=1, description="Share of train's documents that is drawn as dev of a corpus that lacks dev"
     )
     corpus_weights: Beside[Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)]] = Field(
         description="Proportions of the corpora's training sentences, in the order of corpora; [] = all there is"

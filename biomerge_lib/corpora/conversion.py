@@ -6,6 +6,7 @@ corpora --[readers]--> records --[union]--> {train,dev,test}.jsonl + data_card.j
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -17,8 +18,9 @@ from biomerge_lib.core.files import file_sha256, whole_file, write_json
 from biomerge_lib.core.records import SPLITS, Record, write_records
 from biomerge_lib.corpora.draws import draw_splits
 from biomerge_lib.corpora.readers import Corpus, read_corpus
-from biomerge_lib.corpora.sources import find_source
 from biomerge_lib.corpora.union import SEED, Union, build_union
+
+log = logging.getLogger("biomerge")
 
 
 def write_corpus(
@@ -27,6 +29,7 @@ def write_corpus(
     *,
     reading: Mapping[str, Any] | None = None,
     split_shares: Sequence[float] = (),
+    dev_share: float | None = None,
     seed: int = SEED,
     **options: Any,
 ) -> dict[str, Any]:
@@ -37,7 +40,8 @@ def write_corpus(
     Args:
         sources: corpora as :func:`~biomerge_lib.corpora.readers.read_corpus` takes them; the first has priority.
         reading: options of that function (``types``, ``sentence_split``, ``discontinuous``).
-        split_shares: of train, dev and test, for corpora that come without splits; drawn by document.
+        split_shares: of train, dev and test; a corpus without dev and test has them drawn from train by document.
+        dev_share: of train, for the dev set of a corpus that lacks that alone.
         options: of :func:`~biomerge_lib.corpora.union.build_union`; without any the corpora are merged as they are.
 
     Raises:
@@ -51,7 +55,7 @@ def write_corpus(
     corpora: dict[str, Mapping[str, list[Record]]] = {}
     card: dict[str, Any] = {"sources": {}, "splits": {}}
     for source in sources:
-        corpus = _read(source, reading or {}, split_shares, seed)
+        corpus = _read(source, reading or {}, split_shares, dev_share, seed)
         name = corpus.source.name
         if name in corpora:
             raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
@@ -77,7 +81,13 @@ def write_corpus(
             "sha256": file_sha256(path),
         }
     card["union"] = {
-        "options": {**(reading or {}), "split_shares": list(split_shares), "seed": seed, **options},
+        "options": {
+            **(reading or {}),
+            "split_shares": list(split_shares),
+            "dev_share": dev_share,
+            "seed": seed,
+            **options,
+        },
         **union.report,
     }
     write_conflicts(data_dir / "conflicts.jsonl", union)
@@ -121,15 +131,36 @@ def describe_records(records: Iterable[Record]) -> dict[str, Any]:
     }
 
 
-def _read(source: str, reading: Mapping[str, Any], split_shares: Sequence[float], seed: int) -> Corpus:
-    """The corpus with its own splits, or, where it has none, with splits drawn by document."""
-    if not split_shares or not _has_no_splits(source):
-        return read_corpus(source, **reading)
-    whole = read_corpus(source, splits=("train",), **reading)
-    parts = draw_splits(whole["train"], split_shares, seed)
+def _read(
+    source: str,
+    reading: Mapping[str, Any],
+    split_shares: Sequence[float],
+    dev_share: float | None,
+    seed: int,
+) -> Corpus:
+    """The corpus with its own splits; those that it lacks are drawn from train by document, where they have a share."""
+    optional = ("dev", "test") if split_shares else ("dev",) if dev_share else ()
+    corpus = read_corpus(source, optional=optional, **reading)
+    drawn = ["train", *(split for split in SPLITS if split not in corpus)]
+    if len(drawn) == 1:
+        return corpus
+    shares = dict(zip(SPLITS, split_shares, strict=False))
+    said = f"split_shares={list(split_shares)}"
+    if drawn == ["train", "dev"] and dev_share:
+        shares, said = {"train": 1 - dev_share, "dev": dev_share}, f"dev_share={dev_share}"
+    train = corpus["train"]
+    parts = draw_splits(train, [shares[split] for split in drawn], seed)
     if not all(parts):
-        raise DataError(f"{whole.source.location}: too few documents for split_shares={list(split_shares)}.")
-    return Corpus(whole.source, dict(zip(SPLITS, parts, strict=True)), whole.counts)
+        raise DataError(f"{corpus.source.location}: too few documents for {said}.")
+    if len({record.doc_id for record in train}) == len(train):
+        log.warning(
+            "%s: %s is drawn sentence by sentence, as the corpus names no documents of several sentences: "
+            "sentences of one document may stand on both sides.",
+            corpus.source.name,
+            " and ".join(drawn[1:]),
+        )
+    records = {**corpus, **dict(zip(drawn, parts, strict=True))}
+    return Corpus(corpus.source, {split: records[split] for split in SPLITS}, corpus.counts)
 
 
 def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
@@ -138,15 +169,6 @@ def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
         if path.resolve() in written:
             own = f"{path}: is read from corpus {corpus.source.name}"
             raise DataError(f"{own}, and would be written over. Set another data_dir.")
-
-
-def _has_no_splits(source: str) -> bool:
-    """Whether the source's names tell no split: then each split alone would be the same files."""
-    try:
-        files = [find_source(source, splits=(split,)).files[split] for split in SPLITS]
-    except (DataError, KeyError):
-        return False
-    return bool(files[0]) and files[0] == files[1] == files[2]
 
 
 def _sizes(records: Sequence[Record], dataset: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")
 DOCUMENT_COLUMNS = ("document_id", "doc_id", "docid", "pmid")  # "id" is a row number in most data sets
 
 
-def find_hub(name: str, dataset: str, splits: Sequence[str]) -> Source:
+def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collection[str] = ()) -> Source:
     """A data set, opened: ``name`` is a folder or a hub name, with ``#CONFIG`` where it has several.
 
     Raises:
@@ -47,6 +47,8 @@ def find_hub(name: str, dataset: str, splits: Sequence[str]) -> Source:
     streams = {}
     for split in splits:
         found = [key for key in available if split_of(key) == split]
+        if not found and split in optional:
+            continue
         if len(found) != 1:
             problem = "no split" if not found else f"{len(found)} splits"
             raise DataError(f"hub:{name}: {problem} for {split}; it has {', '.join(available)}.")

@@ -93,9 +93,18 @@ def split_of(name: str) -> str | None:
     >>> split_of("CDR_TrainingSet.BioC.xml"), split_of("valid.conll"), split_of("train_dev.tsv")
     ('train', 'dev', None)
     """
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    found = [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
+    found = splits_of(name)
     return found[0] if len(found) == 1 else None
+
+
+def splits_of(name: str) -> list[str]:
+    """All splits that a file or folder name tells.
+
+    >>> splits_of("traindev.PubTator"), splits_of("strains.txt")
+    (['train', 'dev'], [])
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=train)(?=dev)|(?<=training)(?=dev)", "_", name).lower()
+    return [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
 
 
 def first_line(path: Path, *, but: str | tuple[str, ...] = ()) -> str:

@@ -42,6 +42,7 @@ def read_corpus(
     *,
     types: Collection[str] | None = None,
     splits: Sequence[str] = SPLITS,
+    optional: Collection[str] = (),
     **options: Any,
 ) -> Corpus:
     """Read a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
@@ -50,7 +51,7 @@ def read_corpus(
 
     Args:
         types: the entity types to keep; None or nothing keeps all. A sentence without any stays, as a negative one.
-        splits: the splits to read, each of which must be there.
+        splits: the splits to read, each of which must be there but for the ``optional`` ones.
         options: the other fields of :class:`~biomerge_lib.corpora.formats.Reading`.
 
     Raises:
@@ -65,7 +66,8 @@ def read_corpus(
             raise ParameterError(
                 f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
             )
-    found = find_source(source, splits=splits)
+    found = find_source(source, splits=splits, optional=optional)
+    splits = [split for split in splits if split in (found.streams or found.files)]
     counts = {split: ReadCounts() for split in splits}
     records = {split: list(iter_source(found, split, how, counts[split])) for split in splits}
     check_documents(records)

@@ -4,14 +4,15 @@ A corpus is a folder with one file (or one sub-folder of files) for each of trai
 The format is seen from the files; ``format:folder`` says it where a folder holds two (``pubtator:bc5cdr_original``).
 ``hub:owner/name`` (with ``#config`` where it has several) is a data set of the hub. A file or sub-folder belongs to a
 split when its name holds one split's word: train/training, dev/devel/develop/development/val/valid/validation, test,
-each also with "set" (``CDR_TrainingSet.BioC.xml``, ``NCBItestset_corpus.txt``). One that names two splits (BioBERT's
-``train_dev.tsv``) holds the same sentences again and is left unread.
+each also with "set" (``CDR_TrainingSet.BioC.xml``, ``NCBItestset_corpus.txt``). One that names train and dev
+(``traindev.PubTator``) is train where neither has a file of its own; else it holds the same sentences again (BioBERT's
+``train_dev.tsv``) and is left unread, as is any other that names two.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
@@ -22,7 +23,7 @@ from biomerge_lib.corpora.format_hub import HUB, find_hub, hub_files
 from biomerge_lib.corpora.format_iob import IOB
 from biomerge_lib.corpora.format_jsonl import JSONL
 from biomerge_lib.corpora.format_pubtator import PUBTATOR
-from biomerge_lib.corpora.formats import SPLIT_WORDS, Format, Source, split_of
+from biomerge_lib.corpora.formats import SPLIT_WORDS, Format, Source, split_of, splits_of
 
 # A file is of the first format that has its ending and takes it for its own.
 FORMATS: dict[str, Format] = {
@@ -38,10 +39,13 @@ SAMPLE_DIR = Path(__file__).parent / "sample_corpus"
 _ABOUT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
 
 
-def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS) -> Source:
+def find_source(
+    source: str | Path, *, splits: Sequence[str] = SPLITS, optional: Collection[str] = ()
+) -> Source:
     """Find a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
 
-    With one name in ``splits`` the source may also be that split's file, or a folder whose names tell no split.
+    Of ``splits`` the ``optional`` ones may be missing. With one that may not the source may also be that split's file,
+    or a folder whose names tell no split.
 
     Raises:
         DataError: there is no such folder or no known format, or a split has no file, or two.
@@ -53,7 +57,7 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS) -> Source
     folder = SAMPLE_DIR if name == SAMPLE else Path(name).expanduser()
     if forced == "hub" and not folder.is_dir():
         repository, _, config = name.partition("#")
-        return find_hub(name, "_".join(filter(None, [Path(repository).name, config])), splits)
+        return find_hub(name, "_".join(filter(None, [Path(repository).name, config])), splits, optional)
     if not folder.exists():
         forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
         raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
@@ -61,12 +65,13 @@ def find_source(source: str | Path, *, splits: Sequence[str] = SPLITS) -> Source
     own_name = folder.stem if folder.is_file() else folder.resolve().name
     dataset = SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}")
     if kind == "hub":
-        return find_hub(str(folder), dataset, splits)
-    candidates, unread = _find_candidates(folder, kind, splits, is_forced=forced is not None)
+        return find_hub(str(folder), dataset, splits, optional)
+    required = [split for split in splits if split not in optional]
+    candidates, unread = _find_candidates(folder, kind, splits, required, is_forced=forced is not None)
     for split in splits:
-        if len(candidates[split]) != 1:
+        if len(candidates[split]) != 1 and (split in required or candidates[split]):
             raise DataError(_explain_splits(folder, kind, split, candidates[split], unread))
-    files = {split: candidates[split][0] for split in splits}
+    files = {split: candidates[split][0] for split in splits if candidates[split]}
     return Source(dataset, kind, str(folder), files)
 
 
@@ -83,7 +88,7 @@ def _find_format(folder: Path) -> str:
         places += [path for subfolder in subfolders for path in sorted(subfolder.iterdir())]
     formats = dict.fromkeys(filter(None, map(_format_of, places)))
     if len(formats) > 1:  # a stray table or text beside the corpus names no split
-        named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS)[0].values())]
+        named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS, SPLITS)[0].values())]
         formats = dict.fromkeys(named) or formats
     if "brat" in formats:  # a .txt without its .ann would look like something else, or like nothing
         formats.pop("iob", None)
@@ -109,7 +114,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def _find_candidates(
-    folder: Path, kind: str, splits: Sequence[str], *, is_forced: bool = False
+    folder: Path, kind: str, splits: Sequence[str], required: Sequence[str], *, is_forced: bool = False
 ) -> tuple[dict[str, list[list[Path]]], list[Path]]:
     """What each split could be (each a list of files), and what is in the format but of no one split."""
     form = FORMATS[kind]
@@ -123,19 +128,27 @@ def _find_candidates(
         return found in ((kind, None) if is_forced else (kind,))
 
     if folder.is_file():
-        return {split: [[folder]] if len(splits) == 1 else [] for split in splits}, []
-    candidates: dict[str, list[list[Path]]] = {split: [] for split in splits}
+        return {split: [[folder]] if [split] == required else [] for split in splits}, []
+    candidates: dict[str, list[list[Path]]] = {split: [] for split in SPLITS}
+    both: list[tuple[Path, list[Path]]] = []  # train and dev in one
     unread: list[Path] = []
     loose: list[Path] = []
     for entry in sorted(folder.iterdir()):
-        split = None if entry.is_file() and form.is_document_a_file else split_of(entry.name)
+        named = [] if entry.is_file() and form.is_document_a_file else splits_of(entry.name)
         files = sorted(filter(is_ours, entry.iterdir() if entry.is_dir() else [entry]))
-        if files and split in candidates:
-            candidates[split].append(files)
-        elif files and split is None:
+        if files and len(named) == 1:
+            candidates[named[0]].append(files)
+        elif files and named == ["train", "dev"]:
+            both.append((entry, files))
+        elif files:
             (loose if entry.is_file() else unread).append(entry)
-    if len(splits) == 1 and loose and not candidates[splits[0]] and not unread:
-        candidates[splits[0]], loose = [loose], []
+    if candidates["train"] or candidates["dev"]:
+        unread += [entry for entry, _ in both]
+    else:
+        candidates["train"] = [files for _, files in both]
+    candidates = {split: candidates[split] for split in splits}
+    if len(required) == 1 and loose and not any(candidates.values()) and not unread:
+        candidates[required[0]], loose = [loose], []
     return candidates, unread + loose
 
 
@@ -148,4 +161,6 @@ def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]]
         what = f"sub-folder of {' and '.join(FORMATS[kind].endings)} files"
     words = ", ".join(SPLIT_WORDS[split])
     left = f" Not read: {', '.join(path.name for path in unread[:5])}." if unread else ""
-    return f"{folder}: no {what} whose name says {split} ({words}); or leave {split!r} out of splits.{left}"
+    drawn = {"dev": "dev_share=0.1", "test": "split_shares=[0.8,0.1,0.1]"}.get(split)
+    way = f"; 02_data draws it from train with {drawn}" if drawn else ""
+    return f"{folder}: no {what} whose name says {split} ({words}){way}.{left}"

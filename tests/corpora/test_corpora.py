@@ -9,7 +9,7 @@ import pytest
 from benchmarks.union_report import write_union_report
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.files import file_sha256
-from biomerge_lib.core.records import Record, read_records, write_records
+from biomerge_lib.core.records import SPLITS, Record, read_records, write_records
 from biomerge_lib.corpora.conversion import write_corpus
 from biomerge_lib.corpora.data_card import (
     conflict_table,
@@ -250,6 +250,40 @@ def test_a_corpus_without_splits_is_split_by_document(tmp_path):
     # A corpus with splits of its own keeps them.
     card = write_corpus(["sample"], tmp_path / "data", split_shares=[1, 1, 1])
     assert card["splits"]["train"]["sentences"] == 448
+
+
+def test_missing_splits_are_drawn_from_train_by_document(tmp_path, caplog):
+    folder, seen = tmp_path / "mine", {}
+    annotated = [replace(one, spans=((0, 4),)) for one in documents("mine", 50)]
+    write_records(folder / "train.jsonl", annotated[:200])
+    write_records(folder / "test.jsonl", annotated[200:])
+    with pytest.raises(
+        DataError, match=r"whose name says dev .*02_data draws it from train with dev_share=0.1"
+    ):
+        write_corpus([str(folder)], tmp_path / "data")
+    for options in (
+        {"dev_share": 0.1},
+        {"split_shares": [0.9, 0.1, 5]},
+        {"dev_share": 0.1, "split_shares": [1, 1, 1]},
+    ):
+        card = write_corpus([str(folder)], tmp_path / "data", seed=1, **options)
+        assert [card["splits"][split]["documents"] for split in SPLITS] == [36, 4, 10]
+        check_documents({split: read_records(tmp_path / f"data/{split}.jsonl") for split in SPLITS})
+        seen[card["splits"]["dev"]["sha256"]] = options
+    assert len(seen) == 1  # the same four, whatever asks for them
+    with pytest.raises(DataError, match=r"whose name says test .* split_shares=\[0.8,0.1,0.1\]"):
+        (folder / "test.jsonl").unlink()
+        write_corpus([str(folder)], tmp_path / "data", dev_share=0.1)
+    card = write_corpus([str(folder)], tmp_path / "data", split_shares=[0.8, 0.1, 0.1])
+    assert [card["splits"][split]["documents"] for split in SPLITS] == [32, 4, 4]
+    with pytest.raises(DataError, match=r"too few documents for dev_share=0.1"):
+        write_records(folder / "test.jsonl", annotated[200:])
+        write_records(folder / "train.jsonl", annotated[:5])
+        write_corpus([str(folder)], tmp_path / "data", dev_share=0.1)
+    assert "sentence by sentence" not in caplog.text
+    write_records(folder / "train.jsonl", [replace(one, doc_id=one.text) for one in annotated[:200]])
+    write_corpus([str(folder)], tmp_path / "data", dev_share=0.1)
+    assert "mine: dev is drawn sentence by sentence" in caplog.text
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])

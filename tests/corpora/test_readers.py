@@ -554,6 +554,7 @@ def test_counts_account_for_every_mention():
         ("CDR_TestSet.PubTator.txt", "test"),
         ("train_dev.tsv", None),  # two splits
         ("latest.tsv", None),
+        ("traindev.PubTator", None),
         ("strains.txt", None),
         ("device.xml", None),
     ],
@@ -572,6 +573,25 @@ def test_biobert_s_train_dev_is_left_unread(tmp_path):
         "test": ["test.tsv"],
     }
     assert set(source.file_hashes()) == {"train.tsv", "devel.tsv", "test.tsv"}
+
+
+@pytest.mark.parametrize(
+    "name", ["traindev.tsv", "train_dev.tsv", "TrainDevel.tsv", "training-and-validation"]
+)
+def test_train_and_dev_in_one_is_train_where_neither_stands_alone(tmp_path, name):
+    both = name if name.endswith(".tsv") else f"{name}/a.tsv"
+    folder = write_files(tmp_path, {both: GOOD_IOB, "test.tsv": GOOD_IOB})
+    source = find_source(folder, optional=("dev",))
+    assert {
+        split: [path.relative_to(folder).as_posix() for path in paths]
+        for split, paths in source.files.items()
+    } == {
+        "train": [both],
+        "test": ["test.tsv"],
+    }
+    write_files(folder, {"dev.tsv": GOOD_IOB})  # whose sentences the other file may hold
+    with pytest.raises(DataError, match=rf"whose name says train .* Not read: {name}"):
+        find_source(folder, optional=("dev",))
 
 
 def test_a_split_may_be_a_folder_and_a_corpus_a_file(tmp_path):
@@ -998,7 +1018,7 @@ def test_splits_that_are_missing_or_twice(tmp_path):
     folder = write_files(tmp_path, {f"{split}.tsv": GOOD_IOB for split in ("train", "test")})
     with pytest.raises(
         DataError,
-        match=r"no iob file or sub-folder whose name says dev \(dev, devel, .*\); or leave 'dev' out of splits",
+        match=r"no iob file or sub-folder whose name says dev \(dev, devel, .*\); 02_data draws it .* dev_share=0.1",
     ):
         read_corpus(folder)
     assert list(read_corpus(folder, splits=("train", "test"))) == ["train", "test"]
