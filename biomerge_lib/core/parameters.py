@@ -100,8 +100,9 @@ class Parameters(BaseModel):
     max_per_corpus: Beside[int | None] = Field(
         gt=0, description="Draw documents up to so many training sentences of each corpus; null = all"
     )
-    drop_leaks: Beside[Literal["none", "train"]] = Field(
-        description="train: sentences that also stand in dev or test are taken out of train"
+    drop_leaks: Beside[Literal["none", "train", "documents", "test"]] = Field(
+        description="train: sentences that also stand in dev or test leave train; documents: with the rest of their "
+        "documents; test: documents that stand in another corpus's train leave dev and test"
     )
     deduplicate: Beside[bool] = Field(description="Keep a training sentence with the same gold only once")
     conflicts: Beside[Literal["keep", "first"]] = Field(

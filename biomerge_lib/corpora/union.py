@@ -2,7 +2,8 @@
 
     corpora --drop_leaks--> --conflicts--> --deduplicate--> --corpus_weights--> --max_per_corpus--> train
 
-Dev and test stay as their corpora have them, so that scores can be compared with the literature.
+Dev and test stay as their corpora have them, so that scores can be compared with the literature. Only
+``drop_leaks="test"`` takes documents out of them, for a test on documents that no other corpus has trained.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.corpora.draws import document_of, draw_sentences
 from biomerge_lib.corpora.leakage import (
     Keyed,
+    Place,
     count_conflicts,
+    count_shared_documents,
     find_conflicts,
+    find_documents,
     find_duplicates,
+    find_leaking,
     find_leaks,
+    find_trained,
     key_of,
 )
 
@@ -58,25 +64,40 @@ def build_union(
 
     Args:
         corpora: data set name -> split -> records; the first corpus wins a conflict.
-        drop_leaks: ``train`` takes sentences of any dev or test set out of train.
+        drop_leaks: ``train`` takes sentences of any dev or test set out of train, ``documents`` also what is left of
+            their documents; ``test`` takes documents that stand in another corpus's train out of dev and test.
         deduplicate: keep a training sentence with the same gold once.
         conflicts: ``first`` keeps, of one training sentence with different gold, what the first corpus says.
         corpus_weights: the corpora's proportions in train, as large as the corpora allow; no sentence is repeated.
         max_per_corpus: draw documents up to so many training sentences of each corpus.
 
     Raises:
-        DataError: corpora are weighted and one has no training sentence left.
+        DataError: nothing is left of a split, or corpora are weighted and one has no training sentence left.
     """
     splits = {split: [key_of(r) for corpus in corpora.values() for r in corpus[split]] for split in SPLITS}
     union = Union(splits)
     union.conflicts = find_conflicts(union.splits)
+    documents = find_documents(union.splits)
     union.report = {
-        "leaks": {"before": find_leaks(union.splits)},
+        "leaks": {"before": find_leaks(union.splits, documents)},
+        "documents": {"before": count_shared_documents(documents)},
         "conflicts": {"before": _count_conflicts(union, union.conflicts)},
         "duplicates": {split: find_duplicates(records) for split, records in union.splits.items()},
     }
     _note(union, "corpora as they are")
-    if drop_leaks == "train":
+    leaving: dict[Place, set[str]] = {}
+    if drop_leaks == "documents":
+        leaving = find_leaking(documents)
+    elif drop_leaks == "test":
+        leaving = find_trained(documents)
+    for split, items in union.splits.items():
+        union.splits[split] = [
+            item for item in items if item.record.doc_id not in leaving.get((item.record.dataset, split), ())
+        ]
+    union.report["documents"]["dropped"] = {
+        " ".join(place): len(found) for place, found in leaving.items() if found
+    }
+    if drop_leaks in ("train", "documents"):
         evaluated = {item.sentence for split in ("dev", "test") for item in union.splits[split]}
         _keep(union, "drop_leaks", lambda item: item.sentence not in evaluated)
     if conflicts == "first":
@@ -100,10 +121,27 @@ def build_union(
                 "sentences with, or set conflicts=keep and train with corpus_cue=true.",
                 dataset,
             )
-    union.report["leaks"]["after"] = find_leaks(union.splits)
+    for split, items in union.splits.items():
+        if not items and any(corpus[split] for corpus in corpora.values()):
+            raise DataError(_explain_empty(union, split, drop_leaks))
+    documents = find_documents(union.splits)
+    union.report["leaks"]["after"] = find_leaks(union.splits, documents)
+    shared = union.report["documents"]["after"] = count_shared_documents(documents)
+    leaking = [row for row in shared if row["of"].endswith(" train") != row["in"].endswith(" train")]
+    if drop_leaks == "train" and leaking:
+        listed = ", ".join(f"{row['shared']} of {row['of']} in {row['in']}" for row in leaking)
+        log.warning("parts of documents stand in train and are scored: drop_leaks=documents (%s).", listed)
     union.report["conflicts"]["after"] = _count_conflicts(union, find_conflicts(union.splits))
     union.report["steps"] = union.steps
     return union
+
+
+def _explain_empty(union: Union, split: str, drop_leaks: str) -> str:
+    if split != "train":
+        return f"drop_leaks={drop_leaks} leaves nothing of {split}: all its documents stand in another corpus's train."
+    steps = ", ".join(f"{step['step']} {sum(step['removed'].values()):,}" for step in union.steps[1:])
+    total = sum(union.steps[0]["left"].values())
+    return f"none of {total:,} training sentences is left; removed by {steps}. Set drop_leaks=none, or other corpora."
 
 
 def _count_conflicts(union: Union, everywhere: Sequence[Sequence[tuple[str, Keyed]]]) -> dict[str, Any]:

@@ -105,6 +105,106 @@ def test_leaking_sentences_leave_train_and_only_train():
     assert union.steps[1] == {"step": "drop_leaks", "removed": {"a": 1, "b": 1}, "left": {"a": 1, "b": 1}}
 
 
+TITLE = "Lithium carbonate toxicity in a newborn infant ."
+BODY = "A case of lithium poisoning ( serum level 2.3 mmol ) is described . The infant recovered slowly afterwards ."
+OTHER = "Unrelated sentences about quinidine treatment . They describe ventricular tachycardia alone ."
+
+
+def cut(text: str, dataset: str, doc_id: str = "", ends: str = ".") -> list[Record]:
+    """A document's sentences; without a doc_id each is its own, as in corpora that know no documents."""
+    sentences = [part.strip() + " ." for part in text.split(f" {ends}") if part.strip()]
+    return [record(one, dataset=dataset, doc_id=doc_id or None) for one in sentences]
+
+
+def test_a_document_is_found_in_another_corpus_by_its_text():
+    """Other ids, other sentence ends, other spaces, no documents at all: it is the same abstract."""
+    test = [
+        replace(one, text=one.text.replace(" .", ".").replace("( ", "(")) for one in cut(TITLE, "b", "77")
+    ]
+    test += [replace(one, text=one.text.upper()) for one in cut(BODY, "b", "77", ends="!")] + cut(
+        OTHER, "b", "78"
+    )
+    for doc_id in ("PMC1", ""):
+        train = cut(TITLE + BODY, "a", doc_id) + cut(
+            "Something else entirely was measured here .", "a", "PMC2"
+        )
+        corpora = {"a": corpus(train), "b": corpus(test=test)}
+        union = build_union(corpora)
+        assert union.report["documents"]["before"][-1] == {
+            "of": "b test",
+            "in": "a train",
+            "shared": 1,
+            "documents": 2,
+        }
+        [leak] = union.report["leaks"]["before"]
+        assert (leak["from"], leak["into"], leak["documents"]) == ("a train", "b test", 1)
+        assert len(texts(build_union(corpora, drop_leaks="train"))) == 3  # the title is an equal sentence
+        union = build_union(corpora, drop_leaks="documents")
+        assert texts(union) == ["Something else entirely was measured here ."]
+        assert union.report["leaks"]["after"] == [] and texts(union, "test") == [one.text for one in test]
+        union = build_union(corpora, drop_leaks="test")
+        assert len(texts(union)) == 4 and {item.record.doc_id for item in union.splits["test"]} == {"78"}
+        assert union.report["documents"]["dropped"] == {"b test": 1}
+
+
+def test_part_of_a_scored_document_in_train_is_told(caplog):
+    corpora = {
+        "a": corpus(cut(TITLE + BODY, "a", "1")),
+        "b": corpus(test=cut(TITLE + BODY, "b", "2", ends="!")),
+    }
+    build_union(corpora, drop_leaks="train")
+    assert "scored: drop_leaks=documents (1 of a train in b test)" in caplog.text
+
+
+def test_only_documents_of_another_corpus_leave_a_test_set():
+    own = corpus(cut(TITLE + BODY, "a", "1"), test=cut(TITLE + BODY, "a", "2"))
+    assert len(build_union({"a": own}, drop_leaks="test").splits["test"]) == 3
+    headings = [
+        record("Materials and methods :", dataset="b"),
+        record("Materials and methods used here :", dataset="b"),
+    ]
+    theirs = corpus([replace(one, dataset="c") for one in headings])
+    union = build_union({"b": corpus(test=headings), "c": theirs}, drop_leaks="test")
+    assert texts(union, "test") == ["Materials and methods :"]
+
+
+def test_a_split_of_which_nothing_is_left_is_refused_with_the_cause():
+    twice = [record("One sentence of this corpus"), record("Another sentence of this corpus")]
+    both = {"a": corpus(twice), "b": corpus(test=[replace(one, dataset="b") for one in twice])}
+    with pytest.raises(
+        DataError, match=r"none of 2 training sentences is left; removed by drop_leaks 2.* drop_leaks="
+    ):
+        build_union(both, drop_leaks="train")
+    with pytest.raises(DataError, match=r"drop_leaks=test leaves nothing of test: all its documents stand"):
+        build_union(both, drop_leaks="test")
+
+
+@pytest.mark.slow
+def test_the_abstracts_that_biored_and_bc5cdr_share_are_found_by_text(tmp_path):
+    """corpora/README.md: 204 of BioRED's 600; the IOB version of BC5CDR knows no documents."""
+    sources = [str(shared_corpus("bc5cdr_iob")), str(shared_corpus("biored_pubtator"))]
+    card = write_corpus(sources, tmp_path, dev_share=0.1, drop_leaks="documents")
+    shared = card["union"]["documents"]["before"]
+    assert (
+        sum(
+            row["shared"]
+            for row in shared
+            if row["of"].startswith("biored") and row["in"].startswith("bc5cdr")
+        )
+        == 204
+    )
+    into = {
+        row["into"]: row["documents"]
+        for row in card["union"]["leaks"]["before"]
+        if row["from"] == "bc5cdr train"
+    }
+    assert into["biored test"] == 10
+    assert not [row for row in card["union"]["leaks"]["after"] if " train" in row["from"]]
+    card = write_corpus(sources, tmp_path, dev_share=0.1, drop_leaks="test")
+    assert card["splits"]["test"]["datasets"]["biored"]["sentences"] < 1089 - 90
+    assert card["union"]["documents"]["dropped"]["biored test"] == 10
+
+
 def test_conflicts_are_settled_by_the_order_of_the_corpora():
     a = corpus([record("IL-2 gene", (0, 4))])
     b = corpus([record("IL-2 gene", (0, 9), dataset="b"), record("b only", (0, 1), dataset="b")])
