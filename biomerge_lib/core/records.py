@@ -1,14 +1,19 @@
 """Knows the record, one JSON object a line; knows nothing of corpora, prompts or models.
 
 {"task": "NER", "input": "<NER> Aspirin can ...", "target": "<TAG> 0-7", "doc_id": "d1", "dataset": "bc5cdr"}
+
+Where the gold types are known, ``"types": ["Chemical"]`` follows: one for each span, in their order.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import whole_file
@@ -16,6 +21,9 @@ from biomerge_lib.core.spans import Span, format_spans, is_inside, parse_answer
 
 NER_PREFIX = "<NER> "
 SPLITS = ("train", "dev", "test")
+_TYPES = re.compile(
+    rb', "types": \[.*\]}$'
+)  # the last key of a line; inside a string its quotes would be escaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +32,9 @@ class Record:
 
     ``spans`` are offsets in ``text``, the input without its ``<NER> `` prefix. ``doc_id`` names the
     document inside ``dataset``: splitting and sampling go by document. ``cue`` names the annotation policy that is
-    wanted, where it is not the data set's own (the key ``cue`` of a JSONL line, which may be left out).
+    wanted, where it is not the data set's own (the key ``cue`` of a JSONL line, which may be left out). ``types`` are
+    the spans' gold types (``Chemical``; ``Cell|Tissue`` for a span that has two), or empty where they are not known:
+    neither prompt nor answer has them.
     """
 
     text: str
@@ -32,6 +42,7 @@ class Record:
     doc_id: str
     dataset: str
     cue: str | None = None
+    types: tuple[str, ...] = ()
 
     @property
     def input(self) -> str:
@@ -42,7 +53,7 @@ class Record:
         return format_spans(self.spans)
 
     def to_json(self) -> str:
-        fields = {
+        fields: dict[str, Any] = {
             "task": "NER",
             "input": self.input,
             "target": self.target,
@@ -51,6 +62,8 @@ class Record:
         }
         if self.cue is not None:
             fields["cue"] = self.cue
+        if self.types:
+            fields["types"] = self.types
         return json.dumps(fields, ensure_ascii=False)
 
 
@@ -91,9 +104,14 @@ def parse_record(line: str, where: str) -> Record:
     if answer.out_of_text:
         start, end = answer.out_of_text[0]
         raise DataError(f"{where}: span {start}-{end} is not inside the text of {len(text)} characters.")
-    return Record(
-        text=text, spans=tuple(answer.spans), doc_id=fields["doc_id"], dataset=fields["dataset"], cue=cue
-    )
+    types = fields.get("types", [])
+    if not (
+        isinstance(types, list) and len(types) in (0, len(answer.spans)) and set(map(type, types)) <= {str}
+    ):
+        raise DataError(
+            f"{where}: types must be {len(answer.spans)} names, one for each span; or leave the key out."
+        )
+    return Record(text, tuple(answer.spans), fields["doc_id"], fields["dataset"], cue, tuple(types))
 
 
 def iter_records(path: Path | str) -> Iterator[Record]:
@@ -123,6 +141,15 @@ def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line).") from None
             if line.strip():
                 yield number, line
+
+
+def records_sha256(path: Path | str) -> str:
+    """SHA-256 of a JSONL file without its types: what is trained and scored is the same with them and without."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as lines:
+        for line in lines:
+            digest.update(_TYPES.sub(b"}", line) if b'"types"' in line else line)
+    return digest.hexdigest()
 
 
 def read_records(path: Path | str) -> list[Record]:

@@ -99,13 +99,14 @@ class ReadCounts:
 
 def read_spans(
     document: Document, *, types: Collection[str] | None, discontinuous: str, counts: ReadCounts
-) -> list[Span]:
-    """The document's spans, sorted and without duplicates; ``types`` None takes all types.
+) -> dict[Span, str]:
+    """The document's spans with their types, sorted, each once; ``types`` None takes all types.
 
     Raises:
         DataError: a mention is empty, outside the text, or differs from its words (named as ``file:line``).
     """
-    spans: list[Span] = []
+    found: dict[Span, set[str]] = {}
+    spans = 0
     for mention, located in zip(document.mentions, _locate(document, counts), strict=True):
         counts.annotated += 1
         counts.types[mention.type] += 1
@@ -123,13 +124,14 @@ def read_spans(
             counts.trimmed += (start, end) != (parts[0][0], parts[-1][1])
             if len(parts) == 1 and mention.words is not None:
                 counts.respaced += document.text[start:end] != mention.words.strip()
-            spans.append((start, end))
-    unique = sorted(set(spans))
-    counts.duplicates += len(spans) - len(unique)
+            spans += 1
+            found.setdefault((start, end), set()).add(mention.type)
+    unique = sorted(found)
+    counts.duplicates += spans - len(unique)
     counts.spans += len(unique)
     reaches = accumulate((end for _, end in unique), max)
     counts.overlapping += sum(start < reach for (start, _), reach in zip(unique[1:], reaches, strict=False))
-    return unique
+    return {span: "|".join(sorted(found[span])) for span in unique}
 
 
 def _locate(document: Document, counts: ReadCounts) -> list[tuple[Span, ...]]:

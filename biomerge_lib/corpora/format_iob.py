@@ -35,8 +35,13 @@ from biomerge_lib.corpora.tags import (
     refuse_implausible,
 )
 
-# A document begins: CoNLL-2003 and JNLPBA, with an id in brackets or without; GENIA's original files.
-_DOCUMENT = re.compile(r"-DOCSTART-(?:\s+\((.+)\))?(?:\s+\S+)*\s*|###MEDLINE:(\S+)")
+# A document begins: CoNLL-2003 and JNLPBA, with an id in brackets or without; GENIA's original files; comments as
+# CoNLL-U, bconv and others have them ("# newdoc id = 7", "# doc_id = 7", "#begin document (7); part 000").
+_DOCUMENT = re.compile(
+    r"-DOCSTART-(?:\s+\((.+)\))?(?:\s+\S+)*\s*|###MEDLINE:(\S+)|"
+    r"#+\s*(?:new ?doc(?: id)?|(?:doc(?:ument)?|pm)[ _-]?id|begin document)(?:\s*[=:]\s*|\s+|$)(.*?)(?:; part \d+)?\s*",
+    re.IGNORECASE,
+)
 _MARKERS = ("-DOCSTART-", "###MEDLINE:")
 # What a column of syntactic chunks holds (CoNLL-2000); such a column beside the entities' makes no doubt.
 _PHRASES = frozenset(["NP", "VP", "PP", "ADVP", "ADJP", "SBAR", "PRT", "CONJP", "INTJ", "LST", "UCP"])
@@ -53,9 +58,10 @@ def read_iob(
     r"""Read the sentences of a file with a token and its tag on a line (``Aspirin\tB-Chemical``).
 
     Two columns or more, apart by tabs where the first line has one, else by white space; tags with a type or without.
-    A blank line ends a sentence. ``-DOCSTART- (id)`` and ``###MEDLINE:id`` lines begin a document, which without an id
-    is called ``doc_prefix`` and a number; without any, each sentence is its own. Lines that begin with ``#`` and have
-    no columns are comments (``other_lines``).
+    A blank line ends a sentence. ``-DOCSTART- (id)``, ``###MEDLINE:id``, ``# doc_id = id`` and ``# newdoc id = id``
+    lines begin a document, which without an id is called ``doc_prefix`` and a number, as are those that are counted
+    from 0 or 1; without any, each sentence is its own. Lines that begin with ``#`` and have no columns are comments
+    (``other_lines``).
 
     A column is a number (from 0, or from -1 at the end) or a name, which the first line then has. Without any it is the
     first and the last one, unless what stands there looks like no token, or two columns look like tags.
@@ -72,6 +78,7 @@ def read_iob(
     parsed_tags: dict[str, ParsedTag] = {}
     document: str | None = None
     documents = sentences = 0
+    is_numbered = False  # documents: such ids say nothing outside their file
     is_open = True
     tokens: list[str] = []
     tags: list[ParsedTag] = []
@@ -79,7 +86,7 @@ def read_iob(
     for number, line in enumerate(lines, start=1):
         row = line.split(separator)
         token = row[token_at].strip() if len(row) == width > 0 else ""
-        if not token or columns is None or line.startswith(_MARKERS):
+        if not token or columns is None or line.startswith((*_MARKERS, "#")):
             marker = _DOCUMENT.fullmatch(line)
             if marker or not line.strip():
                 if tokens:
@@ -89,7 +96,10 @@ def read_iob(
                     tokens, tags = [], []
                 if marker:
                     documents += 1
-                    document = marker[1] or marker[2] or f"{doc_prefix}_{documents:05d}"
+                    document = next(filter(None, marker.groups()), None)
+                    is_numbered = is_numbered or document in ("0", "1")
+                    if is_numbered or document is None:
+                        document = f"{doc_prefix}_{document or f'{documents:05d}'}"
                 continue
             where = f"{path}:{number}"
             if columns is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from segtok.segmenter import split_multi
 
@@ -22,26 +22,29 @@ from biomerge_lib.corpora.documents import Document, ReadCounts, trim
 
 
 def split_document(
-    document: Document, spans: Sequence[Span], *, dataset: str, sentence_split: str, counts: ReadCounts
+    document: Document, spans: Mapping[Span, str], *, dataset: str, sentence_split: str, counts: ReadCounts
 ) -> Iterator[Record]:
-    """The document's sentences as records; ``spans`` are sorted and have no white space at their edges.
+    """The document's sentences as records; ``spans`` (with types) are sorted and have no white space at their edges.
 
     ``sentence_split``: ``segtok``, ``lines`` (every line is a sentence) or ``document`` (no cut at all). A document
     that is a sentence already stays one.
     """
     propose = find_document if document.is_sentence else SPLITTERS[sentence_split]
     proposed = propose(document.text)
-    sentences = join_cut(proposed, spans)
+    sentences, ordered = join_cut(proposed, list(spans)), list(spans.items())
     counts.boundaries_joined += len(proposed) - len(sentences)
     position = 0
     for start, end in sentences:
         counts.sentences += 1
         inside: list[Span] = []
-        while position < len(spans) and spans[position][0] < end:
-            span_start, span_end = spans[position]
+        types: list[str] = []
+        while position < len(ordered) and ordered[position][0][0] < end:
+            (span_start, span_end), kind = ordered[position]
             inside.append((span_start - start, span_end - start))
+            types.append(kind)
             position += 1
-        yield Record(document.text[start:end], tuple(inside), document.doc_id, dataset)
+        text = document.text[start:end]
+        yield Record(text, tuple(inside), document.doc_id, dataset, types=tuple(types))
 
 
 def join_cut(sentences: Sequence[Span], spans: Sequence[Span]) -> list[Span]:

@@ -95,8 +95,13 @@ def make_record(
         position = end + 1
     counts.annotated += len(kinds)
     counts.types.update(kinds)
-    if types is not None:
-        spans = [span for span, kind in zip(spans, kinds, strict=True) if kind in types]
-        counts.other_types += len(kinds) - len(spans)
-    counts.spans += len(spans)
-    return Record(" ".join(tokens), tuple(spans), doc_id, dataset)
+    kept = [(span, kind) for span, kind in zip(spans, kinds, strict=True) if types is None or kind in types]
+    counts.other_types += len(kinds) - len(kept)
+    counts.spans += len(kept)
+    return Record(
+        " ".join(tokens),
+        tuple(span for span, _ in kept),
+        doc_id,
+        dataset,
+        types=tuple(kind for _, kind in kept),
+    )

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.core.files import file_sha256, remember
-from biomerge_lib.core.records import SPLITS
+from biomerge_lib.core.files import remember
+from biomerge_lib.core.records import SPLITS, records_sha256
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -58,12 +58,12 @@ def device_name() -> str:
 
 
 def data_hashes(data_dir: Path | str) -> dict[str, str]:
-    """SHA-256 of each split's file that exists."""
+    """SHA-256 of each split's file that exists, without the types."""
     paths = {split: Path(data_dir) / f"{split}.jsonl" for split in SPLITS}
     return {split: _hash_of(path) for split, path in paths.items() if path.is_file()}
 
 
-_hash_of = remember(file_sha256)  # the runs of a sweep have one data set
+_hash_of = remember(records_sha256)  # the runs of a sweep have one data set
 
 
 def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

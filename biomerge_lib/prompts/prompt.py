@@ -228,7 +228,7 @@ def _middle_cut(record: Record, words: list[Span], *, keep_spans: bool) -> int |
 def _slice(chunk: Chunk, start: int, end: int) -> Chunk:
     record = chunk.record
     inside = tuple((s - start, e - start) for s, e in record.spans if start <= s and e <= end)
-    return Chunk(replace(record, text=record.text[start:end], spans=inside), chunk.offset + start)
+    return Chunk(replace(record, text=record.text[start:end], spans=inside, types=()), chunk.offset + start)
 
 
 def _last_tokens(token_offsets: Sequence[Span], rendered_words: Sequence[Span]) -> list[int]:

@@ -73,7 +73,8 @@ def test_brat_reads_back(tmp_path):
     counts = ReadCounts()
     documents = {d.doc_id: d for d in read_brat(sorted(tmp_path.iterdir()), counts)}
     spans = {
-        name: read_spans(d, types=None, discontinuous="skip", counts=counts) for name, d in documents.items()
+        name: list(read_spans(d, types=None, discontinuous="skip", counts=counts))
+        for name, d in documents.items()
     }
     assert documents["d_1"].text == TEXT
     assert spans == {"d_1": SPANS, "d_2": [], "d_1-2": [(0, 10)]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from biomerge_lib.core.errors import DataError, ParameterError
-from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.core.records import Record, parse_record, records_sha256, write_records
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts, read_spans
 from biomerge_lib.corpora.formats import READ_ALL, Format, Reading, split_of
 from biomerge_lib.corpora.readers import Corpus, iter_source, read_corpus
@@ -184,6 +184,7 @@ def test_the_bundled_sample_keeps_its_documents():
         ((0, 7), (20, 34)),
         "sample_001",
         "sample",
+        types=corpus["train"][0].types,
     )
 
 
@@ -248,6 +249,47 @@ def test_iob_documents(tmp_path):
     records, counts = read_lines(tmp_path, "a\tO\n\nb\tO\n")
     assert [record.doc_id for record in records] == ["x_train_s00001", "x_train_s00002"]
     assert (counts.documents, counts.other_lines, counts.blank_tokens) == (2, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "marker", ["# doc_id = {}", "# newdoc id = {}", "#doc_id\t{}", "#begin document ({}); part 000"]
+)
+def test_comments_that_name_a_document_begin_one(tmp_path, marker):
+    rows = "".join(f"{marker.format(name)}\nIL\tB-X\n\n# sent_id = 2\nNo\tO\n" for name in ("PM7", "100"))
+    records, counts = read_lines(tmp_path, rows)
+    brackets = "()" if "begin" in marker else ("", "")
+    names = [brackets[0] + name + brackets[1] for name in ("PM7", "100")]
+    assert [record.doc_id for record in records] == [name for name in names for _ in "ab"]
+    assert (counts.documents, counts.other_lines) == (2, 2)
+
+
+def test_documents_that_are_only_counted_are_named_after_their_file(tmp_path):
+    rows = "# newdoc id = 1\nIL\tB-X\n\n# newdoc id = 2\nNo\tO\n"
+    assert [record.doc_id for record in read_lines(tmp_path, rows)[0]] == ["x_train_1", "x_train_2"]
+
+
+def test_records_keep_the_gold_types(tmp_path):
+    records, _ = read_lines(tmp_path, "IL\tB-Gene\n2\tI-Gene\nin\tO\nman\tB-Species\n\nNo\tO\n")
+    assert [record.types for record in records] == [("Gene", "Species"), ()]
+    assert '"types": ["Gene", "Species"]' in records[0].to_json() and "types" not in records[1].to_json()
+    assert [parse_record(record.to_json(), "x") for record in records] == records
+    assert records[0].target == "<TAG> 0-4 ; 8-11"
+    path = tmp_path / "a.jsonl"
+    write_records(path, records)
+    typed = records_sha256(path)
+    write_records(path, [replace(record, types=()) for record in records])  # as files had it before
+    assert records_sha256(path) == typed
+    line = records[0].to_json().replace('"Species"', "1")
+    with pytest.raises(DataError, match="x: types must be 2 names, one for each span"):
+        parse_record(line, "x")
+
+
+def test_the_projects_jsonl_is_filtered_by_type_where_it_has_types(tmp_path):
+    record = Record("IL-2 in man", ((0, 4), (8, 11)), "d", "mine", types=("Gene", "Species"))
+    write_records(tmp_path / "train.jsonl", [record])
+    corpus = read_corpus(tmp_path, splits=("train",), types=["Gene"])
+    assert corpus["train"] == [replace(record, spans=((0, 4),), types=("Gene",))]
+    assert corpus.types == {"Gene": 1, "Species": 1} and corpus.counts["train"].other_types == 1
 
 
 def test_iob_columns_can_be_chosen(tmp_path):
@@ -365,9 +407,10 @@ def test_a_mention_across_sentences_joins_them():
     text = "We used E. coli. K12 strains.\nThey grew."
     document = Document("d", text, (), "x")
     counts = ReadCounts()
-    spans = [(8, 20), (17, 33)]  # "E. coli. K12" and "K12 strains.\nThe"
+    spans = {(8, 20): "Species", (17, 33): "Strain|Text"}  # "E. coli. K12" and "K12 strains.\nThe"
     (record,) = split_document(document, spans, dataset="x", sentence_split="segtok", counts=counts)
-    assert record == Record(text, tuple(spans), "d", "x")  # the line break stays
+    expected = Record(text, tuple(spans), "d", "x", types=("Species", "Strain|Text"))
+    assert record == expected  # the line break stays
     assert record.text[17:33] == "K12 strains.\nThe"
     assert counts.boundaries_joined == len(find_sentences(text)) - 1 == 2
 
@@ -523,7 +566,7 @@ def test_counts_account_for_every_mention():
         "d", "abc def gh", tuple(Mention(p, k, None, "f:1") for p, k in zip(parts, kinds, strict=True)), "f"
     )
     spans = read_spans(document, types={"X", "Y"}, discontinuous="skip", counts=counts)
-    assert spans == [(0, 1), (0, 2), (1, 3)]
+    assert spans == {(0, 1): "X", (0, 2): "X|Y", (1, 3): "X"}
     assert counts.to_dict() == {
         "documents": 0,
         "sentences": 0,
@@ -720,7 +763,7 @@ def test_the_projects_jsonl_comes_back_as_it_was(tmp_path):
         "annotated": 1,
         "spans": 1,
     }
-    with pytest.raises(DataError, match="JSONL has no entity types"):
+    with pytest.raises(DataError, match="document train1 has no entity types to filter by"):
         read_corpus(tmp_path, types=["Chemical"])
 
 
