@@ -7,8 +7,10 @@ is left out (``blank_tokens``).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError, nearest
@@ -20,7 +22,7 @@ from biomerge_lib.corpora.formats import (
     Format,
     Reading,
     Source,
-    first_line,
+    first_lines,
     read_text,
     split_lines,
     split_of,
@@ -39,12 +41,16 @@ from biomerge_lib.corpora.tags import (
 # CoNLL-U, bconv and others have them ("# newdoc id = 7", "# doc_id = 7", "#begin document (7); part 000").
 _DOCUMENT = re.compile(
     r"-DOCSTART-(?:\s+\((.+)\))?(?:\s+\S+)*\s*|###MEDLINE:(\S+)|"
-    r"#+\s*(?:new ?doc(?: id)?|(?:doc(?:ument)?|pm)[ _-]?id|begin document)(?:\s*[=:]\s*|\s+|$)(.*?)(?:; part \d+)?\s*",
+    r"#+\s*(?:new ?doc(?: id)?(?:\s*=|$)|(?:doc(?:ument)?|pm)[ _-]?id\s*[=:]|begin document\s)"
+    r"\s*(.*?)(?:; part \d+)?\s*",
     re.IGNORECASE,
 )
-_MARKERS = ("-DOCSTART-", "###MEDLINE:")
+_DIGIT = re.compile(r"\d")
+_NO_ROW = ("#", "-DOCSTART-")
 # What a column of syntactic chunks holds (CoNLL-2000); such a column beside the entities' makes no doubt.
 _PHRASES = frozenset(["NP", "VP", "PP", "ADVP", "ADJP", "SBAR", "PRT", "CONJP", "INTJ", "LST", "UCP"])
+_TABLES = (".tsv", ".conll", ".conllu", ".iob", ".iob2", ".iobes", ".bio", ".bioes", ".bilou", ".bmes")
+_OTHERS = (".txt", ".eng", ".train", ".dev", ".devel", ".valid", ".test", ".testa", ".testb")  # eng.testa
 
 
 def read_iob(
@@ -57,14 +63,14 @@ def read_iob(
 ) -> Iterator[Record]:
     r"""Read the sentences of a file with a token and its tag on a line (``Aspirin\tB-Chemical``).
 
-    Two columns or more, apart by tabs where the first line has one, else by white space; tags with a type or without.
-    A blank line ends a sentence. ``-DOCSTART- (id)``, ``###MEDLINE:id``, ``# doc_id = id`` and ``# newdoc id = id``
-    lines begin a document, which without an id is called ``doc_prefix`` and a number, as are those that are counted
-    from 0 or 1; without any, each sentence is its own. Lines that begin with ``#`` and have no columns are comments
-    (``other_lines``).
+    Two columns or more, apart by tabs where the first line has one, else by blanks; tags with a type or without. A
+    blank line ends a sentence. ``-DOCSTART- (id)``, ``###MEDLINE:id``, ``# doc_id = id`` and ``# newdoc id = id`` lines
+    begin a document, as does another id in a column before the tokens. One without an id is called ``doc_prefix`` and
+    a number, one whose file counts from 0 or 1 ``doc_prefix`` and that; without any, each sentence is its own. Lines
+    that begin with ``#`` and are no token with its tag are comments (``other_lines``).
 
-    A column is a number (from 0, or from -1 at the end) or a name, which the first line then has. Without any it is the
-    first and the last one, unless what stands there looks like no token, or two columns look like tags.
+    A column is a number (from 0, or from -1 at the end) or a name, which the first line then has. Without any, the tags
+    are the one column that holds tags, and the tokens the first column that can be text (no running numbers, say).
 
     Raises:
         DataError: not UTF-8, a missing column or token, an unknown tag, columns that must be named, or a file without
@@ -72,21 +78,17 @@ def read_iob(
     """
     counts = ReadCounts() if counts is None else counts
     doc_prefix = doc_prefix or f"{dataset}_{path.name.split('.')[0]}"
-    columns: _Columns | None = None
-    separator: str | None = None
-    width = token_at = tag_at = 0
+    lines = list(split_lines(read_text(path)))
+    layout = _find_layout(lines, how, path)
+    width, token_at, tag_at = layout.width, layout.token_at, layout.tag_at
     parsed_tags: dict[str, ParsedTag] = {}
     document: str | None = None
     documents = sentences = 0
     is_numbered = False  # documents: such ids say nothing outside their file
-    is_open = True
     tokens: list[str] = []
     tags: list[ParsedTag] = []
-    lines = chain(split_lines(read_text(path)), [""])  # "" ends the last sentence
-    for number, line in enumerate(lines, start=1):
-        row = line.split(separator)
-        token = row[token_at].strip() if len(row) == width > 0 else ""
-        if not token or columns is None or line.startswith((*_MARKERS, "#")):
+    for number, line in enumerate(chain(lines, [""]), start=1):  # "" ends the last sentence
+        if not line.strip() or line.startswith(_NO_ROW):
             marker = _DOCUMENT.fullmatch(line)
             if marker or not line.strip():
                 if tokens:
@@ -101,95 +103,159 @@ def read_iob(
                     if is_numbered or document is None:
                         document = f"{doc_prefix}_{document or f'{documents:05d}'}"
                 continue
-            where = f"{path}:{number}"
-            if columns is None:
-                separator = "\t" if "\t" in line else None
-                row = line.split(separator)
-            if line.startswith("#") and (len(row) == 1 or not (separator or TAG.fullmatch(row[-1]))):
+            if line.startswith("#") and not layout.is_token(line):
                 counts.other_lines += 1
                 continue
-            if columns is None:
-                columns = _Columns(row, how, where)
-                width, token_at, tag_at = columns.width, columns.token_at, columns.tag_at
-                if str in (type(how.token_column), type(how.tag_column)):
-                    continue  # the line of the names
-            if len(row) != width:
-                expected = f"{width} columns by {'tabs' if separator else 'white space'}, token<TAB>tag"
-                raise DataError(f"{where}: expected {expected}, found {line[:60]!r}.")
-            if not row[token_at]:
-                raise DataError(f"{where}: the token is missing in {line[:60]!r}.")
-            token = row[token_at].strip()
-        word = row[tag_at]
+        if number <= layout.names_line:
+            continue
+        row = layout.split(line)
+        if len(row) != width:
+            expected = f"{width} columns by {'tabs' if layout.has_tabs else 'blanks'}, token<TAB>tag"
+            raise DataError(f"{path}:{number}: expected {expected}, found {line[:60]!r}.")
+        if not row[token_at]:
+            raise DataError(f"{path}:{number}: the token is missing in {line[:60]!r}.")
+        token, word = row[token_at].strip(), row[tag_at]
         if word not in parsed_tags:
             parsed_tags[word] = parse_tag(word, f"{path}:{number}")
         if not token:
             counts.blank_tokens += 1
             continue
+        if layout.document_at is not None and not tokens:
+            document = row[layout.document_at].strip()
+            is_numbered = is_numbered or document in ("0", "1")
+            document = f"{doc_prefix}_{document}" if is_numbered else document
         tokens.append(token)
         tags.append(parsed_tags[word])
-        is_open = is_open and columns.look_at(row)
-    if columns is None or not sentences:
+    if not sentences:
         raise DataError(f"{path}: the file has no sentences.")
-    columns.refuse_doubtful({kind for prefix, kind in parsed_tags.values() if prefix})
 
 
-class _Columns:
-    """Where a file has tokens and tags, as its first line shows, and what speaks against it in the lines after."""
+@dataclass(slots=True)
+class _Layout:
+    """How a file's lines are cut, and which column is what; ``names_line`` is the last line before the first row."""
 
-    def __init__(self, first_row: Sequence[str], how: Reading, where: str):
-        self.how, self.where, self.width = how, where, max(len(first_row), 2)
-        self.token_at, self.tag_at = _find_columns(first_row, how.token_column, how.tag_column, where)
-        self.tokens: list[str] = []
-        others = set(range(self.width)) - {self.token_at, self.tag_at} if how.tag_column is None else ()
-        self.rivals: dict[int, set[str]] = {column: set() for column in others}  # hold nothing but tags
+    has_tabs: bool
+    width: int = 2
+    token_at: int = 0
+    tag_at: int = 1
+    document_at: int | None = None
+    has_types: bool = False
+    names_line: int = 0
 
-    def look_at(self, row: Sequence[str]) -> bool:
-        """Remember what may speak against the columns; returns whether there is more to look at."""
-        if len(self.tokens) < LOOKED_AT:
-            self.tokens.append(row[self.token_at].strip())
-        for column, found in list(self.rivals.items()):
-            found.add(row[column].strip())
-            if not TAG.fullmatch(row[column].strip()):
-                del self.rivals[column]
-        return bool(self.rivals) or len(self.tokens) < LOOKED_AT
+    def split(self, line: str) -> list[str]:
+        """The line's columns; empty ones beyond the width (a tab at the end) are none."""
+        if not self.has_tabs:  # a no-break space is part of a token
+            return [cell for cell in line.replace("\t", " ").split(" ") if cell]
+        row = line.split("\t")
+        return row[: self.width] if len(row) > self.width and not any(row[self.width :]) else row
 
-    def refuse_doubtful(self, kinds_in_tags: set[str]) -> None:
-        """Refuse columns that may not be what they were taken for.
+    def is_token(self, line: str) -> bool:
+        """Whether a line that begins with # is a token and its tag. ``#hepatitis B`` is not, where tags have types."""
+        row = self.split(line)
+        tag = TAG.fullmatch(row[self.tag_at].strip()) if len(row) == self.width else None
+        return tag is not None and not (self.has_types and tag[1] and tag[2] is None)
 
-        Raises:
-            DataError: the tokens look like none, or two columns hold tags.
-        """
-        if self.how.token_column is None or find_implausible(self.tokens) == "tags":
-            refuse_implausible(self.tokens, self.where, f"column {self.token_at}")
-        kinds = {self.tag_at: kinds_in_tags}
-        for column, found in self.rivals.items():
-            kinds[column] = {TAG.sub(r"\2", tag) for tag in found - {"O"}}
-        tagged = [column for column, found in sorted(kinds.items()) if found and not found <= _PHRASES]
-        if len(tagged) > 1 or (tagged and self.tag_at not in tagged):
-            both = " and ".join(map(str, sorted({self.tag_at, *tagged})))
+
+def _find_layout(lines: Sequence[str], how: Reading, path: Path) -> _Layout:
+    """How the file is laid out, from its first rows; where there are more than two columns, from all of them.
+
+    Raises:
+        DataError: there is no row, a column that was named is missing, or it is not clear which column is which.
+    """
+    places = [number for number, line in enumerate(lines) if line.strip() and not line.startswith(_NO_ROW)]
+    if not places:
+        raise DataError(f"{path}: the file has no sentences.")
+    where, first = f"{path}:{places[0] + 1}", lines[places[0]]
+    layout = _Layout("\t" in first)
+    names = first.split("\t") if layout.has_tabs else layout.split(first)
+    layout.width = max(len(names), 2)
+    if layout.width == 2:
+        places = places[:LOOKED_AT]
+    rows = [row for place in places if len(row := layout.split(lines[place])) == layout.width]
+    while layout.width > 2 and not any(row[layout.width - 1].strip() for row in rows):
+        layout.width -= 1
+    if str in (type(how.token_column), type(how.tag_column)):
+        layout.names_line, rows = places[0] + 1, rows[1:]
+    columns = [[row[at].strip() for row in rows] for at in range(layout.width)]
+    token_at = _place_of("token_column", how.token_column, names[: layout.width], where)
+    tag_at = _place_of("tag_column", how.tag_column, names[: layout.width], where)
+    kinds = {at: found for at, cells in enumerate(columns) if (found := _kinds_of(cells)) is not None}
+    layout.tag_at = _find_tags(kinds, layout.width, where) if tag_at is None else tag_at
+    layout.has_types = kinds.get(layout.tag_at, set()) - {""} != set()
+    if token_at is None:
+        others = [at for at in range(layout.width) if at not in kinds and at != layout.tag_at]
+        token_at = next((at for at in others if not find_implausible(columns[at][:LOOKED_AT])), 0)
+    layout.token_at = token_at
+    looked_at = columns[token_at][:LOOKED_AT]
+    if how.token_column is None or find_implausible(looked_at) == "tags":
+        refuse_implausible(looked_at, where, f"column {token_at}")
+    if layout.token_at == layout.tag_at:
+        raise DataError(f"{where}: token_column and tag_column are both {token_at}: set both of them.")
+    layout.document_at = _find_ids(lines, layout)
+    return layout
+
+
+def _place_of(parameter: str, column: Column, names: Sequence[str], where: str) -> int | None:
+    """The position of a column that was named; of a name it is the first line that has it."""
+    place, names = column, [name.strip() for name in names]
+    if isinstance(place, str):
+        if place not in names:
             raise DataError(
-                f"{self.where}: columns {both} hold tags: set tag_column to the one that is meant."
+                f"{where}: {parameter}={place} is none of {', '.join(names)}.{nearest(place, names)}"
             )
+        return names.index(place)
+    if place is not None and len(names) > 1 and not -len(names) <= place < len(names):
+        there = f"there are {len(names)} columns (0 to {len(names) - 1})"
+        raise DataError(f"{where}: {parameter} is {place}, but {there}.")
+    return None if place is None else place % max(len(names), 2)
 
 
-def _find_columns(columns: Sequence[str], token_column: Column, tag_column: Column, where: str) -> list[int]:
-    """The positions of tokens and tags, from the first line; of names it is the line that has them."""
-    names, places = [column.strip() for column in columns], []
-    for name, column, default in (("token_column", token_column, 0), ("tag_column", tag_column, -1)):
-        place = default if column is None else column
-        if isinstance(place, str):
-            if place not in names:
-                raise DataError(
-                    f"{where}: {name}={place} is none of {', '.join(names)}.{nearest(place, names)}"
-                )
-            place = names.index(place)
-        if len(names) > 1 and not -len(names) <= place < len(names):
-            there = f"there are {len(names)} columns (0 to {len(names) - 1})"
-            raise DataError(f"{where}: {name} is {place}, but {there}.")
-        places.append(place % max(len(names), 2))
-    if places[0] == places[1]:
-        raise DataError(f"{where}: token_column and tag_column are both {places[0]}: set both of them.")
-    return places
+def _kinds_of(cells: Sequence[str]) -> set[str] | None:
+    """The types in a column ("" for a tag without one) where most of its cells are tags, else None."""
+    counts = Counter(cells)
+    tags = {cell for cell in counts if TAG.fullmatch(cell)}
+    is_tags = 2 * sum(counts[tag] for tag in tags) > len(cells)
+    return {TAG.sub(r"\2", tag) for tag in tags - {"O"}} if is_tags else None
+
+
+def _find_tags(kinds: dict[int, set[str]], width: int, where: str) -> int:
+    """The column of the tags: the one that holds entities, else the last one of tags, else the last one.
+
+    Raises:
+        DataError: two columns hold entities, or the last one holds only O.
+    """
+    tagged = [at for at, found in kinds.items() if found and not found <= _PHRASES]
+    last = max(kinds, default=width - 1)
+    if tagged and kinds[last] <= _PHRASES and not kinds[last]:
+        tagged = sorted({*tagged, last})
+    if len(tagged) > 1:
+        both = " and ".join(map(str, tagged))
+        raise DataError(f"{where}: columns {both} hold tags: set tag_column to the one that is meant.")
+    return tagged[0] if tagged else last
+
+
+def _find_ids(lines: Sequence[str], layout: _Layout) -> int | None:
+    """The column before the tokens that names documents: one value a sentence, and no count of the sentences."""
+    if not layout.token_at:
+        return None
+    sentences: list[list[list[str]]] = [[]]
+    for line in lines[layout.names_line :]:
+        row = layout.split(line)
+        if not line.strip():
+            sentences.append([])
+        elif len(row) == layout.width and not line.startswith(_NO_ROW):
+            sentences[-1].append(row)
+    sentences = list(filter(None, sentences))
+    found: dict[int, int] = {}
+    for at in range(layout.token_at):
+        names = [sentence[0][at].strip() for sentence in sentences]
+        is_one = all(
+            row[at].strip() == name for name, rows in zip(names, sentences, strict=True) for row in rows
+        )
+        is_count = names[0] in ("0", "1") and all(a != b for a, b in pairwise(names))
+        if at != layout.tag_at and is_one and not is_count and all(map(_DIGIT.search, names)):
+            found[at] = len(set(names))
+    return min(found, key=lambda at: found[at], default=None)
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:
@@ -202,10 +268,13 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
 
 
 def _has(path: Path) -> bool:
-    """A .txt needs a tag at the first line's end."""
-    line = first_line(path, but=("#", *_MARKERS))
-    columns = line.split("\t" if "\t" in line else None)
-    return path.suffix != ".txt" or (len(columns) > 1 and TAG.fullmatch(columns[-1].strip()) is not None)
+    """A table needs a tag somewhere, a file with another ending a column of tags."""
+    lines = [line for line in first_lines(path) if line.strip() and not line.startswith(_NO_ROW)]
+    rows = [_Layout("\t" in line).split(line) for line in lines]
+    if path.suffix.lower() in _OTHERS:
+        width = min(map(len, rows), default=0)
+        return width > 1 and any(_kinds_of([row[at] for row in rows]) is not None for at in range(width))
+    return any(len(row) < 2 or any(TAG.fullmatch(cell.strip()) for cell in row) for row in rows) or not rows
 
 
-IOB = Format((".tsv", ".conll", ".iob", ".iob2", ".iobes", ".bio", ".txt"), _read, _has)
+IOB = Format((*_TABLES, *_OTHERS), _read, _has)

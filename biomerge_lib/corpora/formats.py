@@ -103,16 +103,20 @@ def splits_of(name: str) -> list[str]:
     >>> splits_of("traindev.PubTator"), splits_of("strains.txt")
     (['train', 'dev'], [])
     """
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=train)(?=dev)|(?<=training)(?=dev)", "_", name).lower()
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=train)(?=dev|val)", "_", name).lower()
     return [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
 
 
-def first_line(path: Path, *, but: str | tuple[str, ...] = ()) -> str:
-    """The first line of a file that is not blank and does not begin with ``but`` (of 16 kB; nothing beyond)."""
+def first_lines(path: Path) -> list[str]:
+    """The lines that a file begins with (16 kB of them; the last one may be cut)."""
     with path.open("rb") as stream:
         start = stream.read(1 << 14).decode("utf-8-sig", errors="replace")
-    lines = (line.rstrip("\r") for line in start.split("\n"))
-    return next((line for line in lines if line.strip() and not line.startswith(but)), "")
+    return [line.rstrip("\r") for line in start.split("\n")]
+
+
+def first_line(path: Path) -> str:
+    """The first line of a file that is not blank (of 16 kB; nothing beyond)."""
+    return next(filter(str.strip, first_lines(path)), "")
 
 
 def read_text(path: Path) -> str:

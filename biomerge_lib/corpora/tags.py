@@ -1,10 +1,10 @@
-"""Knows tag schemes (IOB, IOB2, IOBES, BILOU), and makes records of tagged sentences; knows nothing of files.
+"""Knows tag schemes (IOB, IOB2, IOBES, BMES, BILOU), and makes records of tagged sentences; knows nothing of files.
 
-A sentence is its tokens joined by one space. A mention runs from a tag that begins it (B, S, U) to before the next O,
-the next beginning, or a tag of another type; E, L, S and U also end it. A tag that would continue (I, E, L) but has
-nothing before it to continue begins a mention, as in conlleval; so IOB1 files are read rightly too (``begun_by_inside``
-counts them). Adjacent mentions stay two, a repeated mention is marked wherever it is tagged, nesting cannot be written
-with tags.
+A sentence is its tokens joined by one space. A mention runs from a tag that begins it (B, S, U, W) to before the next
+O, the next beginning, or a tag of another type; E, L, S, U and W also end it. A tag that would continue (I, M, E, L)
+but has nothing before it to continue begins a mention, as in conlleval; so IOB1 files are read rightly too
+(``begun_by_inside`` counts them). Adjacent mentions stay two, a repeated mention is marked wherever it is tagged,
+nesting cannot be written with tags.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, ReadCounts
 
-TAG = re.compile(r"O|([BIESLU])(?:-(.*))?")
-_BEGINS, _CONTINUES, _ENDS = frozenset("BSU"), frozenset("IEL"), frozenset("ESLU")
+TAG = re.compile(r"O|([BIESLUMW])(?:-(.*))?")
+_CONTINUES, _ENDS = frozenset("IELM"), frozenset("ESLUW")
 _NUMBER = re.compile(r"\d+(?:[-.:_]\d+)*")
 LOOKED_AT = 1000  # tokens
 ParsedTag = tuple[str | None, str]
@@ -58,7 +58,7 @@ def parse_tag(tag: str, where: str) -> ParsedTag:
     """
     match = TAG.fullmatch(tag.strip())
     if match is None:
-        tags = "tags are O, B-Type, I-Type, E-Type, S-Type (or L-, U-), with or without a type"
+        tags = "tags are O, B-Type, I-Type, E-Type, S-Type (or M-, L-, U-, W-), with or without a type"
         raise DataError(f"{where}: unknown tag {tag.strip()!r}; {tags}. In another column: set tag_column.")
     return (match[1], match[2] or UNTYPED) if match[1] else OUTSIDE
 

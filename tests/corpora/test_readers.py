@@ -201,6 +201,7 @@ def test_the_bundled_sample_keeps_its_documents():
         ("S-X B-Y I-Y E-Y", ["a", "b c d"], 0),  # IOBES
         ("U-X B-Y L-Y I-Y", ["a", "b c", "d"], 1),  # BILOU: nothing continues after L
         ("E-X E-X O O", ["a", "b"], 2),
+        ("B-X M-X E-X W-Y", ["a b c", "d"], 0),  # BMES
         ("B I O B", ["a b", "d"], 0),  # without a type
         ("O O O O", [], 0),
     ],
@@ -241,6 +242,62 @@ def test_iob_in_many_hands(tmp_path, content):
     assert [(record.text, record.spans) for record in records] == [("Aspirin helps", ((0, 7),)), ("No", ())]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# text = No Aspirin helps vitamin E\n{}",  # ends as a line with a tag does
+        "#hepatitis B\n{}\n#C B\n",  # the width of a row too, but all other tags have types
+        "# PMID\t7\n{}\n#x\tY\n",
+        "{}\n# global.columns = ID FORM O\n",
+    ],
+)
+@pytest.mark.parametrize("separator", ["\t", " ", "  "])
+def test_a_comment_is_no_token(tmp_path, content, separator):
+    rows = "Aspirin\tB-Chem\nhelps\tO\n#\tO\n#1\tB-Rank\n".replace("\t", separator)
+    (record,), counts = read_lines(tmp_path, content.format(rows))
+    assert (record.text, mentions(record)) == ("Aspirin helps # #1", ["Aspirin", "#1"])
+    assert counts.documents == 1 and counts.other_lines == content.count("#")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "IL B-Gene +\n2\u00a0R E-Gene -\nfell O +\n",  # flair: whether a blank follows
+        "IL\tB-Gene\t\n2\u00a0R\tM-Gene\t\nfell\tO\t\n",  # a tab at each line's end
+        "IL\tB-Gene\n2\u00a0R\tI-Gene\t\t\nfell\tO\t\n",  # at some
+        "1 IL NN B-Gene _\n2 2\u00a0R NN E-Gene _\n3 fell VBD O _\n",
+    ],
+)
+def test_a_column_without_tags_is_not_taken_for_them(tmp_path, rows):
+    (record,), _ = read_lines(tmp_path, rows)
+    assert (record.text, record.spans) == ("IL 2\u00a0R fell", ((0, 6),))
+
+
+def test_a_column_of_ids_before_the_tokens_tells_documents(tmp_path):
+    rows = [
+        "P7\t1\ta\tO",
+        "P7\t2\tb\tB-X",
+        "P7\t3\tc\tO",
+        "",
+        "P7\t1\td\tO",
+        "P7\t2\te\tO",
+        "",
+        "P9\t1\tf\tO",
+    ]
+    records, _ = read_lines(tmp_path, "\n".join(rows))
+    assert [(record.text, record.doc_id) for record in records] == [
+        ("a b c", "P7"),
+        ("d e", "P7"),
+        ("f", "P9"),
+    ]
+    counted = "\n".join(rows).replace("P7", "0").replace("P9", "1")
+    records, _ = read_lines(tmp_path, counted)
+    assert [record.doc_id for record in records] == ["x_train_0", "x_train_0", "x_train_1"]
+    sentences = "1\ta\tO\n1\tb\tB-X\n1\tc\tO\n\n2\td\tO\n\n3\te\tO\n"  # numbers of sentences tell nothing
+    records, _ = read_lines(tmp_path, sentences)
+    assert [record.doc_id for record in records] == [f"x_train_s0000{n}" for n in (1, 2, 3)]
+
+
 def test_iob_documents(tmp_path):
     rows = "-DOCSTART- (d (1))\tO\n\na\tO\n\nb\tO\n\n###MEDLINE:95369245\n\nc\tB-X\n\n-DOCSTART-\tO\n\nd\tO\n"
     records, counts = read_lines(tmp_path, rows)
@@ -252,7 +309,7 @@ def test_iob_documents(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "marker", ["# doc_id = {}", "# newdoc id = {}", "#doc_id\t{}", "#begin document ({}); part 000"]
+    "marker", ["# doc_id = {}", "# newdoc id = {}", "#doc_id: {}", "#begin document ({}); part 000"]
 )
 def test_comments_that_name_a_document_begin_one(tmp_path, marker):
     rows = "".join(f"{marker.format(name)}\nIL\tB-X\n\n# sent_id = 2\nNo\tO\n" for name in ("PM7", "100"))
@@ -308,18 +365,16 @@ NESTED = "Ibuprofen\tB-Drug\tO\nsodium\tI-Drug\tB-Salt\neases\tO\tO\n"
     ("content", "problem"),
     [
         (
-            INDEXED,
-            r"column 0 should be the tokens, but holds running numbers \('1', '2', '3'\): set token_column",
+            "1\tB-Drug\n2\tO\n3\tO\n",
+            r"column 0 should be the tokens, but holds running numbers \('1', '2', '3'\)",
         ),
-        (INDEXED.replace("2\t", "1\t").replace("3\t", "1\t"), "holds running numbers"),
-        (INDEXED.replace("1\tI", "1-1\tI").replace("2\t", "1-2\t"), "holds running numbers"),
-        (re.sub(r"^\d", "PMID7", INDEXED, flags=re.M), r"holds repetitions \('PMID7', .*tag_column"),
-        (LABEL_FIRST, r"column 0 should be the tokens, but holds tags \('B-Drug', 'O', 'B-Symptom'\)"),
+        ("x\tB-Drug\nx\tO\nx\tO\n", r"holds repetitions \('x', .*tag_column"),
+        ("B-Drug\tO\nO\tO\nO\tO\n", r"columns 0 and 1 hold tags"),
         (NESTED, r"columns 1 and 2 hold tags: set tag_column"),
         (NESTED.replace("B-Salt", "O"), r"columns 1 and 2 hold tags"),
         ("Ibuprofen\tO\tB-Drug\neases\tO\tO\n", None),  # all O: no annotation, and so no doubt
         ("Ibuprofen NN B-NP B-Drug\neases VB B-VP O\n", None),  # CoNLL-2003: phrases beside entities
-        ("Ibuprofen B-Drug B-NP\neases O B-VP\n", "columns 1 and 2 hold tags"),
+        ("Ibuprofen B-Drug B-NP\neases O B-VP\n", None),
         ("B\tB-Vitamin\nI\tB-Iodine\n12\tO\nand\tO\nit\tO\n", None),
     ],
 )
@@ -334,6 +389,11 @@ def test_columns_that_are_not_what_they_are_taken_for_are_refused(tmp_path, cont
 @pytest.mark.parametrize(
     ("content", "columns"),
     [
+        (INDEXED, {}),
+        (INDEXED.replace("2\t", "1\t").replace("3\t", "1\t"), {}),
+        (INDEXED.replace("1\tI", "1-1\tI").replace("2\t", "1-2\t"), {}),  # word numbers of a sentence
+        (re.sub(r"^\d", "PMID7", INDEXED, flags=re.M), {}),
+        (LABEL_FIRST, {}),  # NERsuite: tag, start, end, token, chunk
         (INDEXED, {"token_column": 1}),
         (INDEXED, {"token_column": -2, "tag_column": -1}),
         ("# made by hand\nno\tword\ttag\n" + INDEXED, {"token_column": "word", "tag_column": "tag"}),
@@ -357,9 +417,9 @@ def test_columns_have_numbers_or_names(tmp_path, content, columns):
             {"tag_column": "labels"},
             "tag_column=labels is none of word, label. Did",
         ),
-        (INDEXED, {"tag_column": 0}, "token_column and tag_column are both 0"),
-        (NESTED, {"token_column": 1}, "column 1 should be the tokens, but holds tags"),
-        (LABEL_FIRST, {"token_column": 2}, "columns 0 and 4 hold tags"),
+        (INDEXED, {"token_column": 0, "tag_column": 0}, "token_column and tag_column are both 0"),
+        (NESTED, {"token_column": 1}, "columns 1 and 2 hold tags"),
+        (NESTED, {"token_column": 1, "tag_column": 2}, "column 1 should be the tokens, but holds tags"),
     ],
 )
 def test_columns_that_are_not_there_are_named(tmp_path, content, columns, problem):
