@@ -139,10 +139,14 @@ class PromptFormat:
         head = NER_PREFIX + (f"{cue} | " if cue else "")
         return STYLES[self.offset_anchors].write(head, record.text)
 
-    def most_bytes(self, record: Record) -> int:
-        """At least as many as the prompt has bytes, without rendering it: a bound of its tokens (but for BOS)."""
+    def most_bytes(self, record: Record, *, text_size: int | None = None) -> int:
+        """At least as many as the prompt has bytes, without rendering it: a bound of its tokens (but for BOS).
+
+        With the text's number of tokens as ``text_size`` a closer one.
+        """
         _, texts, offsets = STYLES[self.offset_anchors]
         cue, text = self.cue(record), record.text
         plain = len(text) if text.isascii() else len(text.encode())
+        plain = plain if text_size is None else text_size
         size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + texts * (plain + 3) - 3
         return size + (offsets and offsets * len(text.split()) * (len(str(len(text))) + 2))

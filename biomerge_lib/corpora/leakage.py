@@ -83,8 +83,14 @@ def key_of(record: Record) -> Keyed:
     """
     text = record.text
     sentence = normalise(text)
-    gold = [(len(normalise(text[:start])), len(normalise(text[:end]))) for start, end in record.spans]
-    return Keyed(record, _digest(sentence), _digest(f"{sentence}\0{gold}"))
+    if text.isascii() and len(sentence) + text.count(" ") == len(
+        text
+    ):  # single spaces alone went: much faster
+        gold = [(a - text.count(" ", 0, a), b - text.count(" ", 0, b)) for a, b in record.spans]
+    else:
+        gold = [(len(normalise(text[:start])), len(normalise(text[:end]))) for start, end in record.spans]
+    key = _digest(sentence.encode())
+    return Keyed(record, key, _digest(key + str(gold).encode()))
 
 
 def check_documents(splits: Mapping[str, Iterable[Record]]) -> None:
@@ -247,8 +253,8 @@ def count_conflicts(conflicts: Sequence[Sequence[tuple[str, Keyed]]]) -> dict[st
     return {"groups": len(conflicts), "within": within, "across": across, "pairs": dict(pairs)}
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _by_dataset(items: Iterable[Keyed]) -> dict[str, list[Keyed]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,8 @@ def scan_records(
     """Count a split. ``for_training`` holds the targets to their limit too and cuts no mention.
 
     A token is at least a byte long, so only a record with more bytes than ``max_input_tokens`` (or a target with more
-    than ``max_target_tokens``) has to be tokenised to count those over the limits exactly. Of the others a sample is.
+    than ``max_target_tokens``) can be over a limit. Of these each word is tokenised once, and then the records that
+    may be too long by their words' tokens, so that all over the limits are counted exactly. Of the others a sample is.
     """
     scan = Scan(sample=_sample(records))
     chunk_limit = max_target_tokens if for_training else None
@@ -83,8 +84,14 @@ def scan_records(
         most = prompt_format.most_bytes(record) + EXTRA_TOKENS
         is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
         (short if is_short else maybe_long).append(record)
-    lengths = count_tokens(maybe_long, tokenizer, prompt_format)
-    for record, (prompt, target) in zip(maybe_long, lengths, strict=True):
+    words = _count_words(maybe_long, tokenizer)
+    maybe_longer: list[Record] = []
+    for record in maybe_long:
+        most = _most_tokens(record, words, prompt_format) + EXTRA_TOKENS
+        is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
+        (short if is_short else maybe_longer).append(record)
+    lengths = count_tokens(maybe_longer, tokenizer, prompt_format)
+    for record, (prompt, target) in zip(maybe_longer, lengths, strict=True):
         is_long, has_long_target = prompt > prompt_format.max_input_tokens, target > max_target_tokens
         scan.prompt_tokens += prompt
         scan.target_tokens += target
@@ -108,6 +115,22 @@ def scan_records(
         scan.prompt_tokens += share * sum(prompt for prompt, _ in sample)
         scan.target_tokens += share * sum(target for _, target in sample)
     return scan
+
+
+def _count_words(records: Sequence[Record], tokenizer: PlainTokenizer) -> dict[str, int]:
+    """How many tokens each word has in a prompt. A text has no more than its words: no token goes over a space."""
+    words = ["a", *{word for record in records for word in record.text.split()}]
+    plain = PromptFormat(offset_anchors="none", corpus_cue=False, max_input_tokens=0)
+    lengths = count_tokens([Record(word, (), "", "") for word in words], tokenizer, plain)
+    around = lengths[0][0] - 1  # <NER> and <TAG>; "a" is one token
+    return {word: prompt - around for word, (prompt, _) in zip(words, lengths, strict=True)}
+
+
+def _most_tokens(record: Record, words: Mapping[str, int], prompt_format: PromptFormat) -> int:
+    """At most as many tokens as the prompt has, by those of its words where single spaces are between these."""
+    own = record.text.split()
+    size = sum(words[word] for word in own) if " ".join(own) == record.text else None
+    return prompt_format.most_bytes(record, text_size=size)
 
 
 def _sample(records: Sequence[Record]) -> Sequence[Record]:

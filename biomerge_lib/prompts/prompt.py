@@ -10,6 +10,7 @@ rendering writes around it.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -232,14 +233,6 @@ def _slice(chunk: Chunk, start: int, end: int) -> Chunk:
 
 
 def _last_tokens(token_offsets: Sequence[Span], rendered_words: Sequence[Span]) -> list[int]:
-    last_tokens = []
-    token = 0
-    for start, end in rendered_words:
-        last = None
-        while token < len(token_offsets) and token_offsets[token][0] < end:
-            if token_offsets[token][1] > start:
-                last = token
-            token += 1
-        # A token that straddles two words is the last of both.
-        last_tokens.append(last if last is not None else token - 1)
-    return last_tokens
+    """The last token that begins before each word's end; one that straddles two words is the last of both."""
+    starts = [start for start, _ in token_offsets]
+    return [bisect_left(starts, end) - 1 for _, end in rendered_words]
