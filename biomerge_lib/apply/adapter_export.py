@@ -7,18 +7,16 @@ Knows nothing of decoding.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader
 
-from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import write_json
+from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.core.files import OBJECT, read_values, write_json
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import SPLITS
@@ -75,7 +73,7 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
     backbone = (
         Path(parameters.backbone).name if Path(parameters.backbone).is_absolute() else parameters.backbone
     )
-    config = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    config = read_values(checkpoint / CONFIG, OBJECT, raises=ModelError)
     config |= {"base_model_name_or_path": backbone, "modules_to_save": None}
     weights = {
         name: tensor.to(torch.bfloat16)
@@ -104,7 +102,7 @@ def build_card(
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True)
     templates.filters |= {"text": in_markdown, "code": code_in_markdown}
     stages = metrics["stages"]
-    known = yaml.safe_load(NOTES.read_text(encoding="utf-8"))
+    known = read_values(NOTES, OBJECT)
     names = [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
     notes = [known.get(corpus.rsplit("_", 1)[0]) or _unknown(corpus) for corpus in names]
     scores = _scores(stages)

@@ -8,14 +8,16 @@ break, ``text`` of a JSONL line or what follows ``<NER> `` in the ``input`` of a
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import parse_json
 from biomerge_lib.core.records import NER_PREFIX, iter_lines
 from biomerge_lib.corpora.documents import ReadCounts
 from biomerge_lib.corpora.format_pubtator import is_pubtator, read_pubtator
@@ -24,7 +26,15 @@ from biomerge_lib.corpora.formats import read_text
 STDIN = "-"
 ENDINGS = (".txt", ".jsonl", ".pubtator")
 NO_PROSE = (".json", ".csv", ".tsv", ".xml", ".html", ".ann", ".conll", ".iob")
+EXPECTED = ' Expected: {"text": "...", "doc_id": "..."}, or the project\'s record.'
 log = logging.getLogger("biomerge")
+
+
+class _TextLine(BaseModel):
+    text: str | None = None
+    input: str | None = None
+    doc_id: str | int | None = None
+    id: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +99,12 @@ def _read_path(path: Path | str) -> Iterator[Text]:
 def _read_jsonl(path: Path) -> Iterator[Text]:
     for number, line in iter_lines(path):
         where = f"{path}:{number}"
-        try:
-            fields = json.loads(line)
-            text = fields.get("text")
-            if text is None:
-                text = fields["input"].removeprefix(NER_PREFIX)
-            doc_id = fields.get("doc_id", fields.get("id", f"{path.stem}-{number}"))
-        except (ValueError, KeyError, AttributeError):
-            raise DataError(
-                f'{where}: expected an object with a text, {{"text": "...", "doc_id": "..."}} or the project\'s '
-                f"record, found {line[:60]!r}."
-            ) from None
-        if not isinstance(text, str):
-            raise DataError(f"{where}: text must be a string.")
-        yield Text(str(doc_id), text)
+        fields = parse_json(line, where, _TextLine, cure=EXPECTED)
+        text, prefix = (fields.input, NER_PREFIX) if fields.text is None else (fields.text, "")
+        if text is None:
+            raise DataError(f"{where}: no text.{EXPECTED}")
+        doc_id = fields.id if fields.doc_id is None else fields.doc_id
+        yield Text(f"{path.stem}-{number}" if doc_id is None else str(doc_id), text.removeprefix(prefix))
 
 
 def _refuse_binary(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Knows how files and folders appear whole or not at all, what their hashes are, and how processes wait for each other.
+"""Knows how files and folders appear whole or not at all, how JSON and YAML are read, hashes, and how processes wait.
 
-Knows nothing of what is in them. What was being written when a process died lies beside its place as ``<name>.partial``
-and is overwritten by the next attempt. Nothing is forced to the disk: a crash of the machine may cost the newest file.
+What was being written when a process died lies beside its place as ``<name>.partial`` and is overwritten by the next
+attempt. Nothing is forced to the disk: a crash of the machine may cost the newest file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from biomerge_lib.core.errors import BioMergeError, DataError
+
 T = TypeVar("T")
+OBJECT = dict[str, Any]
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
+DEEPEST = 100  # levels of a YAML file
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weights file: what training changes, it changes in every layer
 
 
@@ -65,6 +74,75 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_values(
+    path: Path | str, shape: type[T], *, cure: str = "", raises: type[BioMergeError] = DataError
+) -> T:
+    """What a JSON (by its ending) or YAML file holds, as a ``shape`` that pydantic knows: ``OBJECT``, a model, ...
+
+    ``cure`` ends the error: what to do with a broken file.
+
+    Raises:
+        ``raises``: it cannot be read, is cut short or of another shape; names the file and the line (or key).
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise raises(f"{path}: cannot be read ({error.strerror}).") from None
+    if path.suffix in (".json", ".ipynb"):
+        return parse_json(content, path, shape, cure=cure, raises=raises)
+    try:
+        depth = 0
+        for event in yaml.parse(content, YAML_LOADER):  # the loader in C would crash the process
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST or isinstance(event, yaml.AliasEvent):  # an alias may hold itself
+                mark: Any = event.start_mark
+                raise yaml.MarkedYAMLError(problem="an alias, or too many levels", problem_mark=mark)
+        return _adapter(shape).validate_python(yaml.load(content, YAML_LOADER), strict=True)
+    except ValidationError as error:
+        raise raises(f"{path}: {_first_problem(error)}.{cure}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise raises(f"{path}{line}: not YAML ({reason}).{cure}") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # of a value like !!timestamp x
+        raise raises(f"{path}: a value cannot be read ({error}).{cure}") from None
+
+
+def parse_json(
+    content: str | bytes,
+    where: Path | str,
+    shape: type[T],
+    *,
+    cure: str = "",
+    raises: type[BioMergeError] = DataError,
+) -> T:
+    """:func:`read_values` of JSON: a file's content (``where`` is its path) or a line of it (``file:line``).
+
+    Refused, too: lone surrogates, numbers of thousands of digits, nesting of hundreds of levels.
+    """
+    try:
+        return _adapter(shape).validate_json(content, strict=True)
+    except ValidationError as error:
+        problem = _first_problem(error)
+        if found := re.fullmatch(r"Invalid JSON: (.*) at line (\d+) column (\d+)", problem, re.DOTALL):
+            place = f"{where}:{found[2]}" if isinstance(where, Path) else where
+            raise raises(f"{place}: not JSON ({found[1]} at column {found[3]}).{cure}") from None
+        raise raises(f"{where}: {problem}.{cure}") from None
+    except UnicodeEncodeError:  # a str of lone surrogates
+        raise raises(f"{where}: not Unicode text (lone surrogates).{cure}") from None
+
+
+_adapter: Callable[[Any], TypeAdapter] = lru_cache(maxsize=32)(TypeAdapter)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
 
 
 def lock(stream: IO, *, or_raise: Exception | None = None) -> None:

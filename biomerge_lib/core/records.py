@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import whole_file
+from biomerge_lib.core.files import OBJECT, parse_json, whole_file
 from biomerge_lib.core.spans import Span, format_spans, is_inside, parse_answer
 
 NER_PREFIX = "<NER> "
@@ -74,12 +74,7 @@ def parse_record(line: str, where: str) -> Record:
         DataError: not JSON, a key missing or of the wrong type, a span string that cannot be read,
             an offset outside the text, or ``start >= end``.
     """
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(fields).__name__}.")
+    fields = parse_json(line, where, OBJECT)
     for key in ("input", "target", "doc_id", "dataset"):
         if not isinstance(fields.get(key), str):
             problem = "is missing" if key not in fields else "must be a string"

@@ -1,20 +1,28 @@
 """Knows how finished answers survive a crash: one JSON line each, in a file beside the predictions to come.
 
 The first line says what is being answered (split, model, prompts, limits); only the very same job goes on from it.
+Each line ends with a checksum of itself and of all lines before it, so that none can change or go unseen.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import lock
+from biomerge_lib.core.files import OBJECT, lock, parse_json
 from biomerge_lib.decoding.predictions import RawAnswer
 
-_ANSWER = [field.name for field in fields(RawAnswer)]
+AGAIN = " Delete the file to begin again."
+SUM = b"\t%08x\n"  # ends a line: CRC-32 of all before it; JSON written here holds no tab
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line(RawAnswer):
+    prompt: int
 
 
 class PartialAnswers:
@@ -25,7 +33,7 @@ class PartialAnswers:
         job: what is being answered; JSON scalars.
 
     Raises:
-        DataError: another process writes the file, or a line before the last cannot be read.
+        DataError: another process writes the file, or a line before the last was changed, cut or lost.
     """
 
     def __init__(self, path: Path | str, job: Mapping[str, str | int | bool | None]):
@@ -37,12 +45,15 @@ class PartialAnswers:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
         lines, good_bytes = self._read_lines()
-        if lines and lines[0] != self.job:
+        job = parse_json(lines[0], f"{self.path}:1", OBJECT) if lines else self.job
+        if job != self.job:
             aside = self._move_aside()
-            changed = [name for name in self.job if lines[0].get(name) != self.job[name]]
+            changed = [name for name in self.job if job.get(name) != self.job[name]]
             print(f"{self.path.name} is of another job ({', '.join(changed)} differ): moved to {aside.name}")
-            lines, good_bytes = [], 0
-        self.answers = {line.pop("prompt"): RawAnswer(**line) for line in lines[1:]}
+            lines, good_bytes, self._sum = [], 0, 0
+        for number, raw in enumerate(lines[1:], start=2):
+            line = asdict(parse_json(raw, f"{self.path}:{number}", _Line, cure=AGAIN))
+            self.answers[line.pop("prompt")] = RawAnswer(**line)
         # What follows the last whole line was being written when the process died.
         self._stream.truncate(good_bytes)
         self._stream.seek(good_bytes)
@@ -73,24 +84,20 @@ class PartialAnswers:
             self._stream.close()
             raise
 
-    def _read_lines(self) -> tuple[list[dict], int]:
+    def _read_lines(self) -> tuple[list[bytes], int]:
+        """The whole lines without their checksums, and how many bytes they have with them."""
         self._stream.seek(0)
         raw_lines = self._stream.readlines()
-        lines: list[dict] = []
-        good_bytes = 0
+        lines: list[bytes] = []
+        good_bytes = self._sum = 0
         for number, raw in enumerate(raw_lines, start=1):
             if number == len(raw_lines) and not raw.endswith(b"\n"):
                 break
-            try:
-                line = json.loads(raw)
-                expected = {"prompt", *_ANSWER} if lines else set(line)
-                if set(line) != expected:
-                    raise ValueError(f"keys {sorted(line)}")
-            except ValueError as error:
-                raise DataError(
-                    f"{self.path}:{number}: not an answer ({error}). Delete the file to begin again."
-                ) from None
-            lines.append(line)
+            said = raw.rpartition(b"\t")[0]
+            if raw[len(said) :] != SUM % zlib.crc32(said, self._sum):
+                raise DataError(f"{self.path}:{number}: not an answer as it was written (checksum).{AGAIN}")
+            self._sum = zlib.crc32(said, self._sum)
+            lines.append(said)
             good_bytes += len(raw)
         return lines, good_bytes
 
@@ -104,5 +111,7 @@ class PartialAnswers:
         return aside
 
     def _append(self, fields: Mapping) -> None:
-        self._stream.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+        said = json.dumps(fields, ensure_ascii=False).encode()
+        self._sum = zlib.crc32(said, self._sum)
+        self._stream.write(said + SUM % self._sum)
         self._stream.flush()

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import whole_file
+from biomerge_lib.core.files import parse_json, whole_file
 from biomerge_lib.core.prompt_format import PromptFormat
-from biomerge_lib.core.records import Record
+from biomerge_lib.core.records import Record, iter_lines
 from biomerge_lib.core.spans import Span, parse_answer, read_parts
 from biomerge_lib.prompts.prompt import Chunk, encode_chunks, merge_chunks
 
@@ -207,14 +207,5 @@ def read_predictions(path: Path | str) -> list[Prediction]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file. 04_greedy_dev and 05_vllm_eval write predictions.")
-    predictions = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                fields = json.loads(line)
-                for key in ("gold", "pred"):
-                    fields[key] = [tuple(span) for span in fields[key]]
-                predictions.append(Prediction(**fields))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}: not a prediction ({error}).") from None
-    return predictions
+    cure = " This is no prediction: run 04_greedy_dev or 05_vllm_eval again."
+    return [parse_json(line, f"{path}:{number}", Prediction, cure=cure) for number, line in iter_lines(path)]

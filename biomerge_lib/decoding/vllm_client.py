@@ -30,13 +30,33 @@ API_KEY = "VLLM_API_KEY"  # the environment variable
 _RETRIED = (408, 409, 429)
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
+class ServedModel(BaseModel, frozen=True):
     """What ``/v1/models`` says: the model's id, the folder it was loaded from, its longest sequence."""
 
     id: str
-    root: str | None
-    max_model_len: int | None
+    root: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(BaseModel):
+    data: list[ServedModel]
+
+
+class _Logprobs(BaseModel):
+    token_logprobs: list[_Probability] | None = None
+    top_logprobs: list[Annotated[dict[str, _Probability], Field(min_length=1)]] = []
+
+
+class _Choice(BaseModel):
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[NonNegativeInt] | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Completion(BaseModel):
+    choices: Annotated[list[_Choice], Field(min_length=1)]
 
 
 def find_served_model(base_url: str, api_key: str, *, names: Sequence[str] | None = None) -> ServedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import zipfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.files import OBJECT, read_values
 
 log = logging.getLogger("biomerge")
 
@@ -35,7 +35,7 @@ def find_damage(checkpoint: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_values(checkpoint / "trainer_state.json", OBJECT)
         weights = sorted(checkpoint.glob("*model*.safetensors"))
         for path in weights:
             with safe_open(path, "pt") as tensors:
@@ -61,7 +61,7 @@ def best_checkpoint(run_folder: Path, metrics: dict[str, Any], *, must_exist: bo
     Raises:
         ModelError: it is gone.
     """
-    folder = run_folder / "checkpoints" / metrics["best_checkpoint"]
+    folder = run_folder / "checkpoints" / str(metrics.get("best_checkpoint"))
     if must_exist and not folder.is_dir():
         raise ModelError(f"{folder}: the best checkpoint is gone; existing_run=replace trains it anew.")
     return folder

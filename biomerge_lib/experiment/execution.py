@@ -6,7 +6,6 @@ notebook + parameters --[execute_notebook]--> executed notebook | NotebookFailed
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import sys
@@ -17,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.errors import BioMergeError, DataError
+from biomerge_lib.core.files import OBJECT, read_values
 
 KERNEL_STARTS = 3
 KERNEL_START_SECONDS = 300  # a loaded machine takes far longer than papermill's 60 s to import a kernel
@@ -121,8 +121,8 @@ def _kernel_manager(folder: Path) -> type:
 def _running_cell(executed: Path) -> str | None:
     """The cell that papermill left running; None if none had begun, or if that was never written."""
     try:
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError):
+        cells = read_values(executed, OBJECT)["cells"]
+    except (DataError, KeyError):
         return None
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     # Their status does not tell: papermill ends by calling all of them completed.

@@ -7,7 +7,6 @@ job --stop--> run --interrupted | failure--> job; archive --[fetch_run]--> the r
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from biomerge_lib.core.errors import BioMergeError
-from biomerge_lib.core.files import locked, whole_folder, write_json
+from biomerge_lib.core.files import OBJECT, locked, read_values, whole_folder, write_json, write_text
 
 JOB_DIR = "BIOMERGE_JOB_DIR"  # folder of the messages
 ARCHIVE = "BIOMERGE_ARCHIVE"  # where the job copies run folders back to, when runs_dir is the node's own disk
@@ -85,7 +84,7 @@ def fetch_run(folder: Path) -> None:
                 shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=leave_out)
             paths = [path for path in (kept / "metrics.json", folder / "metrics.json") if path.is_file()]
             if len(paths) == 2:
-                then, now = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+                then, now = (read_values(path, OBJECT) for path in paths)
                 then["stages"] |= now["stages"]
                 write_json(partial / "metrics.json", then)
             shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +108,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 def _tell(name: str, message: str) -> None:
     if folder := os.environ.get(JOB_DIR):
-        (Path(folder) / name).write_text(message + "\n", encoding="utf-8")
+        write_text(Path(folder) / name, message + "\n")
 
 
 def _told(name: str) -> bool:

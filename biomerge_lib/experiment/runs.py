@@ -5,7 +5,6 @@ runs/<run_id>/  parameters.yaml  metrics.json  03_train.ipynb  checkpoints/  mer
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, nearest
-from biomerge_lib.core.files import fingerprint_weights, write_json
+from biomerge_lib.core.files import OBJECT, fingerprint_weights, read_values, write_json, write_text
 from biomerge_lib.core.parameters import (
     NOT_IDENTITY,
     SCORING,
@@ -48,6 +48,29 @@ from biomerge_lib.experiment.stages import BEFORE_TRAINING, DATA, SCORING_STAGES
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 log = logging.getLogger("biomerge")
 Check = Callable[[Parameters], object]
+
+
+class _Scored(BaseModel, extra="allow"):
+    model: str | None = None
+    data: dict[str, str] = {}
+
+
+class _Stage(_Scored):
+    status: str = ""
+    started: str = ""
+    error: str = ""
+    metrics: OBJECT = {}
+    provenance: OBJECT = {}
+    input: _Scored | None = None
+
+
+class RecordedRun(BaseModel, extra="allow"):
+    """What ``metrics.json`` may hold; :func:`read_metrics` gives what it does hold."""
+
+    run_id: str = ""
+    stages: dict[str, _Stage] = {}
+    parameters: OBJECT = {}
+    data: dict[str, str] = {}
 
 
 class Run:
@@ -154,16 +177,14 @@ def prepare_run_folder(run: Run) -> None:
     _refuse_other_training(folder, parameters)
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(parameters.model_dump() | {"run_id": folder.name}, sort_keys=False)
-    (folder / "parameters.yaml").write_text(
-        "# papermill notebooks/03_train.ipynb out.ipynb -f this file\n" + text
-    )
+    head = "# papermill notebooks/03_train.ipynb out.ipynb -f this file\n"
+    write_text(folder / "parameters.yaml", head + text)
 
 
 def set_aside(folder: Path) -> None:
     """Move a run to a hidden folder beside it, with all that came after it; what 01 and 02 left is copied there."""
-    aside = place_aside(folder)
+    aside, stages = place_aside(folder), read_metrics(folder).get("stages", {})
     aside.mkdir()
-    stages = read_metrics(folder).get("stages", {})
     for path in sorted(folder.iterdir()):
         if path.suffix == ".ipynb" and path.stem in BEFORE_TRAINING:
             shutil.copy2(path, aside)
@@ -192,7 +213,7 @@ def load_run_parameters(folder: Path) -> Parameters:
         )
         raise DataError(f"{folder}: no such run (run notebooks/03_train.ipynb first, or set run_id).{hint}")
     # A parameter that is younger than the run has its default: what it chooses was not there to choose.
-    stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stored = read_values(path, OBJECT, cure=" Delete it: 03_train with the run's parameters writes it anew.")
     defaults = compose_parameters([]).model_dump() | {"watch_metric": watch_metric_of(stored)}
     try:
         return check_parameters(defaults | stored)
@@ -284,9 +305,16 @@ def find_notebook(name: str) -> Path:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """``metrics.json`` of a run folder, or an empty one."""
+    """``metrics.json`` of a run folder, or an empty one.
+
+    Raises:
+        DataError: it is cut short, or holds something else.
+    """
     path = folder / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    cure = " Move it away: each notebook that is run again records its part anew."
+    return read_values(path, RecordedRun, cure=cure).model_dump(exclude_unset=True)
 
 
 def outdated_stages(recorded: Mapping[str, Any], folder: Path | None = None) -> dict[str, str]:

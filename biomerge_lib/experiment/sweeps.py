@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import yaml
+from pydantic import BaseModel
 
 from biomerge_lib.core.errors import ParameterError, nearest
+from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.core.parameters import (
     PARAMETER_NAMES,
     PARAMETERS_DIR,
@@ -59,6 +60,19 @@ class Sweep:
         return compose_parameters(self.point_overrides(number))
 
 
+class _Metric(BaseModel):
+    name: str = "eval_ner_f1"
+    goal: Literal["maximize", "minimize"] = "maximize"
+
+
+class _SweepFile(BaseModel):
+    parameters: OBJECT
+    method: str = ""
+    metric: _Metric = _Metric()
+    name: str | None = None
+    command: list[Any] = []
+
+
 @dataclass(frozen=True)
 class Point:
     """A point's state: finished, failed, interrupted, running (or killed), outdated (other data) or waiting."""
@@ -79,30 +93,28 @@ def read_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
         ParameterError: no such file, no grid, a key that is no parameter, a point that contradicts itself.
     """
     path = _find(Path(path))
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not config.get("parameters"):
-        raise ParameterError(f"{path}: a sweep file has method, metric, parameters and command.")
-    if config.get("method") != "grid":
+    cure = " A sweep file has method, metric, parameters and command."
+    config = read_values(path, _SweepFile, cure=cure, raises=ParameterError)
+    if config.method != "grid":
         raise ParameterError(
-            f"{path}: method={config.get('method')} needs the W&B server (wandb sweep); only a grid can be "
+            f"{path}: method={config.method} needs the W&B server (wandb sweep); only a grid can be "
             "enumerated without it."
         )
-    check_names(config["parameters"])
-    grid = {name: _values(path, name, found) for name, found in config["parameters"].items()}
+    check_names(config.parameters)
+    grid = {name: _values(path, name, found) for name, found in config.parameters.items()}
     for word in overrides:
         if word.partition("=")[0].lstrip("-+") in ({"run_id"} | grid.keys()):
             raise ParameterError(f"{word}: the sweep sets that for each point.")
-    metric = config.get("metric") or {}
-    if len(grid.get("watch_metric", [])) > 1 and metric.get("name", "eval_ner_f1") == "eval_ner_f1":
+    if len(grid.get("watch_metric", [])) > 1 and config.metric.name == "eval_ner_f1":
         raise ParameterError(
             f"{path}: eval_ner_f1 means another F1 for each watch_metric, so its points cannot be ranked by it: "
             "set metric: {name: greedy_dev_ner_f1}."
         )
     sweep = Sweep(
-        name=config.get("name") or path.stem,
-        metric=metric.get("name", "eval_ner_f1"),
-        maximize=metric.get("goal", "maximize") == "maximize",
-        overrides=(*_command_overrides(config), *overrides),
+        name=config.name or path.stem,
+        metric=config.metric.name,
+        maximize=config.metric.goal == "maximize",
+        overrides=(*_command_overrides(config.command), *overrides),
         grid=grid,
     )
     for number in range(len(sweep.points)):
@@ -209,9 +221,9 @@ def _values(path: Path, name: str, found: Any) -> list[Any]:
     raise ParameterError(f"{path}: {name} has neither values (a list) nor value, so it is no grid.")
 
 
-def _command_overrides(config: dict[str, Any]) -> list[str]:
+def _command_overrides(command: list[Any]) -> list[str]:
     """``task=ner_span`` and the like in the command that an agent would run."""
-    words = [word for word in config.get("command", []) if isinstance(word, str) and "=" in word]
+    words = [word for word in command if isinstance(word, str) and "=" in word]
     groups = {path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir()}
     return [word for word in words if word.partition("=")[0] in groups | PARAMETER_NAMES]
 

@@ -8,7 +8,6 @@ training --[open_wandb_run]--> the curve; run folder --[upload_stage]--> final n
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
-import yaml
+from pydantic import BaseModel
 
 from biomerge_lib.core.errors import BioMergeError, DataError
-from biomerge_lib.core.files import write_json
+from biomerge_lib.core.files import OBJECT, read_values, write_json
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
@@ -177,7 +176,7 @@ def _offline_notice(reason: str, folder: Path) -> str:
 def _upload(folder: Path, stage: str, known: dict[str, Any]) -> None:
     import wandb
 
-    recorded = read_metrics(folder)["stages"][stage]
+    recorded = {"metrics": {}, "status": "", **read_metrics(folder).get("stages", {}).get(stage, {})}
     run = _init(folder, known, mode="online", resumed=True, seconds=FILES_SECONDS)
     try:
         metrics = recorded["metrics"].items()
@@ -240,13 +239,24 @@ def _sweep_point() -> str | None:
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not Path(path).is_file():
         return None
-    point = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    point = read_values(path, OBJECT)
     return " ".join(f"{name}={found['value']}" for name, found in point.items() if isinstance(found, dict))
+
+
+class _Identity(BaseModel):
+    id: str
+    online: bool
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
 
 
 def _identity(folder: Path) -> dict[str, Any]:
     path = folder / IDENTITY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_values(path, _Identity, cure=" Delete it: what follows becomes a new W&B run.").model_dump()
 
 
 def _sync_command(folder: Path) -> str:

@@ -8,7 +8,6 @@ inside a training process (PEFT would then save whole copies of them in every ch
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.core.errors import ModelError
-from biomerge_lib.core.files import locked, whole_folder
+from biomerge_lib.core.files import locked, read_values, whole_folder
 from biomerge_lib.prompts.manifest import read_manifest, write_manifest
 from biomerge_lib.prompts.tokenizer import (
     add_biomerge_tokens,
@@ -149,7 +148,7 @@ def refuse_other_backbone(checkpoint: Path | str, folder: Path | str) -> None:
         ModelError: it began from other weights, which may well have the same shapes.
     """
     note = Path(checkpoint) / BACKBONE_NOTE
-    if note.is_file() and json.loads(note.read_text(encoding="utf-8"))["sha256"] != backbone_sha256(folder):
+    if note.is_file() and read_values(note, dict[str, str]).get("sha256") != backbone_sha256(folder):
         raise ModelError(
             f"{checkpoint} was trained on another backbone: {folder} holds other weights. Give it "
             "the backbone of its training (backbone, backbones_dir), or train anew with existing_run=replace."

@@ -8,7 +8,6 @@ is no adapter: the model is the backbone itself, with the head as one module mor
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.model.backbones import refuse_other_backbone
 from biomerge_lib.prompts.prompt import B_I_O
 from biomerge_lib.prompts.tokenizer import ADDED_TOKENS, load_tokenizer
@@ -260,10 +260,9 @@ def load_adapter(folder: Path | str, checkpoint: Path | str, *, dtype: str) -> P
     from peft import PeftModel
 
     checkpoint = Path(checkpoint)
-    try:
-        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{checkpoint}: no adapter here (adapter_config.json is missing).") from None
+    if not (checkpoint / "adapter_config.json").is_file():
+        raise ModelError(f"{checkpoint}: no adapter here (adapter_config.json is missing).")
+    config = read_values(checkpoint / "adapter_config.json", OBJECT, raises=ModelError)
     refuse_other_backbone(checkpoint, folder)
     model = load_causal_lm(folder, dtype=dtype)
     _attach_token_head(model, bool(config.get("modules_to_save")))

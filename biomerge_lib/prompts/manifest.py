@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, PositiveInt
+
 from biomerge_lib.core.errors import ModelError, ParameterError, nearest
+from biomerge_lib.core.files import read_values, write_json
 from biomerge_lib.core.prompt_format import PromptFormat, check_style
-from biomerge_lib.experiment.runs import load_run_parameters, write_json
+from biomerge_lib.experiment.runs import load_run_parameters
 
 FILE = "biomerge.json"
 ASKED_WITH = ("offset_anchors", "corpus_cue", "max_input_tokens", "max_new_tokens")
+
+
+class _Said(BaseModel, extra="allow"):
+    offset_anchors: str = ""
+    corpus_cue: bool = False
+    max_input_tokens: PositiveInt = 1
+    max_new_tokens: PositiveInt = 1
+    backbone: str | None = None
+    cues: list[str] | None = None
+    default_cue: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +93,13 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     That of a tokenizer or a prepared backbone names its ``backbone`` alone.
 
     Raises:
-        ModelError: it names an anchor style that is gone.
+        ModelError: it is broken, or names an anchor style that is gone.
     """
     path = Path(folder) / FILE
-    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    cure = " 03_train writes it anew; export-adapter beside an adapter."
+    said = read_values(path, _Said, cure=cure, raises=ModelError).model_dump(exclude_unset=True)
     try:
         check_style(said.get("offset_anchors", "none"))
     except ValueError as error:

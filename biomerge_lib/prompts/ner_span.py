@@ -12,13 +12,16 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biomerge_lib.core.files import file_sha256, remember
+from pydantic import BaseModel
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import file_sha256, read_values, remember
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, iter_records
 from biomerge_lib.corpora.draws import document_of, draw_share, place_in_draw
@@ -113,6 +116,15 @@ def describe_model(parameters: Parameters) -> Manifest:
     )
 
 
+class _CardSplit(BaseModel):
+    sha256: str
+    datasets: dict[str, dict[str, Any]]
+
+
+class _Card(BaseModel):
+    splits: dict[str, _CardSplit]
+
+
 def train_datasets(data_dir: Path | str) -> frozenset[str]:
     """The data sets of the training records: from the data card while it fits ``train.jsonl``, else by reading.
 
@@ -122,9 +134,12 @@ def train_datasets(data_dir: Path | str) -> frozenset[str]:
     path = Path(data_dir) / "train.jsonl"
     card_path = Path(data_dir) / "data_card.json"
     if path.is_file() and card_path.is_file():
-        card = json.loads(card_path.read_text(encoding="utf-8"))["splits"]["train"]
-        if "datasets" in card and card["sha256"] == file_sha256(path):
-            return frozenset(dataset for dataset, sizes in card["datasets"].items() if sizes["sentences"])
+        with suppress(
+            DataError, LookupError
+        ):  # a card that is broken, or older than its data sets, does not fit
+            card = read_values(card_path, _Card).splits["train"]
+            if card.sha256 == file_sha256(path):
+                return frozenset(dataset for dataset, sizes in card.datasets.items() if sizes["sentences"])
     return frozenset(record.dataset for record in _parse(path))
 
 

@@ -6,28 +6,34 @@ both are the ``tokenizers`` library underneath (a test compares them).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.prompts.tokenizer import check_tokenizer
+
+
+class _Config(BaseModel):
+    eos_token: str | OBJECT | None = None
+    pad_token: str | OBJECT | None = None
 
 
 class PlainTokenizer:
     """``PreTrainedTokenizerFast`` reduced to encoding texts, decoding, and the ids of EOS and pad."""
 
     def __init__(self, folder: Path):
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = read_values(folder / "tokenizer_config.json", _Config, raises=ModelError)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # check_tokenizer refuses None.
-        self.eos_token_id = cast(int, self._id_of(config.get("eos_token")))
-        self.pad_token_id = cast(int, self._id_of(config.get("pad_token")))
+        self.eos_token_id = cast(int, self._id_of(config.eos_token))
+        self.pad_token_id = cast(int, self._id_of(config.pad_token))
 
     def __call__(
         self,
@@ -53,7 +59,7 @@ class PlainTokenizer:
         return self._tokenizer.get_vocab()
 
     def _id_of(self, token: str | dict | None) -> int | None:
-        content = token["content"] if isinstance(token, dict) else token
+        content = token.get("content") if isinstance(token, dict) else token
         return None if content is None else self._tokenizer.token_to_id(content)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.files import OBJECT, read_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     import_transformers()
     import transformers
 
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_values(folder / "tokenizer_config.json", OBJECT, raises=ModelError)
     # AutoTokenizer comes to the same class, and imports generation and torch's compiler on the way (3 s).
     is_generic = config.get("tokenizer_class") in GENERIC_CLASSES and "auto_map" not in config
     loader: Any = transformers.PreTrainedTokenizerFast if is_generic else transformers.AutoTokenizer

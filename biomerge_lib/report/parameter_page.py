@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETERS_DIR, SCORING, Parameters, compose_parameters
 from biomerge_lib.report.display import markdown_table
 
@@ -83,7 +84,7 @@ def _elsewhere(name: str, default: Any) -> str:
     said = []
     for path in sorted(PARAMETERS_DIR.glob("*/*.yaml")):
         if path.parent.name in ("task", "model", "runtime"):
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = read_values(path, OBJECT)
             if name in values and values[name] != default:
                 said.append(f"`{path.parent.name}={path.stem}`: {_code(values[name])}")
     return "; ".join(said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import whole_folder, write_text
+from biomerge_lib.core.files import OBJECT, read_values, whole_folder, write_text
 from biomerge_lib.core.markup import in_markdown
 from biomerge_lib.experiment.runs import PROJECT_DIR, current_stages, outdated_stages, read_metrics
 from biomerge_lib.report.display import markdown_table
@@ -85,7 +84,7 @@ def _machine_places(paths: Iterable[Path]) -> list[str]:
     places = {f"{PROJECT_DIR}/", f"{sys.prefix}/", f"{Path.home()}/"}
     for path in paths:
         if path.suffix == ".ipynb" and path.is_file():
-            papermill = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+            papermill = read_values(path, OBJECT).get("metadata", {}).get("papermill", {})
             places.add(f"{Path(papermill.get('input_path') or '').parent.parent}/")
             values = papermill.get("parameters", {}).values()
             for value in [item for v in values for item in (v if isinstance(v, list) else [v])]:

@@ -5,7 +5,6 @@ runs/<run_id>/{metrics.json, parameters.yaml, *.ipynb} --[collect_runs]--> Repor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -13,16 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import pandas as pd
-import yaml
 
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import read_values
 from biomerge_lib.core.parameters import NOT_IDENTITY, as_overrides, compose_parameters, watch_metric_of
 from biomerge_lib.experiment.runs import outdated_stages
 from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
 
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
 HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
 Sources = tuple[tuple[str, str], ...]  # (stage, metric)
 SCORE = (TRAIN, "greedy_dev_ner_f1"), (GREEDY, "greedy_dev_ner_f1")
 READINGS = {  # of one forward pass
@@ -186,15 +184,10 @@ def read_file(path: Path, kind: type, notes: list[str]) -> Any:
     if not path.is_file():
         return kind()
     try:
-        text = path.read_text(encoding="utf-8")
-        value = yaml.load(text, Loader=YAML_LOADER) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+        return read_values(path, kind)
+    except DataError as error:
         notes.append(f"{path.name} is half-written or broken ({' '.join(str(error).split())})")
         return kind()
-    if isinstance(value, kind):
-        return value
-    notes.append(f"{path.name} holds a {type(value).__name__}, not a {kind.__name__}")
-    return kind()
 
 
 def _run_folders(path: Path) -> list[Path]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import Record
 from biomerge_lib.experiment.runs import PROJECT_DIR, load_run_parameters, quiet_libraries
@@ -58,7 +58,7 @@ def train_run(
         # Prepared once, before the processes look for it all at the same time.
         prepare_backbone(parameters.backbone, parameters.tokenizer_dir, parameters.backbones_dir)
         _torchrun(folder, parameters.num_processes)
-    return json.loads(done.read_text(encoding="utf-8"))
+    return read_values(done, OBJECT, cure=" Delete it: 03_train then ends from its last checkpoint.")
 
 
 def _train_here(folder: Path, parameters: Parameters, records: dict[str, list[Record]]) -> dict[str, Any]:

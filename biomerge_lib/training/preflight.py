@@ -8,14 +8,15 @@ exact. Tokens an epoch are estimated from a sample where there are many records.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from biomerge_lib.core.errors import BioMergeError, ModelError
-from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.files import file_sha256, read_values
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.spans import parse_answer
 from biomerge_lib.corpora.tags import find_implausible
@@ -226,6 +227,10 @@ def _report_cues(found: Preflight, parameters: Parameters) -> None:
         found.add(NOTE if cued else WARNING, "cues", says)
 
 
+class _Config(BaseModel):
+    max_position_embeddings: int
+
+
 def _report_context(found: Preflight, parameters: Parameters) -> None:
     backbone = parameters.backbone
     folders = (Path(parameters.backbones_dir) / backbone_name(backbone), Path(backbone).expanduser())
@@ -233,7 +238,7 @@ def _report_context(found: Preflight, parameters: Parameters) -> None:
     if not configs:
         found.add(NOTE, "context", f"{backbone} is not prepared yet: its longest context is not checked")
         return
-    context = json.loads(configs[0].read_text(encoding="utf-8"))["max_position_embeddings"]
+    context = read_values(configs[0], _Config, raises=ModelError).max_position_embeddings
     needed = parameters.max_input_tokens + max(parameters.max_target_tokens, parameters.max_new_tokens)
     says = f"prompt and answer need {needed:,} tokens, {backbone} has room for {context:,}"
     found.add(OK if needed <= context else REFUSED, "context", says)

@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from biomerge_lib.core.files import write_text
+from biomerge_lib.core.files import OBJECT, read_values, write_text
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment import jobs, tracking
 
@@ -79,7 +79,7 @@ def _keep_log(checkpoint: Path, state: TrainerState) -> None:
     """Write the log as it stands now into a checkpoint that was saved before its epoch's greedy pass, atomically."""
     saved = checkpoint / "trainer_state.json"
     if state.is_world_process_zero and saved.is_file():
-        history = json.loads(saved.read_text(encoding="utf-8")) | {"log_history": state.log_history}
+        history = read_values(saved, OBJECT) | {"log_history": state.log_history}
         write_text(saved, json.dumps(history, indent=2) + "\n")
 
 

@@ -201,7 +201,7 @@ def test_a_broken_or_unfinished_run_is_listed_with_its_reason(tmp_path):
     no_f1 = '{"stages": {"03_train": {"status": "finished", "metrics": {"greedy_dev_ner_f1": NaN}}}}'
     broken = [
         ('{"run_id": "half", "stages": {"03_tr', "metrics.json is half-written or broken"),
-        ("[1, 2]", "metrics.json holds a list, not a dict"),
+        ("[1, 2]", "metrics.json is half-written or broken"),
         ('{"stages": ["03_train"]}', "03_train has not run (found: no stage)"),
         ('{"stages": {"02_data": {"status": "finished"}}}', "03_train has not run (found: 02_data)"),
         ('{"stages": {"03_train": {"status": "finished"}}}', "no greedy dev F1 was recorded"),
