@@ -20,9 +20,10 @@ AGAIN = " Delete the file to begin again."
 SUM = b"\t%08x\n"  # ends a line: CRC-32 of all before it; JSON written here holds no tab
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Line(RawAnswer):
+@dataclass(frozen=True, slots=True)
+class _Line:
     prompt: int
+    answer: RawAnswer
 
 
 class PartialAnswers:
@@ -52,8 +53,8 @@ class PartialAnswers:
             print(f"{self.path.name} is of another job ({', '.join(changed)} differ): moved to {aside.name}")
             lines, good_bytes, self._sum = [], 0, 0
         for number, raw in enumerate(lines[1:], start=2):
-            line = asdict(parse_json(raw, f"{self.path}:{number}", _Line, cure=AGAIN))
-            self.answers[line.pop("prompt")] = RawAnswer(**line)
+            line = parse_json(raw, f"{self.path}:{number}", _Line, cure=AGAIN)
+            self.answers[line.prompt] = line.answer
         # What follows the last whole line was being written when the process died.
         self._stream.truncate(good_bytes)
         self._stream.seek(good_bytes)
@@ -68,7 +69,7 @@ class PartialAnswers:
         """Keep an answer; it is with the operating system when this returns."""
         if prompt_number in self.answers:
             raise ValueError(f"prompt {prompt_number} was answered twice")
-        self._append({"prompt": prompt_number, **asdict(answer)})
+        self._append(asdict(_Line(prompt_number, answer)))
         self.answers[prompt_number] = answer
 
     def remove(self) -> None:

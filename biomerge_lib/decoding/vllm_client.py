@@ -8,16 +8,19 @@ The official ``openai`` client does time-outs, retries and the pauses between th
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import openai
 from anyio.from_thread import start_blocking_portal
+from pydantic import BaseModel, Field
 
 from biomerge_lib.core.errors import ServerError, nearest
+from biomerge_lib.core.files import parse_json
 from biomerge_lib.decoding.answer_grammar import build_grammar
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
 from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
@@ -42,20 +45,25 @@ class _Models(BaseModel):
     data: list[ServedModel]
 
 
+_Logprob = Annotated[float, Field(le=1e-3, allow_inf_nan=False)]
+
+
 class _Logprobs(BaseModel):
-    token_logprobs: list[_Probability] | None = None
-    top_logprobs: list[Annotated[dict[str, _Probability], Field(min_length=1)]] = []
+    token_logprobs: list[_Logprob] | None = None
+    top_logprobs: list[Annotated[dict[str, _Logprob], Field(min_length=1)]] | None = None
 
 
 class _Choice(BaseModel):
     text: str
     finish_reason: Literal["stop", "length"]
     prompt_token_ids: list[int] | None = None
-    token_ids: list[NonNegativeInt] | None = None
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
     logprobs: _Logprobs | None = None
 
 
 class _Completion(BaseModel):
+    """Of an answer from ``/v1/completions``, what is read."""
+
     choices: Annotated[list[_Choice], Field(min_length=1)]
 
 
@@ -74,21 +82,28 @@ def find_served_model(base_url: str, api_key: str, *, names: Sequence[str] | Non
             timeout=20,
             http_client=openai.DefaultHttpxClient(trust_env=_may_use_proxy(base_url)),
         ) as client:
-            cards = list(client.models.list())
+            answer = client.models.with_raw_response.list().content
     except openai.OpenAIError as error:
         raise ServerError(
             f"{base_url}: {_reason(error, openai.DEFAULT_MAX_RETRIES)}. {HOW_TO_START}"
         ) from None
-    models = [
-        ServedModel(card.id, getattr(card, "root", None), getattr(card, "max_model_len", None))
-        for card in cards
-    ]
+    models = read_models(answer, base_url)
     wanted = [model for model in models if names is None or model.id in names or model.root in names]
     if wanted and (names is not None or len(models) == 1):
         return wanted[0]
     there = ", ".join(f"{model.id!r} (from {model.root})" for model in models) or "no model"
     asked = f", not {names[0]!r}.{nearest(names[0], [model.id for model in models])}" if names else "."
     raise ServerError(f"{base_url} serves {there}{asked} Name one of them, or start another. {HOW_TO_START}")
+
+
+def read_models(answer: bytes, base_url: str) -> list[ServedModel]:
+    """The models that a server's answer to ``/v1/models`` lists.
+
+    Raises:
+        ServerError: it is no such answer.
+    """
+    cure = " This is no list of models: is it a vLLM server?"
+    return parse_json(answer, f"{base_url}/models", _Models, cure=cure, raises=ServerError).data
 
 
 def served_names(model_dir: Path | str) -> list[str]:
@@ -226,33 +241,33 @@ class GreedyClient:
         return self._read_answer(raw, prompt), raw.retries_taken
 
     def _read_answer(self, raw: Any, prompt: Prompt) -> RawAnswer:
-        try:
-            choice = raw.parse().choices[0]
-            text, finish_reason = choice.text, choice.finish_reason
-        except (AttributeError, IndexError, TypeError, ValueError):
-            raise ServerError(f"the server's answer is no completion: {raw.text[:200]!r}") from None
-        seen_ids = getattr(choice, "prompt_token_ids", None)
+        where, began = "the server's answer is no completion", raw.content[:200]
+        answer = parse_json(raw.content, where, _Completion, cure=f" It begins {began!r}", raises=ServerError)
+        choice, text = answer.choices[0], answer.choices[0].text
+        seen_ids = choice.prompt_token_ids
         if seen_ids is not None and seen_ids != prompt.prompt_ids:
             raise ServerError(
                 f"the server read {len(seen_ids)} other token ids than the {len(prompt.prompt_ids)} sent"
             )
-        ids = getattr(choice, "token_ids", None)
+        ids = choice.token_ids
         if ids is None:  # not vLLM, or older than return_token_ids
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.tokenizer.eos_token_id in ids:
             ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-        finish: Literal["eos", "length"] = "length" if finish_reason == "length" else "eos"
+        finish: Literal["eos", "length"] = "length" if choice.finish_reason == "length" else "eos"
         logprobs, margins = _read_logprobs(choice, len(ids) + (finish == "eos"))
         return RawAnswer(list(ids), text, finish, logprobs, margins, sum_parts(ids, logprobs, self.tokenizer))
 
 
-def _read_logprobs(choice: Any, steps: int) -> tuple[list[float], list[float]]:
+def _read_logprobs(choice: _Choice, steps: int) -> tuple[list[float], list[float]]:
     """The log-probabilities of an answer's tokens and their margins; empty from a server that gives none."""
-    given = choice.logprobs
-    if given is None or not given.token_logprobs or len(given.token_logprobs) < steps:
+    given = choice.logprobs or _Logprobs()
+    if not given.token_logprobs or len(given.token_logprobs) < steps:
         return [], []
     logprobs = [round(logprob, 6) for logprob in given.token_logprobs[:steps]]
-    pairs = [sorted(top.values(), reverse=True)[:2] for top in given.top_logprobs[:steps]]
+    pairs = [
+        sorted([*top.values(), -math.inf], reverse=True)[:2] for top in (given.top_logprobs or [])[:steps]
+    ]
     return logprobs, [margin_of(*pair) for pair in pairs]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from biomerge_lib.core.errors import ServerError
-from biomerge_lib.decoding.vllm_client import RunningServer, served_names
+from biomerge_lib.decoding.vllm_client import RunningServer, read_models, served_names
 from biomerge_lib.experiment.guarded_process import GuardedProcess
 
 HOST = "127.0.0.1"
@@ -199,13 +199,8 @@ class VllmServer:
         key = {"Authorization": f"Bearer {self.api_key}"}
         try:
             answer = httpx.get(f"{self.base_url}/models", headers=key, timeout=5, trust_env=False)
-            served = [card["id"] for card in answer.json()["data"]]
-        except (
-            httpx.HTTPError,
-            ValueError,
-            LookupError,
-            TypeError,
-        ):  # nobody yet, or something else on the port
+            served = [model.id for model in read_models(answer.content, self.base_url)]
+        except (httpx.HTTPError, ServerError):  # nobody yet, or something else on the port
             return False
         return answer.status_code == 200 and self.model_id in served
 
