@@ -13,7 +13,7 @@ from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.draws import DocumentKey, document_of
 from biomerge_lib.corpora.leakage import key_of
-from biomerge_lib.prompts.prompt import count_tokens, find_cut_spans, split_record
+from biomerge_lib.prompts.prompt import count_tokens, find_control, find_cut_spans, split_record
 
 if TYPE_CHECKING:
     from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
@@ -29,7 +29,7 @@ class Scan:
 
     ``gold``: sentence key and cue -> the first gold key, i.e. what a model would learn to answer to this prompt.
     ``repeated`` and ``contradicting`` count the records whose prompt came before, with the same and with other gold.
-    ``reserved``: texts that hold a token of the tokenizer literally (``<B>`` in HTML, say).
+    ``reserved``: texts that hold a token of the tokenizer literally (``<B>`` in HTML, say); prompts break it up.
     ``examples``: records and chunks; ``chunked``: records that are cut; ``cut_spans``: mentions that the cuts of
     evaluation go through. ``prompt_tokens`` and ``target_tokens`` are totals, estimated unless ``is_exact``.
     ``impossible``: why some records fit no limit.
@@ -67,7 +67,6 @@ def scan_records(
     *,
     max_target_tokens: int,
     for_training: bool,
-    reserved: Sequence[str] = (),
 ) -> Scan:
     """Count a split. ``for_training`` holds the targets to their limit too and cuts no mention.
 
@@ -77,11 +76,14 @@ def scan_records(
     """
     scan = Scan(sample=_sample(records))
     chunk_limit = max_target_tokens if for_training else None
+    control = find_control(tokenizer)
     short: list[Record] = []
     maybe_long: list[Record] = []
     for record in records:
-        count_record(scan, record, prompt_format, reserved=reserved)
-        most = prompt_format.most_bytes(record) + EXTRA_TOKENS
+        count_record(scan, record, prompt_format)
+        broken_up = len(control.findall(f"{prompt_format.cue(record)} {record.text}"))
+        scan.reserved += broken_up > 0
+        most = prompt_format.most_bytes(record) + 2 * broken_up + EXTRA_TOKENS  # a text may stand there twice
         is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
         (short if is_short else maybe_long).append(record)
     words = _count_words(maybe_long, tokenizer)
@@ -137,16 +139,13 @@ def _sample(records: Sequence[Record]) -> Sequence[Record]:
     return records if len(records) <= SAMPLE_SIZE else random.Random(0).sample(records, SAMPLE_SIZE)
 
 
-def count_record(
-    scan: Scan, record: Record, prompt_format: PromptFormat, *, reserved: Sequence[str] = ()
-) -> None:
+def count_record(scan: Scan, record: Record, prompt_format: PromptFormat) -> None:
     """Count a record in: everything but its tokens."""
     scan.records += 1
     scan.spans += len(record.spans)
     scan.empty += not record.spans
     scan.datasets[record.dataset] += 1
     scan.documents.add(document_of(record))
-    scan.reserved += any(token in record.text for token in reserved)
     cue = prompt_format.cue(record)
     scan.cues[cue] += 1
     keyed = key_of(record)

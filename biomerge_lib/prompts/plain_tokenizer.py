@@ -58,6 +58,9 @@ class PlainTokenizer:
     def get_vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
 
+    def get_added_vocab(self) -> dict[str, int]:
+        return {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
+
     def _id_of(self, token: str | dict | None) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         return None if content is None else self._tokenizer.token_to_id(content)

@@ -10,15 +10,16 @@ rendering writes around it.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.prompt_format import PromptFormat
-from biomerge_lib.core.records import Record
+from biomerge_lib.core.prompt_format import PromptFormat, Rendering
+from biomerge_lib.core.records import NER_PREFIX, Record
 from biomerge_lib.core.spans import TAG, Span, format_spans
 
 if TYPE_CHECKING:
@@ -49,6 +50,39 @@ class Encoding:
     word_last_tokens: list[int]
 
 
+def find_control(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds where in a text something begins that the tokenizer takes for one of its added tokens (``<TAG>``, EOS)."""
+    return _starts_of(frozenset(tokenizer.get_added_vocab()))
+
+
+@cache
+def _starts_of(tokens: frozenset[str]) -> re.Pattern[str]:
+    rests: dict[str, list[str]] = {}
+    for token in sorted(tokens):
+        if len(token) > 1 and not token.isspace():
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    starts = (f"{re.escape(first)}(?={'|'.join(found)})" for first, found in rests.items())
+    return re.compile("|".join(starts) or "(?!)")
+
+
+def render(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> Rendering:
+    """The record as the model sees it. A text is data: what would be a token of control is broken up by a space.
+
+    >>> render(Record("see <TAG>", (), "doc", "corpus"), tokenizer, plain).prompt  # doctest: +SKIP
+    '<NER> see < TAG>'
+    """
+    said = prompt_format.render(record)
+    found = find_control(tokenizer).finditer(said.prompt, len(NER_PREFIX))
+    if not (breaks := [match.end() for match in found]):
+        return said
+    pieces = [said.prompt[start:end] for start, end in pairwise([0, *breaks, len(said.prompt)])]
+    moved = [
+        (start + bisect_right(breaks, start), end + bisect_left(breaks, end))
+        for start, end in said.rendered_words
+    ]
+    return replace(said, prompt=" ".join(pieces), rendered_words=moved)
+
+
 def count_tokens(
     records: Sequence[Record], tokenizer: Tokenizer, prompt_format: PromptFormat
 ) -> list[tuple[int, int]]:
@@ -56,7 +90,9 @@ def count_tokens(
     lengths: list[tuple[int, int]] = []
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
-        prompts = tokenizer([prompt_format.render(record).prompt for record in batch])["input_ids"]
+        prompts = tokenizer([render(record, tokenizer, prompt_format).prompt for record in batch])[
+            "input_ids"
+        ]
         completions = _tokenise_completions(batch, tokenizer)
         lengths += [(len(p) + 1, len(c) + 1) for p, c in zip(prompts, completions, strict=True)]
     return lengths
@@ -80,7 +116,7 @@ def encode_many(
     """What :func:`encode` gives for each record, in two calls of the tokenizer."""
     if not records:
         return []
-    renderings = [prompt_format.render(record) for record in records]
+    renderings = [render(record, tokenizer, prompt_format) for record in records]
     prompts = tokenizer([rendering.prompt for rendering in renderings], return_offsets_mapping=True)
     completions = _tokenise_completions(records, tokenizer)
     tag: Any = tokenizer.convert_tokens_to_ids(TAG)

@@ -27,7 +27,6 @@ from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
 from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_options
 from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompts.prompt import encode_completion
-from biomerge_lib.prompts.tokenizer import ADDED_TOKENS
 
 OK, NOTE, WARNING, REFUSED = "ok", "note", "warning", "refused"
 HIGH_RATE = 1e-3  # for a training of all weights
@@ -103,7 +102,6 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
     options = {"train": training_options(parameters), "dev": scoring_options(parameters)}
     if parameters.run_test_eval:
         options["test"] = options["dev"]
-    eos = tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False)
     scans = {
         split: scan_records(
             read_split(parameters.data_dir, split, **chosen),
@@ -112,7 +110,6 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
             # What limits an answer in evaluation is how long the model may write.
             max_target_tokens=parameters.max_target_tokens if split == "train" else parameters.max_new_tokens,
             for_training=split == "train",
-            reserved=(*ADDED_TOKENS, eos),
         )
         for split, chosen in options.items()
     }
@@ -137,7 +134,7 @@ def _report_counts(found: Preflight, split: str, parameters: Parameters) -> None
         says = f"most words are {problem}, as in {scan.sample[0].text[:40]!r}: was the right column read?"
         found.add(WARNING, split, f"{says} 02_data has token_column and tag_column")
     if scan.reserved:
-        says = f"{scan.reserved:,} texts hold a token such as <B> literally; it becomes one token"
+        says = f"{scan.reserved:,} texts hold a token such as <B> literally; prompts break it up"
         found.add(NOTE, split, says)
 
 
