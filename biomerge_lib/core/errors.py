@@ -26,6 +26,10 @@ class ServerError(BioMergeError):
     """A vLLM server did not start, died, or serves something else."""
 
 
+class DiskFull(BioMergeError):
+    """A disk, or a quota on it, is full."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``" Did you mean 'learning_rate'?"`` for a near miss, an empty string otherwise."""
     found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)

@@ -6,6 +6,7 @@ attempt. Nothing is forced to the disk: a crash of the machine may cost the newe
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,12 +22,16 @@ from typing import IO, Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from biomerge_lib.core.errors import BioMergeError, DataError
+from biomerge_lib.core.errors import BioMergeError, DataError, DiskFull
 
 T = TypeVar("T")
 OBJECT = dict[str, Any]
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
 DEEPEST = 100  # levels of a YAML file
+# How safetensors and PyTorch's archive writer wrap the system's error into text.
+_FULL = re.compile(
+    r"os error (28|122)\b|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos", re.I | re.S
+)
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weights file: what training changes, it changes in every layer
 
 
@@ -35,18 +40,48 @@ def partial_of(path: Path | str) -> Path:
     return Path(path).with_name(Path(path).name + ".partial")
 
 
+def names_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that a disk is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def raise_full_disk(path: Path | str, error: BaseException) -> None:
+    """Raise DiskFull where that is what ``error``, met in writing ``path``, means."""
+    if names_full_disk(error):
+        raise DiskFull(
+            f"{path}: no space left on the disk ({error}). Free some (`python -m biomerge_lib replaced` lists runs "
+            "that were moved aside; merged/ of a finished run comes back with 03_train), then try again."
+        ) from error
+
+
 @contextmanager
-def whole_file(path: Path | str, mode: str = "w") -> Iterator[Any]:
+def whole_file(path: Path | str, mode: str = "w", *, keep_partial: bool = False) -> Iterator[Any]:
     """A file to write (text: UTF-8) that gets its name when the block ends; after an error the old one is still there.
 
-    The folder is made.
+    The folder is made. What is no file (``/dev/null``, a pipe) is written to as it is. On a full disk the partial
+    file is removed, unless ``keep_partial``.
+
+    Raises:
+        DiskFull: there is no room for it.
     """
-    partial = partial_of(path)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    path, partial = Path(path), partial_of(path)
+    is_place = not path.exists() or path.is_file()
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    with partial.open(mode, encoding=encoding, newline=newline) as out:
-        yield out
-    os.replace(partial, path)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with (partial if is_place else path).open(mode, encoding=encoding, newline=newline) as out:
+            yield out
+        if is_place:
+            os.replace(partial, path)
+    except BaseException as error:
+        if is_place and not keep_partial and names_full_disk(error):
+            partial.unlink(missing_ok=True)
+        raise_full_disk(path, error)
+        raise
 
 
 @contextmanager
@@ -54,13 +89,17 @@ def whole_folder(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
     """A folder to make and fill that is renamed to ``path`` when the block ends; an error removes it.
 
     Where ``path`` is there already, the block's last line removes it.
+
+    Raises:
+        DiskFull: there is no room for it.
     """
     partial = partial or partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        raise_full_disk(path, error)
         raise
     partial.rename(path)
 

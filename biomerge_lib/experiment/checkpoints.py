@@ -8,9 +8,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.core.errors import ModelError
-from biomerge_lib.core.files import OBJECT, read_values
+from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.core.files import OBJECT, file_sha256, read_values, write_json
 
+SUMS = "checksums.json"
 log = logging.getLogger("biomerge")
 
 
@@ -25,16 +26,24 @@ def find_resumable_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write the SHA-256 of each of a checkpoint's files beside them, by which :func:`find_damage` knows them again."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SUMS)
+    write_json(checkpoint / SUMS, {str(path.relative_to(checkpoint)): file_sha256(path) for path in files})
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it can be resumed from.
 
-    The Trainer writes ``trainer_state.json`` last; a run that was killed while saving has none, or half of one.
-    Files cut short by a full disk or a crashed node are found by their own containers: a safetensors header says
-    how long the file must be, and PyTorch's files are zip archives with their directory at the end.
+    A sealed one is as it was written. In others (older, or the run was killed in between) the Trainer writes
+    ``trainer_state.json`` last; files cut short are found by their own containers: a safetensors header says how long
+    the file must be, and PyTorch's files are zip archives with their directory at the end.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        if (checkpoint / SUMS).is_file():
+            return _find_change(checkpoint, "*")
         read_values(checkpoint / "trainer_state.json", OBJECT)
         weights = sorted(checkpoint.glob("*model*.safetensors"))
         for path in weights:
@@ -42,16 +51,25 @@ def find_damage(checkpoint: Path) -> str | None:
                 tensors.keys()
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, SafetensorError, OSError) as error:
+    except (DataError, SafetensorError, OSError) as error:
         return str(error)
     if not weights:
         return "adapter_model.safetensors or model.safetensors is missing"
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        path = checkpoint / name
-        if path.is_file() and not zipfile.is_zipfile(path):
-            return f"{name} is cut short"
-    if not any(checkpoint.glob("optimizer.pt")) and not any(checkpoint.glob("global_step*")):
-        return "optimizer.pt is missing"
+    with_deepspeed = any(checkpoint.glob("global_step*"))
+    for name in ("rng_state*.pth", *(() if with_deepspeed else ("optimizer.pt", "scheduler.pt"))):
+        paths = sorted(checkpoint.glob(name))
+        if torn := [path.name for path in paths if not zipfile.is_zipfile(path)]:
+            return f"{torn[0]} is cut short"
+        if not paths:
+            return f"{name} is missing"
+    return None
+
+
+def _find_change(checkpoint: Path, pattern: str) -> str | None:
+    """The first file of a sealed checkpoint that is not as it was written, among those whose names match."""
+    for name, digest in read_values(checkpoint / SUMS, dict[str, str]).items():
+        if Path(name).match(pattern) and file_sha256(checkpoint / name) != digest:
+            return f"{name} is not as it was written"
     return None
 
 
@@ -59,9 +77,14 @@ def best_checkpoint(run_folder: Path, metrics: dict[str, Any], *, must_exist: bo
     """The folder of the best checkpoint named in a run's training metrics.
 
     Raises:
-        ModelError: it is gone.
+        ModelError: it is gone, or its weights are not as they were written.
     """
     folder = run_folder / "checkpoints" / str(metrics.get("best_checkpoint"))
-    if must_exist and not folder.is_dir():
-        raise ModelError(f"{folder}: the best checkpoint is gone; existing_run=replace trains it anew.")
+    problem = None if folder.is_dir() else "it is gone"
+    if must_exist and (folder / SUMS).is_file():
+        problem = _find_change(folder, "*.safetensors")
+    if must_exist and problem:
+        raise ModelError(
+            f"{folder}: the best checkpoint, and {problem}; existing_run=replace trains it anew."
+        )
     return folder

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, nearest
+from biomerge_lib.core.errors import BioMergeError, DataError, DiskFull, ParameterError, nearest
 from biomerge_lib.core.files import OBJECT, fingerprint_weights, read_values, write_json, write_text
 from biomerge_lib.core.parameters import (
     NOT_IDENTITY,
@@ -281,7 +281,7 @@ def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]
         try:
             jobs.note_failure(f"{jobs.kept_path(executed)}\n{notebook.name}, {error}")
             run.fail(error.reason)
-        except OSError as full:  # the error below says it in their place
+        except (OSError, DiskFull) as full:  # the error below says it in their place
             log.warning("the failure could not be recorded in %s: %s", run.folder, full)
         raise BioMergeError(
             f"{notebook.name} failed in cell {error.cell}: {error.reason}\nOpen {jobs.kept_path(executed)} "

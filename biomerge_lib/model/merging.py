@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from biomerge_lib.core.errors import ModelError
+from biomerge_lib.core.errors import DiskFull, ModelError
 from biomerge_lib.core.files import whole_folder
 from biomerge_lib.model.unsloth_lora_ner import load_adapter, load_causal_lm
 from biomerge_lib.prompts.manifest import Manifest, write_manifest
@@ -104,7 +104,7 @@ def merge_checkpoint(
             load_tokenizer(folder).save_pretrained(partial)
             write_manifest(partial, manifest)
             shutil.rmtree(out, ignore_errors=True)
-    except OSError as error:
+    except (OSError, DiskFull) as error:
         raise ModelError(f"{out}: cannot be written ({error}); checkpoint {checkpoint} is safe.") from error
     return check
 

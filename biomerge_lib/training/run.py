@@ -6,7 +6,7 @@ log_history.json
 
 from __future__ import annotations
 
-import errno
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 
-from biomerge_lib.core.errors import DataError, ModelError
-from biomerge_lib.core.files import write_json
+from biomerge_lib.core.errors import DataError, DiskFull, ModelError
+from biomerge_lib.core.files import names_full_disk, write_json
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import Record
-from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
+from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
 from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.backbones import refuse_other_backbone
@@ -223,17 +223,13 @@ def _full_memory_or_disk_named(trainer: NerTrainer) -> Iterator[None]:
             f"if it was an evaluation, lower per_device_eval_batch_size ({trainer.args.per_device_eval_batch_size}). "
             f"The run goes on from its newest checkpoint. ({error})"
         ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not _disk_is_full(error):
+    except (OSError, RuntimeError, SafetensorError, DiskFull) as error:
+        if not names_full_disk(error):
             raise
+        written = Path(str(trainer.args.output_dir)) / f"checkpoint-{trainer.state.global_step}"
+        if written.is_dir() and find_damage(written):
+            shutil.rmtree(written, ignore_errors=True)
         raise ModelError(
             f"{trainer.args.output_dir}: no space for a checkpoint at step {trainer.state.global_step} ({error}). Free "
             "some, or lower save_total_limit; the same command then goes on from the newest whole checkpoint."
         ) from error
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """safetensors and PyTorch's archive writer wrap the system's error number into text."""
-    text = str(error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text.lower()
-    return full or "PytorchStreamWriter failed" in text

@@ -38,6 +38,7 @@ from biomerge_lib.training.graphed_pass import GraphedPass
 from biomerge_lib.training.trainer_callbacks import (
     EpochEndEvaluation,
     ProgressBar,
+    Seal,
     SteadySpeed,
     StopOnRequest,
     TrackingCallback,
@@ -88,11 +89,13 @@ class NerTrainer(Trainer):
         in_each_evaluation = parameters.watch_metric == "greedy"
         callbacks = [
             EarlyStoppingCallback(parameters.early_stopping_patience, parameters.early_stopping_threshold),
-            EpochEndEvaluation(self.stop, None if in_each_evaluation else self.evaluate_greedily),
             self.stop,
             TrackingCallback(parameters, checkpoints.parent, self.stop, lambda: int(self.tokens_seen)),
             self.speed,
             ProgressBar(),
+            # After those that tell of its numbers.
+            EpochEndEvaluation(self.stop, None if in_each_evaluation else self.evaluate_greedily),
+            Seal(),
         ]
         super().__init__(args=args, callbacks=callbacks, **kwargs)
         self.remove_callback(PrinterCallback)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.records import write_records
-from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_checkpoint
+from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_checkpoint, seal_checkpoint
 from biomerge_lib.training import launch
 from biomerge_lib.training.training_order import StepSampler
 from tests.conftest import ROOT, make_tiny_parameters
@@ -99,7 +99,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_with_a_warning(make_run):
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     output = train(folder)
-    assert "checkpoint-6 is damaged (optimizer.pt is cut short)" in output
+    assert "checkpoint-6 is damaged (optimizer.pt is not as it was written)" in output
     assert re.search(r"going on from \S+checkpoint-[24]\n", output)  # the last two and the best are kept
     assert json.loads((folder / "training.json").read_text())["steps"] == 12
 
@@ -174,11 +174,24 @@ def test_every_way_a_checkpoint_can_be_damaged_is_seen(tmp_path):
         path = folder / name
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert find_damage(folder) is not None, name
-    for step, name in enumerate(
-        ("trainer_state.json", "adapter_model.safetensors", "optimizer.pt"), start=20
-    ):
+    names = (
+        "trainer_state.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    )
+    for step, name in enumerate(names, start=20):
         (make(step) / name).unlink()
-        assert name in find_damage(tmp_path / f"checkpoint-{step}")
+        assert name.split(".")[0] in find_damage(tmp_path / f"checkpoint-{step}")
+    for step, name in enumerate(names, start=30):
+        seal_checkpoint(make(step))
+        assert find_damage(tmp_path / f"checkpoint-{step}") is None
+        path = tmp_path / f"checkpoint-{step}" / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert find_damage(path.parent) == f"{name} is not as it was written"
     assert find_resumable_checkpoint(tmp_path) == good
     assert find_resumable_checkpoint(tmp_path / "none") is None
 
