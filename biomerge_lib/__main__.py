@@ -11,6 +11,7 @@ from pathlib import Path
 from textwrap import fill
 
 from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.files import names_full_disk
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
 from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
@@ -196,6 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if names_full_disk(error):
+            print(f"error: no space left on the disk ({error}). Free some, then try again.", file=sys.stderr)
+            return 2
         if error.errno not in OF_THE_PLACE or not error.filename:
             raise
         print(
@@ -203,8 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(stopped.args[0] if stopped.args else "interrupted", file=sys.stderr)
         return 130
 
 

@@ -197,12 +197,12 @@ def lock(stream: IO, *, or_raise: Exception | None = None) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, or_raise: Exception | None = None) -> Iterator[None]:
-    """Hold a lock file, whose folder is made; see :func:`lock`."""
+def locked(path: Path, *, or_raise: Exception | None = None) -> Iterator[IO]:
+    """Hold a lock file, whose folder is made; see :func:`lock`. A process that inherits the open file holds it, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
         lock(stream, or_raise=or_raise)
-        yield
+        yield stream
 
 
 def file_sha256(*paths: Path | str) -> str:

@@ -11,15 +11,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import OBJECT, read_values
 
 KERNEL_STARTS = 3
+UNWATCHED = "BIOMERGE_UNWATCHED"  # in the environment of a kernel whose output nobody sees as it comes
 KERNEL_START_SECONDS = 300  # a loaded machine takes far longer than papermill's 60 s to import a kernel
 SOCKET_PATH_LIMIT = 100  # a Unix socket's path may have 107 bytes
 log = logging.getLogger("biomerge")
@@ -34,8 +35,10 @@ class NotebookFailed(BioMergeError):
         self.reason = reason
 
 
-def execute_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], *, cwd: Path) -> None:
-    """Execute ``notebook`` with papermill into ``executed``.
+def execute_notebook(
+    notebook: Path, executed: Path, parameters: Mapping[str, Any], *, cwd: Path, held: Sequence[IO] = ()
+) -> None:
+    """Execute ``notebook`` with papermill into ``executed``. The kernel holds the open files ``held``, too.
 
     Raises:
         NotebookFailed: ``executed`` holds the cells up to the failing one, with its error; or the disk is full.
@@ -58,7 +61,7 @@ def execute_notebook(notebook: Path, executed: Path, parameters: Mapping[str, An
                     progress_bar=sys.stderr.isatty(),
                     start_timeout=KERNEL_START_SECONDS,
                     config=config,
-                    kernel_manager_class=_kernel_manager(cwd),
+                    kernel_manager_class=_kernel_manager(cwd, held),
                 )
             return
         except PapermillExecutionError as error:
@@ -97,7 +100,7 @@ def _kernel_sockets() -> Iterator[Any]:
         yield Config({"KernelManager": {"transport": "ipc", "connection_file": f"{folder}/k.json"}})
 
 
-def _kernel_manager(folder: Path) -> type:
+def _kernel_manager(folder: Path, held: Sequence[IO]) -> type:
     """Kernels that import what lies in ``folder`` first: two clones may share an environment.
 
     At their end they are interrupted only where the user interrupts a running cell.
@@ -109,10 +112,16 @@ def _kernel_manager(folder: Path) -> type:
     class Kernel(AsyncKernelManager):
         async def start_kernel(self, **kw: Any) -> None:  # type: ignore[override]
             path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-            await super().start_kernel(**kw, env={**os.environ, "PYTHONPATH": path})
+            environment = {**os.environ, "PYTHONPATH": path, UNWATCHED: "1"}
+            await super().start_kernel(**kw, env=environment, pass_fds=[file.fileno() for file in held])
 
         async def _async_interrupt_kernel(self) -> None:
-            if not self.shutting_down or isinstance(sys.exception(), KeyboardInterrupt):
+            if isinstance(sys.exception(), KeyboardInterrupt):
+                logging.disable(
+                    logging.CRITICAL
+                )  # papermill and asyncio have much to say about a kernel that goes
+                await super()._async_interrupt_kernel()
+            elif not self.shutting_down:
                 await super()._async_interrupt_kernel()
 
     return Kernel

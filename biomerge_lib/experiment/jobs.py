@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.files import OBJECT, locked, read_values, whole_folder, write_json, write_text
@@ -94,7 +95,7 @@ def fetch_run(folder: Path) -> None:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path) -> Iterator[IO]:
     """Refuse to train in a run folder, here or in the archive, while another process does.
 
     Raises:
@@ -102,8 +103,8 @@ def only_one(folder: Path) -> Iterator[None]:
     """
     kept = Path(os.environ[ARCHIVE]) / folder.name if ARCHIVE in os.environ else folder
     taken = BioMergeError(f"{kept}: another process is training this run; wait for it or end it.")
-    with locked(kept / LOCK, or_raise=taken):
-        yield
+    with locked(kept / LOCK, or_raise=taken) as held:
+        yield held
 
 
 def _tell(name: str, message: str) -> None:

@@ -11,15 +11,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from platform import node
+from typing import IO, Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
-from biomerge_lib.core.errors import BioMergeError, DataError, DiskFull, ParameterError, nearest
+from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, nearest
 from biomerge_lib.core.files import OBJECT, fingerprint_weights, read_values, write_json, write_text
 from biomerge_lib.core.parameters import (
     NOT_IDENTITY,
@@ -34,7 +35,8 @@ from biomerge_lib.core.parameters import (
 )
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment import jobs
-from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
+from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
+from biomerge_lib.experiment.execution import UNWATCHED, NotebookFailed, execute_notebook
 from biomerge_lib.experiment.provenance import (
     PROJECT_DIR,
     changed_splits,
@@ -46,6 +48,7 @@ from biomerge_lib.experiment.replaced import place_aside
 from biomerge_lib.experiment.stages import BEFORE_TRAINING, DATA, SCORING_STAGES, TRAIN
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
+KILLED = "its process ended without a word (killed, or out of memory?); run it again"
 log = logging.getLogger("biomerge")
 Check = Callable[[Parameters], object]
 
@@ -55,13 +58,35 @@ class _Scored(BaseModel, extra="allow"):
     data: dict[str, str] = {}
 
 
+class _Process(BaseModel):
+    host: str
+    pid: int
+    began: str | None
+
+
+def _began(pid: int) -> str | None:
+    """When a process of this machine began, in clock ticks (numbers come again); None of one that has ended."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[19] if fields[0] != "Z" else None
+    return None
+
+
 class _Stage(_Scored):
     status: str = ""
     started: str = ""
+    process: _Process | None = None
     error: str = ""
     metrics: OBJECT = {}
     provenance: OBJECT = {}
     input: _Scored | None = None
+
+    @model_validator(mode="after")
+    def _see_whether_it_runs(self) -> _Stage:
+        by = self.process
+        if self.status == "running" and by and by.host == node() and by.began != _began(by.pid):
+            self.status, self.error = "killed", KILLED
+        return self
 
 
 class RecordedRun(BaseModel, extra="allow"):
@@ -102,7 +127,9 @@ class Run:
             split = self.parameters.split
             data = {name: value for name, value in self._data().items() if name == split}
             read = {"input": {"model": fingerprint_weights(self.merged), "data": data}}
-        self._write(status="running", metrics={}, provenance=provenance(), **read)
+        process = {"host": node(), "pid": os.getpid(), "began": _began(os.getpid())}
+        self._write(status="running", metrics={}, provenance=provenance(), process=process, **read)
+        _watch_cells(self)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Record the stage's metrics in ``metrics.json`` and glue its scalars into the notebook (scrapbook)."""
@@ -119,6 +146,14 @@ class Run:
     def fail(self, reason: str, status: str = "failed") -> None:
         self._write(status=status, error=reason)
 
+    def interrupt(self) -> str:
+        """Record that the user stopped the stage; say what is kept."""
+        kept = find_resumable_checkpoint(self.checkpoints) if self.stage == TRAIN else None
+        told = f"interrupted; {f'{kept} is kept, and ' if kept else ''}running {self.stage} again "
+        told += "goes on from there" if kept else "begins anew"
+        self.fail(told, "interrupted")
+        return told
+
     def _begin(self) -> None:
         self._started, self._clock = datetime.now(UTC), time.monotonic()
 
@@ -128,7 +163,8 @@ class Run:
     def _write(self, **fields: Any) -> None:
         everything = read_metrics(self.folder)
         stage = everything.setdefault("stages", {}).get(self.stage, {})
-        stage = {name: value for name, value in stage.items() if name != "error"} | fields
+        stage = {name: value for name, value in stage.items() if name not in ("error", "process")} | fields
+        self.is_open = stage["status"] == "running"
         stage["started"] = self._started.isoformat(timespec="seconds")
         everything["run_id"] = self.folder.name
         everything["stages"][self.stage] = stage
@@ -167,6 +203,26 @@ def open_run(stage: str, namespace: Mapping[str, Any], check: Check | None = Non
     run.start()
     print(f"{stage}: run {folder.name} in {folder}/ on {device_name()}")
     return run
+
+
+def _watch_cells(run: Run) -> None:
+    """From now on the notebook's failing cells are recorded, and an interrupt is one line instead of a traceback."""
+    from IPython import get_ipython
+
+    def note(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
+        if not run.is_open:
+            pass
+        elif isinstance(error, KeyboardInterrupt):
+            told, trace = run.interrupt(), None
+            error._render_traceback_ = lambda: [told]  # type: ignore[attr-defined]  # IPython asks for it
+            if UNWATCHED in os.environ:  # papermill has gone, and what the kernel says of that is noise
+                logging.disable(logging.CRITICAL)
+        else:
+            run.fail(f"{kind.__name__}: {error}")
+        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
+    if shell := get_ipython():
+        shell.set_custom_exc((KeyboardInterrupt, Exception), note)
 
 
 def prepare_run_folder(run: Run) -> None:
@@ -249,7 +305,7 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
         }
     folder = PROJECT_DIR / parameters.run_folder
     executed = folder / notebook.name
-    with jobs.only_one(folder) if training else nullcontext():
+    with jobs.only_one(folder) if training else nullcontext() as lock:
         if training and parameters.existing_run == "resume":
             jobs.fetch_run(folder)
         elif training and (jobs.archived_run(folder) / "parameters.yaml").is_file():
@@ -263,13 +319,16 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
             _scoring_parameters(folder, parameters, explicit)
         folder.mkdir(parents=True, exist_ok=True)
         chosen = {name: values[name] for name in sorted(told)}
-        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen)
+        held = [lock] if lock else []
+        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, held)
     return executed
 
 
-def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]) -> None:
+def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], held: Sequence[IO]) -> None:
     try:
-        execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR)
+        execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR, held=held)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(run.interrupt()) from None
     except NotebookFailed as error:
         if jobs.was_interrupted():
             run.fail(
@@ -281,7 +340,7 @@ def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]
         try:
             jobs.note_failure(f"{jobs.kept_path(executed)}\n{notebook.name}, {error}")
             run.fail(error.reason)
-        except (OSError, DiskFull) as full:  # the error below says it in their place
+        except (OSError, BioMergeError) as full:  # the error below says it in their place
             log.warning("the failure could not be recorded in %s: %s", run.folder, full)
         raise BioMergeError(
             f"{notebook.name} failed in cell {error.cell}: {error.reason}\nOpen {jobs.kept_path(executed)} "

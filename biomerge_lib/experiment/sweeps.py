@@ -75,7 +75,7 @@ class _SweepFile(BaseModel):
 
 @dataclass(frozen=True)
 class Point:
-    """A point's state: finished, failed, interrupted, running (or killed), outdated (other data) or waiting."""
+    """A point's state: finished, failed, interrupted, killed, running, outdated (other data) or waiting."""
 
     number: int
     values: dict[str, Any]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from biomerge_lib.core.errors import ModelError
@@ -18,22 +17,17 @@ from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.prompts.tokenizer import check_tokenizer
 
 
-class _Config(BaseModel):
-    eos_token: str | OBJECT | None = None
-    pad_token: str | OBJECT | None = None
-
-
 class PlainTokenizer:
     """``PreTrainedTokenizerFast`` reduced to encoding texts, decoding, and the ids of EOS and pad."""
 
     def __init__(self, folder: Path):
-        config = read_values(folder / "tokenizer_config.json", _Config, raises=ModelError)
+        config = read_values(folder / "tokenizer_config.json", OBJECT, raises=ModelError)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # check_tokenizer refuses None.
-        self.eos_token_id = cast(int, self._id_of(config.eos_token))
-        self.pad_token_id = cast(int, self._id_of(config.pad_token))
+        self.eos_token_id = cast(int, self._id_of(config.get("eos_token")))
+        self.pad_token_id = cast(int, self._id_of(config.get("pad_token")))
 
     def __call__(
         self,
@@ -62,7 +56,7 @@ class PlainTokenizer:
         return {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def _id_of(self, token: str | dict | None) -> int | None:
-        content = token.get("content") if isinstance(token, dict) else token
+        content = token["content"] if isinstance(token, dict) else token
         return None if content is None else self._tokenizer.token_to_id(content)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import read_values
 from biomerge_lib.core.parameters import NOT_IDENTITY, as_overrides, compose_parameters, watch_metric_of
-from biomerge_lib.experiment.runs import outdated_stages
+from biomerge_lib.experiment.runs import outdated_stages, read_metrics
 from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
 
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
@@ -78,7 +78,7 @@ class ReportedRun:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return _object(self.stages.get(TRAIN, {}).get("provenance"))
+        return self.stages.get(TRAIN, {}).get("provenance", {})
 
     @property
     def watch_metric(self) -> str:
@@ -200,13 +200,17 @@ def _run_folders(path: Path) -> list[Path]:
 def _read_run(folder: Path) -> ReportedRun | None:
     """A run folder's report, or None where nothing but a report was made in it."""
     notes: list[str] = []
-    recorded = read_file(folder / "metrics.json", dict, notes)
-    stages = {name: _object(stage) for name, stage in _object(recorded.get("stages")).items()}
+    try:
+        recorded = read_metrics(folder)
+    except DataError as broken:
+        notes.append(f"metrics.json is half-written or broken ({broken})")
+        recorded = {}
+    stages = recorded.get("stages", {})
     if set(stages) == {REPORT} and not (folder / "parameters.yaml").is_file():
         return None
     # parameters.yaml is written by the training alone; later notebooks rewrite metrics.json.
-    parameters = read_file(folder / "parameters.yaml", dict, notes) or _object(recorded.get("parameters"))
-    run = ReportedRun(folder, "partial", "", parameters, _object(recorded.get("data")), stages, {}, notes)
+    parameters = read_file(folder / "parameters.yaml", dict, notes) or recorded.get("parameters", {})
+    run = ReportedRun(folder, "partial", "", parameters, recorded.get("data", {}), stages, {}, notes)
     run.outdated = outdated_stages({"stages": stages, "data": run.data, "parameters": parameters}, folder)
     for stage in run.outdated:
         stages[stage]["status"] = "out of date"
@@ -218,7 +222,7 @@ def _read_run(folder: Path) -> ReportedRun | None:
         run.status, run.reason = "outdated", f"03_train is out of date: {run.outdated[TRAIN]}"
     elif status == "finished":
         _read_metrics(run)
-    elif status == "failed" or error:
+    elif status in ("failed", "killed") or error:
         run.status, run.reason = "failed", error or "03_train failed; no reason was recorded"
     elif status == "running":
         run.reason = f"03_train is running, or was killed (started {training.get('started', 'unknown')})"
@@ -247,7 +251,7 @@ def _read_metrics(run: ReportedRun) -> None:
 
 
 def _stage_metrics(run: ReportedRun, stage: str) -> dict[str, Any]:
-    values = dict(_object(run.stages.get(stage, {}).get("metrics")))
+    values = dict(run.stages.get(stage, {}).get("metrics", {}))
     notebook = run.folder / f"{stage}.ipynb"
     for name, glued in _read_scraps(notebook, run.notes).items() if stage in run.stages else ():
         if "_f1" in name and is_number(glued):

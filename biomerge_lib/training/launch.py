@@ -86,10 +86,14 @@ def _torchrun(folder: Path, processes: int) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
-        for line in cast(IO[str], process.stdout):  # a pipe
-            lines.append(line)
-            if "%|" not in line:  # progress bars are for terminals
-                print(line, end="")
+        try:
+            for line in cast(IO[str], process.stdout):  # a pipe
+                lines.append(line)
+                if "%|" not in line:  # progress bars are for terminals
+                    print(line, end="")
+        except BaseException:  # an interrupt: torchrun ends its processes
+            process.terminate()
+            raise
     if process.returncode:
         if killed := _KILLED.search("".join(lines)):
             number, rank = int(killed[1]), killed[2]
