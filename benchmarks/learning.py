@@ -3,8 +3,9 @@
     python -m benchmarks.learning --sets ablation grid union --at-once 6 --budget 1800
     python -m benchmarks.learning --report runs/learning-*     # only the tables
 
-The data are made first, by 02_data (data/bc5cdr_iob/ner, and data/union/ner of bc5cdr, bc2gm, jnlpba and anatem with
-``corpus_cue=true``). Each training is `python -m biomerge_lib run 03_train` with SmolLM2-135M, rank 8, learning rate
+The data are made first, by 02_data: data/bc5cdr_iob/ner; data/union/ner of bc5cdr, bc2gm, jnlpba and anatem with
+``corpus_cue=true``; for the set small data/anatem/ner, data/bc5cdr_50/ner (``max_per_corpus=50``), _200 and _800, and
+the set begun before it. Each training is `python -m biomerge_lib run 03_train` with SmolLM2-135M, rank 8, learning rate
 2e-3, 16 sentences a step, two epochs, token head and what its line below says. After --budget seconds none is started;
 one that was cut off goes on when the command is given again. Writes reports/learning.json, .md and, for a grid, .svg.
 """
@@ -18,12 +19,14 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import Any
 
 from biomerge_lib.core.files import write_json
 from biomerge_lib.core.parameters import watch_metric_of
 from biomerge_lib.core.prompt_format import GONE_STYLES
 from biomerge_lib.experiment.runs import PROJECT_DIR, read_metrics
+from biomerge_lib.report.display import markdown_table
 
 REPORT = PROJECT_DIR / "reports" / "learning.json"
 COMMON = (
@@ -36,6 +39,12 @@ START = f"{SOME} offset_anchors=start"
 UNION = "data_dir=data/union/ner per_device_train_batch_size=32"
 LONG = "num_train_epochs=6 early_stopping_patience=100"
 QWEN = f"{SOME} model=qwen2_5_coder_1_5b per_device_eval_batch_size=128"
+# Some 200 to 400 steps each, whatever the size of the corpus; dev is decoded once an epoch.
+BUDGETS = {
+    50: "num_train_epochs=8 per_device_train_batch_size=2",
+    200: "num_train_epochs=5 per_device_train_batch_size=4",
+    800: "num_train_epochs=4 per_device_train_batch_size=8",
+}
 SETS: dict[str, dict[str, str]] = {
     "headline": {f"seed {seed}": f"seed={seed}" for seed in (42, 43, 44)},
     "unsloth": {f"seed {seed}, unsloth": f"backend=unsloth seed={seed}" for seed in (42, 43, 44)},
@@ -80,6 +89,17 @@ SETS: dict[str, dict[str, str]] = {
         "start, head weight 0.2": f"{START} head_loss_weight=0.2",
         "start, no dropout": f"{START} lora_dropout=0.0",
         "union, no cue": UNION,
+    },
+    "begun": {"anatem": "data_dir=data/anatem/ner eval_limit=400"},
+    "small": {
+        f"{size} sentences, {name}, seed {seed}": f"data_dir=data/bc5cdr_{size}/ner eval_limit=400 {BUDGETS[size]} "
+        f"learning_rate=1e-3 logging_steps=5 eval_steps=25 save_steps=25 seed={seed}{begin}"
+        for size in BUDGETS
+        for name, begin in (
+            ("fresh", ""),
+            ("from AnatEM", " init_adapter=runs/learning-begun-anatem"),
+        )
+        for seed in (42, 43, 44)
     },
     "qwen": {anchors: f"{QWEN} offset_anchors={anchors}" for anchors in ("none", "start")},
 }
@@ -212,9 +232,57 @@ def describe(rows: list[dict[str, Any]]) -> str:
             if row["per_corpus"]:
                 parts = ", ".join(f"{name} {f1:.3f}" for name, f1 in sorted(row["per_corpus"].items()))
                 lines += ["", f"{row['name']}, per corpus: {parts}.", ""]
+        if group == "small":
+            lines += ["", *describe_small([row for row in rows if row["set"] == group])]
         if group == "grid":
             lines += ["", "![F1 over rank and learning rate](learning.svg)"]
     return "\n".join(lines) + "\n"
+
+
+def small_curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Dev F1 of each seed by how training began and by the sentences that it had."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        size, name, _ = row["name"].split(", ")
+        curves.setdefault(name, {}).setdefault(int(size.split()[0]), []).append(row["f1"])
+    return curves
+
+
+def describe_small(rows: list[dict[str, Any]]) -> list[str]:
+    curves = small_curves(rows)
+    sizes = sorted({size for curve in curves.values() for size in curve})
+    table = [
+        [
+            name,
+            *(
+                f"**{mean(curve[size]):.3f}** ± {pstdev(curve[size]):.3f}" if size in curve else ""
+                for size in sizes
+            ),
+        ]
+        for name, curve in curves.items()
+    ]
+    head = ["training began", *(f"{size} sentences" for size in sizes)]
+    note = "Mean and standard deviation over the seeds."
+    return [note, "", markdown_table(head, table), "", "![F1 over the size of the corpus](small_corpus.svg)"]
+
+
+def plot_small(rows: list[dict[str, Any]], path: Path) -> None:
+    """Dev F1 over the sentences that a training had, a line for each way to begin, a point for each seed."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6))
+    curves = small_curves(rows)
+    for (name, curve), marker in zip(curves.items(), "osD", strict=False):
+        sizes = sorted(curve)
+        (line,) = axes.plot(sizes, [mean(curve[size]) for size in sizes], marker=marker, label=name)
+        for size in sizes:
+            axes.scatter([size] * len(curve[size]), curve[size], s=8, color=line.get_color(), alpha=0.5)
+    axes.set(xscale="log", xlabel="training sentences", ylabel="dev F1", ylim=(0, 1))
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def plot_grid(rows: list[dict[str, Any]], path: Path) -> None:
@@ -262,9 +330,16 @@ def main() -> None:
             extra=options.extra,
         )
     rows = read_rows(options.report or sorted((PROJECT_DIR / "runs").glob("learning-*/")))
+    if not options.report:  # those that were trained elsewhere keep their rows
+        fresh = {(row["set"], row["name"]) for row in rows}
+        kept = [row for row in json.loads(REPORT.read_text()) if (row["set"], row["name"]) not in fresh]
+        order = [(group, name) for group, names in SETS.items() for name in names]
+        rows = sorted(kept + rows, key=lambda row: order.index((row["set"], row["name"])))
     write_json(REPORT, rows)
     REPORT.with_suffix(".md").write_text(describe(rows), encoding="utf-8")
     grid = [row for row in rows if row["set"] == "grid"]
+    if small := [row for row in rows if row["set"] == "small"]:
+        plot_small(small, REPORT.with_name("small_corpus.svg"))
     if grid:
         plot_grid(grid, REPORT.with_suffix(".svg"))
     print(json.dumps([{key: row[key] for key in ("set", "name", "f1", "seconds")} for row in rows]))
