@@ -21,6 +21,10 @@ from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import Document, ReadCounts, trim
 
 
+# Of a line, what segtok sees at a time: its time grows with the square of a sentence. Also the longest sentence.
+WINDOW = 4000
+
+
 def split_document(
     document: Document, spans: Mapping[Span, str], *, dataset: str, sentence_split: str, counts: ReadCounts
 ) -> Iterator[Record]:
@@ -77,13 +81,20 @@ def find_sentences(text: str) -> list[Span]:
 
 def iter_sentences(text: str) -> Iterator[Span]:
     """:func:`find_sentences` one at a time: megabytes take seconds."""
-    for line_start, line_end in find_lines(text):
-        position = line_start
-        for sentence in split_multi(text[line_start:line_end]):
-            if sentence:  # segtok strips its sentences and changes nothing else
+    for position, line_end in find_lines(text):
+        while position < line_end:
+            seen = min(position + WINDOW, line_end)
+            if seen < line_end:
+                seen = text.rfind(" ", position + 1, seen) + 1 or seen
+            found = [sentence for sentence in split_multi(text[position:seen]) if sentence]
+            if seen < line_end:  # what is cut off may belong to the last one, and by its brackets to the one before
+                found = found[:-2] or found[:1]
+            for sentence in found:  # segtok strips its sentences and changes nothing else
                 start = text.index(sentence, position, line_end)
                 position = start + len(sentence)
                 yield start, position
+            if not found:
+                position = seen
 
 
 def find_lines(text: str) -> list[Span]:

@@ -117,12 +117,10 @@ def _kernel_manager(folder: Path, held: Sequence[IO]) -> type:
 
         async def _async_interrupt_kernel(self) -> None:
             if isinstance(sys.exception(), KeyboardInterrupt):
-                logging.disable(
-                    logging.CRITICAL
-                )  # papermill and asyncio have much to say about a kernel that goes
-                await super()._async_interrupt_kernel()
-            elif not self.shutting_down:
-                await super()._async_interrupt_kernel()
+                logging.disable()  # papermill and asyncio have much to say of a kernel that goes
+            elif self.shutting_down:
+                return
+            await super()._async_interrupt_kernel()
 
     return Kernel
 

@@ -216,7 +216,7 @@ def _watch_cells(run: Run) -> None:
             told, trace = run.interrupt(), None
             error._render_traceback_ = lambda: [told]  # type: ignore[attr-defined]  # IPython asks for it
             if UNWATCHED in os.environ:  # papermill has gone, and what the kernel says of that is noise
-                logging.disable(logging.CRITICAL)
+                logging.disable()
         else:
             run.fail(f"{kind.__name__}: {error}")
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)

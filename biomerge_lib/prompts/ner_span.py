@@ -18,10 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import file_sha256, read_values, remember
+from biomerge_lib.core.files import OBJECT, file_sha256, read_values, remember
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, iter_records
 from biomerge_lib.corpora.draws import document_of, draw_share, place_in_draw
@@ -116,15 +114,6 @@ def describe_model(parameters: Parameters) -> Manifest:
     )
 
 
-class _CardSplit(BaseModel):
-    sha256: str
-    datasets: dict[str, dict[str, Any]]
-
-
-class _Card(BaseModel):
-    splits: dict[str, _CardSplit]
-
-
 def train_datasets(data_dir: Path | str) -> frozenset[str]:
     """The data sets of the training records: from the data card while it fits ``train.jsonl``, else by reading.
 
@@ -134,12 +123,10 @@ def train_datasets(data_dir: Path | str) -> frozenset[str]:
     path = Path(data_dir) / "train.jsonl"
     card_path = Path(data_dir) / "data_card.json"
     if path.is_file() and card_path.is_file():
-        with suppress(
-            DataError, LookupError
-        ):  # a card that is broken, or older than its data sets, does not fit
-            card = read_values(card_path, _Card).splits["train"]
-            if card.sha256 == file_sha256(path):
-                return frozenset(dataset for dataset, sizes in card.datasets.items() if sizes["sentences"])
+        with suppress(DataError, LookupError, TypeError, AttributeError):  # a card that is broken, or older
+            card = read_values(card_path, OBJECT)["splits"]["train"]
+            if card["sha256"] == file_sha256(path):
+                return frozenset(dataset for dataset, sizes in card["datasets"].items() if sizes["sentences"])
     return frozenset(record.dataset for record in _parse(path))
 
 

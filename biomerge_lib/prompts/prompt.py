@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -253,8 +254,11 @@ def _middle_cut(record: Record, words: list[Span], *, keep_spans: bool) -> int |
     text = record.text
     middle, quarter = len(text) / 2, len(text) / 4
     cuts, after_sentence = [], []
+    spans, reach = deque(sorted(record.spans) if keep_spans else ()), 0
     for (before, before_end), (start, _) in pairwise(words):
-        if keep_spans and any(first < start < last for first, last in record.spans):
+        while spans and spans[0][0] < start:
+            reach = max(reach, spans.popleft()[1])
+        if start < reach:
             continue
         cuts.append(start)
         if abs(start - middle) <= quarter and _SENTENCE_END.search(text, before, before_end):

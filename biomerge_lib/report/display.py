@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -78,10 +78,10 @@ def bracket(text: str, spans: Iterable[Span], *, colour: bool = False) -> str:
     """
     before, after = ("\033[1;34m", "\033[0m") if colour else ("[", "]")
     spans = list(spans)
-    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+    starts, ends = Counter(start for start, _ in spans), Counter(end for _, end in spans)
     pieces = []
     for position, letter in enumerate([*text, ""]):
-        pieces.append(after * ends.count(position) + before * starts.count(position) + letter)
+        pieces.append(after * ends[position] + before * starts[position] + letter)
     return "".join(pieces)
 
 
