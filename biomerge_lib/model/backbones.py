@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         model: LayerStack
         lm_head: torch.nn.Module
         token_head: torch.nn.Module  # where one was attached
+        own_attention: str  # where ``install_span_loss`` was called
         generate: Callable[..., torch.Tensor]
 
 

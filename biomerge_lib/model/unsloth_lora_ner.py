@@ -243,11 +243,15 @@ def load_causal_lm(folder: Path | str, *, dtype: str) -> CausalLM:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from biomerge_lib.model.reach_ins import set_attention
+
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder}: no model here (config.json is missing). 03_train.ipynb writes one.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = cast("CausalLM", AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)))
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
+    if getattr(model.config, "attn_logit_softcapping", None):
+        set_attention(model, "eager")  # PyTorch's SDPA, which transformers chooses, leaves the cap out
     return model.eval()
 
 

@@ -51,6 +51,7 @@ def collect_metrics(trainer: NerTrainer, best: str, seconds: float) -> dict[str,
             else {}
         ),
         "checkpointed_layers": count_recomputing(trainer.model.get_decoder().layers),
+        **{f"probe_{name}": value for name, value in trainer.probe.items()},
         "stopped_early": state.global_step < state.max_steps,
     }
     if torch.cuda.is_available():

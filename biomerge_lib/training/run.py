@@ -25,6 +25,7 @@ from biomerge_lib.experiment.jobs import RunInterrupted
 from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.backbones import refuse_other_backbone
 from biomerge_lib.model.packing import PackedCollator, RowCollator
+from biomerge_lib.model.probe import SENTENCES, probe_training
 from biomerge_lib.model.reach_ins import compile_once, recompute_none
 from biomerge_lib.model.unsloth_lora_ner import load_full_model, load_lora_model, refuse_narrow_card
 from biomerge_lib.prompts.ner_span import SpanCollator, build_dataset
@@ -88,6 +89,7 @@ def build_trainer(
 
     Raises:
         DataError: dev has no records or no entity (no metric could be computed).
+        ModelError: the training would not compute what the model itself does.
     """
     if not any(record.spans for record in records["dev"]):
         raise DataError("the dev records hold no entity: nothing to measure. Check dev.jsonl or eval_limit.")
@@ -101,6 +103,10 @@ def build_trainer(
         )
         for split in ("train", "dev")
     }
+    probed = [tokenizer(sentence)["input_ids"] for sentence in SENTENCES]
+    probe = probe_training(model, probed, packing=parameters.packing, dtype=parameters.dtype)
+    if probe["leak"] <= probe["tolerance"]:
+        print("the probe shows nothing: with these weights a sentence hardly depends on what it reads.")
     step_size = parameters.per_device_train_batch_size * parameters.gradient_accumulation_steps
     steps = len(datasets["train"]) / (step_size * parameters.num_processes) * parameters.num_train_epochs
     launch = choose_launch(parameters, weights=model.num_parameters(), steps=steps)
@@ -119,6 +125,7 @@ def build_trainer(
     return NerTrainer(
         records=records,
         parameters=parameters,
+        probe=probe,
         launch=launch,
         row_tokens=row_tokens,
         model=model,

@@ -78,6 +78,7 @@ class NerTrainer(Trainer):
         *,
         records: dict[str, list[Record]],
         parameters: Parameters,
+        probe: dict[str, float],
         launch: str,
         train_collator: SpanCollator | PackedCollator | RowCollator,
         row_tokens: int | None,
@@ -105,7 +106,7 @@ class NerTrainer(Trainer):
         self.separator_ids = {id for token, id in self.processing_class.get_vocab().items() if ";" in token}
         self.records = records
         self.parameters = parameters
-        self.launch, self.row_tokens = launch, row_tokens
+        self.probe, self.launch, self.row_tokens = probe, launch, row_tokens
         self.backbone_sha256 = backbone_sha256(cast(str, self.model.config.name_or_path))
         # The model divides its loss by num_items_in_batch, the target tokens of the whole optimiser step.
         self.model_accepts_loss_kwargs = True
