@@ -20,7 +20,6 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import Document, ReadCounts, trim
 
-
 # Of a line, what segtok sees at a time: its time grows with the square of a sentence. Also the longest sentence.
 WINDOW = 4000
 
@@ -87,7 +86,9 @@ def iter_sentences(text: str) -> Iterator[Span]:
             if seen < line_end:
                 seen = text.rfind(" ", position + 1, seen) + 1 or seen
             found = [sentence for sentence in split_multi(text[position:seen]) if sentence]
-            if seen < line_end:  # what is cut off may belong to the last one, and by its brackets to the one before
+            if (
+                seen < line_end
+            ):  # what is cut off may belong to the last one, and by its brackets to the one before
                 found = found[:-2] or found[:1]
             for sentence in found:  # segtok strips its sentences and changes nothing else
                 start = text.index(sentence, position, line_end)

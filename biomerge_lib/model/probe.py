@@ -7,7 +7,6 @@ two sentences --[the model's own forward, each alone]--> hidden states, logits
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,13 +35,14 @@ def probe_training(
 ) -> dict[str, float]:
     """Compare the training's forward, padded and packed, with the model's own on two sentences of token ids.
 
-    The reference is the backbone's own forward of each sentence alone, with transformers' plain attention and without
-    adapter. A difference is that of a token's hidden states, or logits, over their length: the median of a sentence's
-    tokens or of its first three, which a leak from the sentence before reaches first, whichever is more (single tokens
-    go to another expert by rounding alone). Of ``padded`` and ``packed`` none may be above ``tolerance``: rounding adds
-    up to about ``eps / 2 * sqrt(layers)`` (measured: 0.02 for SmolLM2's 30 layers in bfloat16), four times that is
-    allowed, and 1e-3 at the least. ``leak`` is what the second sentence's difference would be if it read the first: one
-    below the tolerance says that the probe shows nothing here, as in a tiny model of small random weights.
+    The reference is the model's own forward of each sentence alone, with transformers' plain attention. A
+    difference is that of a token's hidden states, or logits, over their length: the median of a sentence's
+    tokens or of its first three, which a leak from the sentence before reaches first, whichever is more
+    (single tokens go to another expert by rounding alone). Of ``padded`` and ``packed`` none may be above
+    ``tolerance``: rounding adds up to about ``eps / 2 * sqrt(layers)`` (measured: 0.02 for SmolLM2's 30
+    layers in bfloat16), four times that is allowed, and 1e-3 at the least. ``leak`` is what the second
+    sentence's difference would be if it read the first: one below the tolerance says that the probe shows
+    nothing here, as in a tiny model of small random weights.
 
     Raises:
         ModelError: the training would compute something else, or cannot compute.
@@ -57,7 +57,7 @@ def probe_training(
             torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
         ):
             rounding = torch.finfo(getattr(torch, dtype)).eps / 2 * base.config.num_hidden_layers**0.5
-            return _compare(model, base, sentences, packing, max(LEAST_TOLERANCE, 4 * rounding))
+            return _compare(base, sentences, packing, max(LEAST_TOLERANCE, 4 * rounding))
     except FAILURES as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -76,7 +76,6 @@ _ADVICE = {
 
 
 def _compare(
-    model: PeftModel | CausalLM,
     base: CausalLM,
     sentences: Sequence[Sequence[int]],
     packing: bool,
@@ -88,9 +87,8 @@ def _compare(
     ]
     before, first = attention_of(base), len(sentences[0])
     set_attention(base, "eager")
-    with cast("PeftModel", model).disable_adapter() if model is not base else nullcontext():
-        alone = [_own_states(base, ids) for ids in sentences]
-        hidden, logits = _own_states(base, [*sentences[0], *sentences[1]])
+    alone = [_own_states(base, ids) for ids in sentences]
+    hidden, logits = _own_states(base, [*sentences[0], *sentences[1]])
     set_attention(base, before)
     found = {"tolerance": tolerance, "leak": _difference([(hidden[first:], logits[first:])], alone[1:])}
     collators: dict[str, Any] = {"padded": SpanCollator(0)}
