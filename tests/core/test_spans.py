@@ -31,6 +31,10 @@ def test_what_cannot_be_read_is_reported_not_hidden():
     assert not answer.is_sorted
 
 
+def test_a_span_may_end_with_the_text_and_no_later():
+    assert parse_answer(" 0-7 ; 30-36 ; 30-37", text_length=36).out_of_text == [(30, 37)]
+
+
 def test_start_must_be_before_end():
     assert parse_answer("7-7 ; 9-3", text_length=20).out_of_text == [(7, 7), (9, 3)]
 
