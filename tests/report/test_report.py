@@ -202,7 +202,7 @@ def test_a_broken_or_unfinished_run_is_listed_with_its_reason(tmp_path):
     broken = [
         ('{"run_id": "half", "stages": {"03_tr', "metrics.json is half-written or broken"),
         ("[1, 2]", "metrics.json is half-written or broken"),
-        ('{"stages": ["03_train"]}', "03_train has not run (found: no stage)"),
+        ('{"stages": ["03_train"]}', "stages: Input should be an object"),
         ('{"stages": {"02_data": {"status": "finished"}}}', "03_train has not run (found: 02_data)"),
         ('{"stages": {"03_train": {"status": "finished"}}}', "no greedy dev F1 was recorded"),
         (no_f1, "no greedy dev F1 was recorded"),
