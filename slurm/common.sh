@@ -134,7 +134,7 @@ fill_workplace() {
       "Copy what you need of them, remove $kept, and requeue the job."
   fi
   rm -rf -- "$WORKPLACE"
-  if ! problem=$({ mkdir -p "$WORKPLACE" && cp -r -- "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/"; } 2>&1); then
+  if ! problem=$({ mkdir -p "${WORKPLACE%/*}" && mkdir -m 700 "$WORKPLACE" && cp -r -- "${CODE[@]/#/$WORKROOT/}" "$WORKPLACE/"; } 2>&1); then
     echo "${problem##*$'\n'}" # cp tells of each file
   elif [[ -z $STAGED ]]; then
     ln -s "$ARCHIVE" "$WORKPLACE/runs" && return

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -45,6 +47,7 @@ OTHER_NAMES = {
     "datamodule.params.root": "data_dir",
     "training.output_dir": "runs_dir",
 }
+PLACES = ("data_dir", "runs_dir", "backbones_dir", "tokenizer_dir", "cache_dir", "backbone", "init_adapter")
 # A parameter without one of these marks changes what is trained, and so the run's name.
 T = TypeVar("T")
 Scoring = Annotated[
@@ -68,7 +71,7 @@ def _read_off(value: Any) -> Any:
 class Parameters(BaseModel):
     """All parameters of a run; the values' defaults are those of ``parameters/`` with ``runtime=cpu_debug``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     corpora: Beside[Annotated[list[str], BeforeValidator(_split_commas)]] = Field(
         description="Corpus folders that 02_data converts; 'sample' is the bundled corpus"
@@ -234,6 +237,17 @@ class Parameters(BaseModel):
         return self
 
     def _contradictions(self) -> Iterator[str]:
+        values = self.model_dump()
+        numbers = [name for name, value in values.items() if isinstance(value, int) and abs(value) >= 2**32]
+        yield from (f"{name} is too large" for name in numbers)
+        for name, place in (
+            *((name, values[name]) for name in PLACES),
+            *(("corpora", c) for c in self.corpora),
+        ):
+            if place and (problem := find_path_problem(place)):
+                yield f"{name}={place[:60]!r} can be no path ({problem})"
+        if self.base_url and (secret := find_secret(self.base_url)):
+            yield secret
         if self.corpus_weights and len(self.corpus_weights) != len(self.corpora):
             yield f"corpus_weights has {len(self.corpus_weights)} values and corpora has {len(self.corpora)}: one each"
         if len(self.split_shares) not in (0, 3):
@@ -250,7 +264,7 @@ class Parameters(BaseModel):
         if self.save_steps % self.eval_steps:
             odd = f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}"
             yield f"{odd}: the best checkpoint could not be kept"
-        if self.deepspeed and not Path(self.deepspeed).is_file():
+        if self.deepspeed and not os.path.isfile(self.deepspeed):
             yield f"deepspeed={self.deepspeed}: no such file"
         if self.trainable == "all" and self.init_adapter:
             yield "trainable=all trains no adapter: set init_adapter=null"
@@ -295,6 +309,24 @@ class Parameters(BaseModel):
     @property
     def run_folder(self) -> Path:
         return Path(self.runs_dir) / self.run_name
+
+
+def find_path_problem(path: str) -> str | None:
+    """Why no file can have such a path: too long, a user's home that does not exist, a sign that none may have."""
+    try:
+        os.lstat(Path(path).expanduser())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (OSError, ValueError, RuntimeError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
+def find_secret(base_url: str) -> str | None:
+    """What is wrong with a server's address that holds a password, which files and errors would repeat."""
+    if "@" not in base_url:
+        return None
+    return "base_url holds a user's name or password, which a run would store: put the key into VLLM_API_KEY"
 
 
 def watch_metric_of(values: Mapping[str, Any]) -> str:
@@ -416,9 +448,14 @@ def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
                 raise ParameterError(f"{value.input_line}: one value is wanted. A list is written [a,b].")
             config[value.key_or_group] = value.value()
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group))
+        for name, value in cast(Mapping[str, Any], OmegaConf.to_container(merged)).items():
+            if re.search(r"\$\{[^}]*:", str(value)):
+                raise ParameterError(
+                    f"{name}: what ${{...:...}} gives would be stored with the run; write the value."
+                )
         return cast(Mapping[str, Any], OmegaConf.to_container(merged, resolve=True))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ParameterError(str(error).strip().splitlines()[0]) from None
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ParameterError(str(error).strip().splitlines()[0][:200]) from None
 
 
 @cache

@@ -16,6 +16,7 @@ TAG = "<TAG>"
 SEPARATOR = " ; "
 # ASCII hyphen first, then what editors and PDF converters put in its place (the brief itself has U+2011).
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe58\ufe63\uff0d"
+OFFSET = re.compile("[0-9]{1,9}")  # as it may stand in a file
 _PAIR = re.compile(rf"\s*([0-9]{{1,9}})\s*[{_DASHES}]\s*([0-9]{{1,9}})\s*")
 
 

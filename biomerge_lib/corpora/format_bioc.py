@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.spans import Span
+from biomerge_lib.core.spans import OFFSET, Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
 from biomerge_lib.corpora.formats import Format, Reading, Source
 
@@ -96,6 +96,8 @@ def _iter_bioc_documents(path: Path) -> Iterator[ElementTree.Element]:
                 yield from done
                 done.clear()
             parser.Parse(b"", True)
+        except (LookupError, ValueError) as error:
+            raise DataError(f"{path}: its XML encoding cannot be read ({error}); save it as UTF-8.") from None
         except expat.ExpatError as error:
             reason = expat.ErrorString(error.code)
             raise DataError(
@@ -112,7 +114,7 @@ def _child(element: ElementTree.Element, name: str, path: Path) -> str:
 
 
 def _number(digits: str, where: str) -> int:
-    if not digits.isdecimal():
+    if not OFFSET.fullmatch(digits):
         raise DataError(f"{where}: expected an offset or length, found {digits!r}.")
     return int(digits)
 

@@ -11,7 +11,7 @@ from biomerge_lib.corpora.documents import Document, Mention, ReadCounts
 from biomerge_lib.corpora.formats import Format, Reading, Source, read_text, split_lines
 
 _OTHER = "EARMNC#*"  # events, attributes, relations, modifications, normalisations, notes, equivalences
-_PARTS = re.compile(r"(\S+) (\d+ \d+(?:;\d+ \d+)*)")
+_PARTS = re.compile(r"(\S+) ([0-9]{1,9} [0-9]{1,9}(?:;[0-9]{1,9} [0-9]{1,9})*)")
 
 
 def read_brat(paths: Sequence[Path], counts: ReadCounts) -> Iterator[Document]:

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.spans import OFFSET
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts
 from biomerge_lib.corpora.formats import Format, Reading, Source, first_line, read_text, split_lines
 
@@ -47,7 +48,7 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
             raise DataError(f"{where}: expected {expected} (PubTator), found {line[:60]!r}.")
         if columns[1][:1].isalpha():
             counts.other_lines += 1
-        elif len(columns) < 5 or not (all(map(str.isdecimal, columns[1:3])) and columns[4].strip()):
+        elif len(columns) < 5 or not (all(map(OFFSET.fullmatch, columns[1:3])) and columns[4].strip()):
             raise DataError(f"{where}: expected ID, START, END, mention, type by tabs, found {line[:60]!r}.")
         else:
             span = (int(columns[1]), int(columns[2]))

@@ -19,8 +19,9 @@ import openai
 from anyio.from_thread import start_blocking_portal
 from pydantic import BaseModel, Field
 
-from biomerge_lib.core.errors import ServerError, nearest
+from biomerge_lib.core.errors import ParameterError, ServerError, nearest
 from biomerge_lib.core.files import parse_json
+from biomerge_lib.core.parameters import find_secret
 from biomerge_lib.decoding.answer_grammar import build_grammar
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
 from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
@@ -140,6 +141,8 @@ class RunningServer:
     startup_seconds = 0.0
 
     def __init__(self, base_url: str, model_dir: Path | str | None = None, *, key_variable: str = API_KEY):
+        if secret := find_secret(base_url):
+            raise ParameterError(secret)
         self.base_url = base_url.rstrip("/").removesuffix("/v1") + "/v1"  # given with or without it
         self.api_key = os.environ.get(key_variable) or "EMPTY"
         names = None if model_dir is None else served_names(model_dir)
