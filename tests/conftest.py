@@ -42,6 +42,15 @@ def render(text: str, style: str, cue: str | None = None) -> Rendering:
     return prompt_format.render(Record(text, (), "doc", "corpus", cue))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "inputs of tests/hostile in all (2000); another number also draws others each time, and kills at 20 moments"
+    parser.addoption("--hostile", type=int, default=2000, metavar="N", help=words)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["BIOMERGE_HOSTILE"] = str(config.getoption("--hostile"))
+
+
 EVERYDAY_SECONDS = 10  # of the processor: twice what CONTRIBUTING asks, for slower ones
 # These share a cluster, or hand on files; each begins at once, as it takes longest.
 TOGETHER = ("cluster", "notebooks")
@@ -68,7 +77,7 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
     result = yield
     took = cpu_seconds() - began
     marked = item.path.suffix == ".ipynb" or {"slow", "integration", "gpu"} & item.keywords.keys()
-    if took > EVERYDAY_SECONDS and not marked:
+    if took > EVERYDAY_SECONDS and not marked and item.config.getoption("--hostile") == 2000:
         pytest.fail(
             f"{took:.1f} CPU seconds: make it smaller, or mark it slow or integration (CONTRIBUTING.md)"
         )

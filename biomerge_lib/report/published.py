@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pydantic import BaseModel
+
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import OBJECT, read_values, whole_folder, write_text
 from biomerge_lib.core.markup import in_markdown
@@ -79,14 +81,27 @@ def _refuse_other_content(out: Path) -> None:
         )
 
 
+class _Papermill(BaseModel):
+    input_path: str | None = None
+    parameters: OBJECT = {}
+
+
+class _Metadata(BaseModel):
+    papermill: _Papermill = _Papermill()
+
+
+class _Notebook(BaseModel):
+    metadata: _Metadata
+
+
 def _machine_places(paths: Iterable[Path]) -> list[str]:
     """Folders of the machine that made the run, longest first; a published page names none of them."""
     places = {f"{PROJECT_DIR}/", f"{sys.prefix}/", f"{Path.home()}/"}
     for path in paths:
         if path.suffix == ".ipynb" and path.is_file():
-            papermill = read_values(path, OBJECT).get("metadata", {}).get("papermill", {})
-            places.add(f"{Path(papermill.get('input_path') or '').parent.parent}/")
-            values = papermill.get("parameters", {}).values()
+            papermill = read_values(path, _Notebook).metadata.papermill
+            places.add(f"{Path(papermill.input_path or '').parent.parent}/")
+            values = papermill.parameters.values()
             for value in [item for v in values for item in (v if isinstance(v, list) else [v])]:
                 if isinstance(value, str) and Path(value).is_absolute():
                     places.add(f"{Path(value).parent}/")
