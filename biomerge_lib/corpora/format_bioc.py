@@ -83,12 +83,12 @@ def _iter_bioc_documents(path: Path) -> Iterator[ElementTree.Element]:
             done.append(element)
             opened[0].clear()
 
-    def stop_at_entity(name: str, _: bool) -> None:  # expat would leave it out and shift all that follows
+    def stop_at_entity(name: str, *_: object) -> int:  # expat would leave it out and shift all that follows
         raise DataError(f"{path}:{parser.CurrentLineNumber}: the entity &{name}; is not defined in the file.")
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = builder.data
-    parser.SkippedEntityHandler = stop_at_entity
+    parser.SkippedEntityHandler = parser.ExternalEntityRefHandler = stop_at_entity
     with path.open("rb") as stream:
         try:
             for block in iter(lambda: stream.read(1 << 16), b""):

@@ -156,7 +156,7 @@ def _has(path: Path) -> bool:
     try:
         row = json.loads(line)
         keys = set(row) if isinstance(row, dict) else set()
-    except json.JSONDecodeError:  # a long first line was cut
+    except (ValueError, RecursionError):  # a long first line was cut
         keys = set(re.findall(r'"(\w+)"\s*:', line))
     return not keys.isdisjoint({*TOKEN_COLUMNS, "passages"})
 

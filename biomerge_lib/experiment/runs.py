@@ -72,13 +72,20 @@ def _began(pid: int) -> str | None:
     return None
 
 
+class _Provenance(BaseModel, extra="allow"):
+    commit: str | None = None
+    python: str | None = None
+    versions: dict[str, str] = {}
+    device: str | None = None
+
+
 class _Stage(_Scored):
     status: str = ""
     started: str = ""
     process: _Process | None = None
     error: str = ""
     metrics: OBJECT = {}
-    provenance: OBJECT = {}
+    provenance: _Provenance = _Provenance()
     input: _Scored | None = None
 
     @model_validator(mode="after")

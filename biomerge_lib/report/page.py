@@ -94,7 +94,7 @@ def _tables(
     software, data, stages = [], [], []
     for run in ranked:
         made = run.provenance
-        versions = {"Python": made.get("python"), **(made.get("versions") or {})}
+        versions = {"Python": made.get("python"), **made.get("versions", {})}
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
         software.append({"commit": made.get("commit"), "device": made.get("device"), "versions": listed})
         hashes = {split: run.data[split] for split in SPLITS if run.data.get(split)}

@@ -110,7 +110,7 @@ def distorted(draw: st.DrawFn, value: Any) -> Any:
         if draw(st.integers(0, 4)) == 0:
             del holder[key]
         else:
-            holder[key] = draw(hostile_value)
+            holder[key] = copy.deepcopy(draw(hostile_value))
     return value
 
 

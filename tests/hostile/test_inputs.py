@@ -241,6 +241,7 @@ METRICS = {
         },
     },
 }
+NOTEBOOK = {"metadata": {"papermill": {}}, "cells": [], "nbformat": 4, "nbformat_minor": 5}
 WANDB = {"id": "a", "online": False, "project": "p", "entity": None, "name": "n", "group": None}
 SWEEP = (ROOT / "parameters" / "sweep" / "lora_ner_span.yaml").read_bytes()
 
@@ -254,7 +255,10 @@ def test_run_folders(place, data):
         "metrics.json": (json.dumps(METRICS).encode(), damaged_json(METRICS)),
         "parameters.yaml": (LINES.encode(), damaged(LINES.encode())),
         "wandb.json": (json.dumps(WANDB).encode(), damaged_json(WANDB)),
-        "03_train.ipynb": (b"", damaged_json({"metadata": {"papermill": {}}, "cells": [], "nbformat": 4})),
+        "03_train.ipynb": (
+            b"",
+            damaged_json(NOTEBOOK),
+        ),
     }
     broken = data.draw(st.sampled_from(sorted(files)))
     for name, (good, bad) in files.items():

@@ -5,39 +5,52 @@ A process trains with one thread: of whole runs with two, one in eight had gradi
 
 from __future__ import annotations
 
+import functools
+import importlib
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from biomerge_lib.experiment.runs import load_run_parameters, quiet_libraries
 from biomerge_lib.training import launch
-from biomerge_lib.training import run as training
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "peft", "transformers.trainer", "transformers.models.llama"])
 
 
-class Kill(TrainerCallback):
-    """SIGKILL at the end of a step."""
+def die_at(moment: str) -> None:
+    """SIGKILL when a function is called the nth time: ``module:Class.method:n``; with ``:after``, when it returns."""
+    module, name, nth, *after = moment.split(":")
+    holder: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    real, calls = getattr(holder, last), itertools.count(1)
 
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+    @functools.wraps(real)
+    def call(*args, **kwargs):
+        is_now = next(calls) == int(nth)
+        if is_now and not after:
             os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if is_now:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, last, call)
 
 
-def train(folder: Path, *, ranks: int = 0, kill_at_step: int | None = None) -> str:
+def train(folder: Path, *, ranks: int = 0, kill_at: str | None = None) -> str:
     """Train the run in ``folder`` as its parameters say, or with ``ranks`` as each of torchrun's processes does.
 
-    The ranks are DeepSpeed's and have no compiler, as on many clusters.
+    ``kill_at`` is a moment of :func:`die_at`. The ranks are DeepSpeed's and have no compiler, as on many clusters.
 
     Returns what it printed.
     """
@@ -52,7 +65,7 @@ def train(folder: Path, *, ranks: int = 0, kill_at_step: int | None = None) -> s
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "CXX": "false"}
         environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     processes = [
-        FORKS.Process(target=_train, args=(folder, log, environment, kill_at_step), daemon=True)
+        FORKS.Process(target=_train, args=(folder, log, environment, kill_at), daemon=True)
         for environment in environments
     ]
     for process in processes:
@@ -60,27 +73,20 @@ def train(folder: Path, *, ranks: int = 0, kill_at_step: int | None = None) -> s
     for process in processes:
         process.join()
     said = log.read_text(encoding="utf-8")
-    expected = 0 if kill_at_step is None else -signal.SIGKILL
+    expected = 0 if kill_at is None else -signal.SIGKILL
     assert [process.exitcode for process in processes] == [expected] * len(processes), said[-5000:]
     return said
 
 
-def _train(folder: Path, log: Path, environment: dict[str, str], kill_at_step: int | None) -> None:
+def _train(folder: Path, log: Path, environment: dict[str, str], kill_at: str | None) -> None:
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
     quiet_libraries()
-    if kill_at_step is not None:
-        build_trainer = training.build_trainer
-
-        def with_kill(*args, **kwargs):
-            trainer = build_trainer(*args, **kwargs)
-            trainer.add_callback(Kill(kill_at_step))
-            return trainer
-
-        training.build_trainer = with_kill
+    if kill_at is not None:
+        die_at(kill_at)
     if environment:
         import deepspeed
 

@@ -18,6 +18,7 @@ from biomerge_lib.training.training_order import StepSampler
 from tests.conftest import ROOT, make_tiny_parameters
 from tests.support.forked_training import train
 
+CALLBACKS = "biomerge_lib.training.trainer_callbacks"
 DEEPSPEED = ROOT / "parameters" / "deepspeed"
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
 
@@ -77,11 +78,17 @@ def last_weights(folder: Path) -> dict:
 def test_a_killed_run_resumes_to_the_same_curve_metrics_and_weights(make_run):
     whole, killed = make_run("whole"), make_run("killed")
     train(whole)
-    step = random.SystemRandom().randrange(3, 12)
-    train(killed, kill_at_step=step)
-    assert not (killed / "training.json").exists()
+    # With the run going on from checkpoint to checkpoint, each moment comes about at the step that is named.
+    for moment in (
+        f"{CALLBACKS}:seal_checkpoint:1",  # 2: a checkpoint that is whole and not sealed
+        "transformers.trainer:Trainer._save_optimizer_and_scheduler:1",  # 4: a torn one
+        f"{CALLBACKS}:EpochEndEvaluation._greedy_pass:1",  # 6: between an epoch's checkpoint and its greedy pass
+        f"{CALLBACKS}:SteadySpeed.on_step_end:{(step := random.SystemRandom().randrange(1, 6))}:after",
+    ):
+        train(killed, kill_at=moment)
+        assert not (killed / "training.json").exists()
     assert "going on from" in train(killed)
-    assert curve(killed) == curve(whole), f"killed at step {step}"
+    assert curve(killed) == curve(whole), f"killed {step} steps after the sixth"
     assert [entry for entry in curve(whole) if entry[1] == "loss"][-1][0] == 12
     ours, theirs = last_weights(killed), last_weights(whole)
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
@@ -93,7 +100,7 @@ def test_a_killed_run_resumes_to_the_same_curve_metrics_and_weights(make_run):
 @pytest.mark.integration
 def test_a_torn_newest_checkpoint_is_passed_over_with_a_warning(make_run):
     folder = make_run("torn")
-    train(folder, kill_at_step=7)
+    train(folder, kill_at=f"{CALLBACKS}:SteadySpeed.on_step_end:7:after")
     newest = find_resumable_checkpoint(folder / "checkpoints")
     assert newest.name == "checkpoint-6"
     optimizer = newest / "optimizer.pt"
