@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from safetensors import SafetensorError
+
 from biomerge_lib.core.errors import ModelError
-from biomerge_lib.core.files import locked, read_values, whole_folder
+from biomerge_lib.core.files import fingerprint_weights, locked, read_values, whole_folder
+from biomerge_lib.model.admission import GGUF, find_source, read_source
 from biomerge_lib.prompts.manifest import read_manifest, write_manifest
 from biomerge_lib.prompts.tokenizer import (
     add_biomerge_tokens,
+    as_in_file,
     import_transformers,
     load_tokenizer,
+    refuse_small_embedding,
     save_tokenizer,
 )
 
@@ -42,11 +48,10 @@ if TYPE_CHECKING:
 
 
 SMOLLM2 = "smollm2-135m"
-GGUF = ".gguf"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_END = "<|im_end|>"  # ends SmolLM2's and Qwen's turns; their GGUFs name <|im_start|> and <|endoftext|>
-# What transformers raises for a file that it cannot read.
-UNREADABLE = (OSError, ValueError, LookupError, NotImplementedError)
+# What transformers raises for files that it cannot read.
+UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError)
 # Matrix products want an even vocabulary: 128,261 rows would leave the tensor cores' fast path.
 VOCABULARY_MULTIPLE = 64
 BACKBONE_NOTE = "backbone.json"  # in a checkpoint: {"sha256": ...} of the backbone that it was trained on
@@ -54,16 +59,16 @@ log = logging.getLogger(__name__)
 
 
 def backbone_name(backbone: str) -> str:
-    """A folder name for a backbone: its last path component, with a hash for a folder or a GGUF file.
+    """A folder name for a backbone: the whole hub name, or a folder's or GGUF file's own name with a hash of its path.
 
     >>> backbone_name("aaditya/Llama3-OpenBioLLM-8B")
-    'Llama3-OpenBioLLM-8B'
+    'aaditya--Llama3-OpenBioLLM-8B'
     """
     path = Path(backbone).expanduser()
     if path.is_dir() or path.suffix == GGUF:
         name = path.stem if path.suffix == GGUF else path.resolve().name
         return f"{name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
-    return path.name
+    return backbone.strip("/").replace("/", "--")
 
 
 def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
@@ -79,8 +84,13 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
     import_transformers()
     from transformers import AutoTokenizer
 
-    tokenizer, is_gguf = _read_source(AutoTokenizer, backbone, ("tokenizer_config.json", "tokenizer.json"))
-    if is_gguf and CHAT_END in tokenizer.get_vocab():
+    source, gguf = _locate(backbone, ("tokenizer_config.json", "tokenizer.json"))
+    with _reading(backbone):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **gguf, trust_remote_code=False)
+        files = find_source(backbone)
+        if not gguf and files:
+            tokenizer = as_in_file(tokenizer, files)
+    if gguf and CHAT_END in tokenizer.get_vocab():
         tokenizer.eos_token = CHAT_END
     return tokenizer
 
@@ -89,35 +99,64 @@ def build_tokenizer(backbone: str, tokenizer_dir: Path | str) -> tuple[PreTraine
     """The backbone's tokenizer with the five tokens, saved to ``tokenizer_dir`` once; and how many were added now.
 
     Raises:
-        ModelError: ``tokenizer_dir`` holds the tokenizer of another backbone.
+        ModelError: ``tokenizer_dir`` holds the tokenizer of another backbone, or the backbone cannot be one.
     """
     tokenizer_dir = Path(tokenizer_dir)
+    config = _check_source(backbone)
+    source = find_source(backbone)
+    fingerprint = fingerprint_weights(source / "tokenizer.json") if source else None
     if built_for := read_manifest(tokenizer_dir).get("backbone"):
-        if built_for != backbone:
+        if Path(built_for).expanduser().resolve() != Path(backbone).expanduser().resolve():
             raise ModelError(
                 f"{tokenizer_dir} holds the tokenizer of {built_for!r}, not of {backbone!r}; set another tokenizer_dir."
             )
+        _refuse_other_files(tokenizer_dir, backbone, fingerprint)
         return load_tokenizer(tokenizer_dir), 0
     tokenizer = load_source_tokenizer(backbone)
+    refuse_small_embedding(tokenizer, config.get("vocab_size"))
     added = add_biomerge_tokens(tokenizer)
     save_tokenizer(tokenizer, tokenizer_dir)
-    write_manifest(tokenizer_dir, {"backbone": backbone})
+    write_manifest(tokenizer_dir, {"backbone": backbone, "source": fingerprint})
     return load_tokenizer(tokenizer_dir), added
+
+
+def _check_source(backbone: str) -> dict[str, Any]:
+    """What ``config.json`` says, fetched from the hub where need be; see :func:`read_source`."""
+    if not find_source(backbone) and backbone != SMOLLM2 and not backbone.endswith(GGUF):
+        from transformers import PreTrainedConfig
+
+        with _reading(backbone):
+            PreTrainedConfig.get_config_dict(backbone)
+    source = find_source(backbone)
+    return read_source(source) if source else {}
+
+
+def _refuse_other_files(folder: Path, backbone: str, fingerprint: str | None) -> None:
+    made_of = read_manifest(folder).get("source")
+    if made_of and fingerprint and made_of != fingerprint:
+        raise ModelError(
+            f"{folder} was made from other files than {backbone} holds now. Delete that folder to have it made again, "
+            "or name the earlier files, which runs that were trained on them need."
+        )
 
 
 def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Path | str) -> Path:
     """Make sure that the prepared backbone exists; return its folder.
 
     The first call reads the source weights, resizes the embeddings and saves once in bfloat16 (260 MB for
-    SmolLM2-135M, 16 GB for an 8B); later calls only compare the tokenizers.
+    SmolLM2-135M, 16 GB for an 8B); later calls only compare the tokenizers, and the source's fingerprint.
 
     Raises:
-        ModelError: weights or tokenizer are missing, or the prepared folder has another tokenizer.
+        ModelError: weights or tokenizer are missing or unusable, or the prepared folder was made from others.
     """
     folder = Path(backbones_dir) / backbone_name(backbone)
     tokenizer = load_tokenizer(tokenizer_dir)
+    source = find_source(backbone)
     if not (folder / "config.json").is_file():
         with locked(folder.with_name(f".{folder.name}.lock")):  # other jobs may want it, too
+            earlier = folder.with_name(Path(backbone).name)  # a hub name's last part
+            if not folder.exists() and read_manifest(earlier).get("backbone") == backbone:
+                earlier.rename(folder)
             if not (folder / "config.json").is_file():
                 _prepare(backbone, tokenizer, folder)
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
@@ -125,6 +164,7 @@ def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Pa
             f"{folder} was prepared with another tokenizer than {tokenizer_dir}. Delete that folder to have it "
             f"made again, or choose the tokenizer_dir that belongs to backbone {backbone!r}."
         )
+    _refuse_other_files(folder, backbone, fingerprint_weights(source) if source else None)
     return folder
 
 
@@ -160,6 +200,7 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     import torch
     from transformers import GenerationConfig
 
+    _check_source(backbone)
     model = _load_source_model(backbone)
     rows = max(len(tokenizer), cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings)
     with torch.random.fork_rng(devices=[]):
@@ -172,41 +213,75 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_manifest(partial, {"backbone": backbone})
+        source = find_source(backbone)
+        said = {"backbone": backbone, "source": fingerprint_weights(source) if source else None}
+        write_manifest(partial, said)
     log.info("prepared %s in %s", backbone, folder)
 
 
-def _load_source_model(backbone: str) -> PreTrainedModel:
+def _load_source_model(backbone: str) -> CausalLM:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from biomerge_lib.model.reach_ins import forget_gguf
 
-    model, is_gguf = _read_source(AutoModelForCausalLM, backbone, ("config.json",), dtype=torch.bfloat16)
-    if not is_gguf:
+    source, gguf = _locate(backbone, ("config.json",))
+    model = read_causal_lm(source, dtype=torch.bfloat16, **gguf)
+    if not gguf:
         return model
     config = model.config
     forget_gguf(config)
-    plain = type(model)(config)
+    plain: Any = type(model)(config)
     plain.to(torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     return plain
 
 
-def _read_source(auto: Any, backbone: str, any_of: tuple[str, ...], **options: Any) -> tuple[Any, bool]:
-    """What a class of transformers makes of a backbone's files, and whether they are a GGUF."""
-    source, gguf = _locate(backbone, any_of)
+def read_causal_lm(source: Path | str, **options: Any) -> CausalLM:
+    """A causal LM with all the weights that it needs, of the shapes that it needs, and no others but a token head.
+
+    ``options`` are those of ``from_pretrained``.
+
+    Raises:
+        ModelError: the files hold other weights (the first of each kind are named), or cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    loaded: Any = None
+    with _reading(str(Path(source, options.get("gguf_file", "")))):
+        loaded = AutoModelForCausalLM.from_pretrained(source, **options)
+    model, found = loaded
+    wrong = {
+        "lacking": found["missing_keys"],
+        "of another shape": {name for name, *_ in found["mismatched_keys"]},
+        "unknown": {name for name in found["unexpected_keys"] if not name.startswith("token_head.")},
+    }
+    if any(wrong.values()):
+        said = "; ".join(f"{len(names)} {what}, as {min(names)}" for what, names in wrong.items() if names)
+        raise ModelError(
+            f"{source}: these are not the weights of a {type(model).__name__} ({said}), which would train with random "
+            "ones. Fetch the model again, or name the folder of the causal LM itself."
+        )
+    return model
+
+
+@contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Raise ModelError, with what to do, where transformers cannot read a backbone inside the block."""
     try:
-        return auto.from_pretrained(source, **gguf, **options), bool(gguf)
+        yield
     except UNREADABLE as error:
         problem = str(error).strip().partition("\n")[0]
-        if backbone.endswith(GGUF):
+        if source.endswith(GGUF):
             says = f"transformers cannot read this GGUF file ({problem}). Take the model's own folder."
+        elif Path(source).exists():
+            says = f"transformers cannot read this folder ({problem}). Fetch its files again, or take another backbone "
+            says += "(docs/backbones.md)."
         else:
             says = f"not loadable as a folder or from the hub ({problem}). Without internet, download it elsewhere, "
             says += "copy the folder, and set backbone=/path/to/folder."
-        raise ModelError(f"{backbone}: {says}") from error
+        raise ModelError(f"{source}: {says}") from error
 
 
 def _locate(backbone: str, any_of: tuple[str, ...]) -> tuple[str, dict[str, str]]:

@@ -14,7 +14,6 @@ import torch
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.model.packing import PackedCollator
 from biomerge_lib.model.reach_ins import attention_of, set_attention
-from biomerge_lib.model.span_loss import read_targets
 from biomerge_lib.prompts.ner_span import SpanCollator
 from biomerge_lib.prompts.prompt import IGNORE
 
@@ -33,22 +32,25 @@ States = list[tuple[torch.Tensor, torch.Tensor]]  # of each sentence: hidden sta
 def probe_training(
     model: PeftModel | CausalLM, sentences: Sequence[Sequence[int]], *, packing: bool, dtype: str
 ) -> dict[str, float]:
-    """Compare the training's forward, padded and packed, with the model's own on two sentences of token ids.
+    """Compare the training's forward, ``padded`` and ``packed``, with the model's own on two sentences of token ids.
 
-    The reference is the model's own forward of each sentence alone, with transformers' plain attention. A
-    difference is that of a token's hidden states, or logits, over their length: the median of a sentence's
-    tokens or of its first three, which a leak from the sentence before reaches first, whichever is more
-    (single tokens go to another expert by rounding alone). Of ``padded`` and ``packed`` none may be above
-    ``tolerance``: rounding adds up to about ``eps / 2 * sqrt(layers)`` (measured: 0.02 for SmolLM2's 30
-    layers in bfloat16), four times that is allowed, and 1e-3 at the least. ``leak`` is what the second
-    sentence's difference would be if it read the first: one below the tolerance says that the probe shows
-    nothing here, as in a tiny model of small random weights.
+    The reference is the backbone's own forward of each sentence alone, with transformers' plain attention. A difference is that of a token's hidden states, or logits, over their length: the median of a sentence's
+    tokens, or of its first three, which a leak reaches first, whichever is more (single tokens may go to another expert
+    by rounding). Rounding adds up to about ``eps / 2 * sqrt(layers)`` (measured: 0.02 for SmolLM2's 30 layers in
+    bfloat16); four times that is the ``tolerance``, 1e-3 the least. ``leak`` is the second sentence's difference if it
+    read the first one: below the tolerance the probe shows nothing, as with small random weights.
 
     Raises:
         ModelError: the training would compute something else, or cannot compute.
     """
     base: Any = cast("PeftModel", model).get_base_model() if hasattr(model, "peft_config") else model
-    was_training, kind = model.training, type(base).__name__
+    own, was_training, first = attention_of(base), model.training, len(sentences[0])
+    rounding = torch.finfo(getattr(torch, dtype)).eps / 2 * base.config.num_hidden_layers**0.5
+    found = {"tolerance": max(LEAST_TOLERANCE, 4 * rounding)}
+    examples = [
+        {"input_ids": list(ids), "labels": [IGNORE, *ids[1:]], "token_labels": [IGNORE] * len(ids)}
+        for ids in sentences
+    ]
     model.eval()
     try:
         with (
@@ -56,53 +58,38 @@ def probe_training(
             torch.compiler.set_stance("force_eager"),
             torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
         ):
-            rounding = torch.finfo(getattr(torch, dtype)).eps / 2 * base.config.num_hidden_layers**0.5
-            return _compare(base, sentences, packing, max(LEAST_TOLERANCE, 4 * rounding))
+            set_attention(base, "eager")
+            alone = [_own_states(base, ids) for ids in sentences]
+            hidden, logits = _own_states(base, [*sentences[0], *sentences[1]])
+            found["leak"] = _difference([(hidden[first:], logits[first:])], alone[1:])
+            found["padded"] = _difference(_trained_states(base, SpanCollator(0)(examples)), alone)
+            if packing:
+                found["packed"] = _difference(_trained_states(base, PackedCollator(0)(examples)), alone)
     except FAILURES as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        problem = f"{type(error).__name__}: {error}"
-        raise ModelError(
-            f"{kind}: a pass over two sentences fails ({problem}). {_ADVICE[packing]}"
-        ) from error
+        problem = f"fails on two sentences ({type(error).__name__}: {error})"
+        raise _refusal(base, "padded" in found, problem) from error
     finally:
+        set_attention(base, own)
         model.train(was_training)
-
-
-_ADVICE = {
-    True: "Set packing=false, which keeps sentences apart in rows of their own.",
-    False: "This project cannot train it so; docs/backbones.md names the families that were tried.",
-}
-
-
-def _compare(
-    base: CausalLM,
-    sentences: Sequence[Sequence[int]],
-    packing: bool,
-    tolerance: float,
-) -> dict[str, float]:
-    examples = [
-        {"input_ids": list(ids), "labels": [IGNORE, *ids[1:]], "token_labels": [IGNORE] * len(ids)}
-        for ids in sentences
-    ]
-    before, first = attention_of(base), len(sentences[0])
-    set_attention(base, "eager")
-    alone = [_own_states(base, ids) for ids in sentences]
-    hidden, logits = _own_states(base, [*sentences[0], *sentences[1]])
-    set_attention(base, before)
-    found = {"tolerance": tolerance, "leak": _difference([(hidden[first:], logits[first:])], alone[1:])}
-    collators: dict[str, Any] = {"padded": SpanCollator(0)}
-    if packing:
-        collators["packed"] = PackedCollator(0)
-    for way, collator in collators.items():
-        found[way] = _difference(_trained_states(base, collator(examples)), alone)
-        if not found[way] <= tolerance:
-            raise ModelError(
-                f"{type(base).__name__}: a {way} training pass computes something else than the model's own (hidden "
-                f"states or logits differ by {found[way]:.1%}, of which rounding explains {tolerance:.1%}). "
-                + _ADVICE[way == "packed"]
+    for way in ("padded", "packed"):
+        if not found.get(way, 0.0) <= found["tolerance"]:
+            problem = (
+                f"differs from the model's own by {found[way]:.1%}, and rounding by {found['tolerance']:.1%}"
             )
+            raise _refusal(base, way == "packed", problem)
     return {name: float(f"{value:.2g}") for name, value in found.items()}
+
+
+def _refusal(model: CausalLM, packed: bool, problem: str) -> ModelError:
+    if packed:
+        advice = "Set packing=false, which keeps sentences in rows of their own."
+    else:
+        advice = "It cannot be trained here so: take another backbone (docs/backbones.md), or backend=peft."
+    return ModelError(
+        f"{type(model).__name__}: its {'packed' if packed else 'padded'} forward {problem}. {advice}"
+    )
 
 
 def _own_states(model: CausalLM, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,13 +99,12 @@ def _own_states(model: CausalLM, ids: Sequence[int]) -> tuple[torch.Tensor, torc
 
 
 def _trained_states(model: CausalLM, batch: dict[str, torch.Tensor]) -> States:
+    states: list[torch.Tensor] = []
     lengths = batch.pop("lengths").tolist()
-    del batch["token_labels"]
-    inputs = {name: values.to(model.device) for name, values in batch.items()}
-    hidden, logits, _ = read_targets(model, **inputs, max_seq_len=max(lengths))
-    rows = hidden[0].split(lengths) if "cu_seq_lens" in batch else hidden
-    pairs = zip(rows, logits.split([length - 1 for length in lengths]), lengths, strict=True)
-    return [(row[:length].float(), of_row) for row, of_row, length in pairs]
+    model(**{name: values.to(model.device) for name, values in batch.items()}, states=states)
+    rows = states[0][0].split(lengths) if "cu_seq_lens" in batch else states[0]
+    pairs = zip(rows, states[1].split([length - 1 for length in lengths]), lengths, strict=True)
+    return [(row[:length].float(), logits) for row, logits, length in pairs]
 
 
 def _difference(found: States, expected: States) -> float:

@@ -57,17 +57,42 @@ def span_loss(
     token_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     num_words_in_batch: torch.Tensor | int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+    target_positions: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,  # the Trainer's, which counts
-    **where: torch.Tensor,
+    states: list[torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The losses of a padded batch, ``input_ids``, ``labels``, ``token_labels`` (B, T), or of a packed one (1, T).
 
-    ``where`` is the rest of what a collator gives: see :func:`read_targets`.
+    A packed batch has ``cu_seq_lens``, ``target_positions`` and ``targets`` of ``PackedCollator``.
     ``num_items_in_batch`` and ``num_words_in_batch`` count the target tokens and labelled words of the whole
     optimiser step, so that accumulation gives the mean over the step. In evaluation mode ``answer_ids`` (N,) are the
-    most likely tokens where the targets stand, each given the targets before it.
+    most likely tokens where the targets stand, each given the targets before it. ``states`` is given the hidden states
+    (B, T, H) and the targets' logits (N, V).
     """
-    hidden, logits, targets = read_targets(model, input_ids, labels, max_seq_len=max_seq_len, **where)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+    # Not set back afterwards: the backward pass may compute layers anew.
+    set_attention(model, model.own_attention if cu_seq_lens is None else ATTENTION)
+    if cu_seq_lens is None:
+        inputs["attention_mask"] = attention_mask
+    else:
+        inputs |= packed_row(cu_seq_lens, max_seq_len)
+    hidden = model.model(**inputs, use_cache=False)[0]  # (B, T, H)
+    if cu_seq_lens is not None:
+        at_targets = hidden[0].index_select(0, cast(torch.Tensor, target_positions))
+    else:
+        shifted = labels[:, 1:]
+        at_targets, targets = hidden[:, :-1][shifted != IGNORE], shifted[shifted != IGNORE]
+    logits = model.lm_head(at_targets).float() * _logit_scale(model.config)  # (targets, V)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * (logits / cap).tanh()
+    if states is not None:
+        states += [hidden, logits]
+    targets = cast(torch.Tensor, targets)
     summed = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     loss = _mean_loss(summed, num_items_in_batch, targets)
     output = {"loss": loss, "lm_loss": loss.detach()}
@@ -88,48 +113,10 @@ def span_loss(
     return output
 
 
-def read_targets(
-    model: CausalLM,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    max_seq_len: int,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    cu_seq_lens: torch.Tensor | None = None,
-    target_positions: torch.Tensor | None = None,
-    targets: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch's hidden states (B, T, H), the logits where the next token is a label (N, V), and those labels (N,).
-
-    A packed batch has ``cu_seq_lens``, ``target_positions`` and ``targets`` of ``PackedCollator``.
-    """
-    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    # Not set back afterwards: the backward pass may compute layers anew.
-    set_attention(model, model.own_attention if cu_seq_lens is None else ATTENTION)
-    if cu_seq_lens is None:
-        inputs["attention_mask"] = attention_mask
-    else:
-        inputs |= packed_row(cu_seq_lens, max_seq_len)
-    hidden = model.model(**inputs, use_cache=False)[0]
-    if cu_seq_lens is not None:
-        at_targets = hidden[0].index_select(0, cast(torch.Tensor, target_positions))
-    else:
-        shifted = labels[:, 1:]
-        at_targets, targets = hidden[:, :-1][shifted != IGNORE], shifted[shifted != IGNORE]
-    logits = model.lm_head(at_targets).float() * _logit_scale(model.config)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * (logits / cap).tanh()
-    return hidden, logits, cast(torch.Tensor, targets)
-
-
 def _logit_scale(config: Any) -> float:
     """What a model's own forward multiplies its logits by: Cohere's, Falcon-H1's and Granite's name for it, or 1."""
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if getattr(config, name, None):
-            return getattr(config, name)
-    return 1 / (getattr(config, "logits_scaling", None) or 1)
+    own = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    return own or 1 / (getattr(config, "logits_scaling", None) or 1)
 
 
 def _mean_loss(summed: torch.Tensor, count: torch.Tensor | int | None, labels: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import OBJECT, read_values
-from biomerge_lib.model.backbones import refuse_other_backbone
+from biomerge_lib.model.backbones import read_causal_lm, refuse_other_backbone
 from biomerge_lib.prompts.prompt import B_I_O
 from biomerge_lib.prompts.tokenizer import ADDED_TOKENS, load_tokenizer
 
@@ -241,14 +241,13 @@ def load_causal_lm(folder: Path | str, *, dtype: str) -> CausalLM:
         ModelError: the folder holds no model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from biomerge_lib.model.reach_ins import set_attention
 
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder}: no model here (config.json is missing). 03_train.ipynb writes one.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = cast("CausalLM", AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)))
+    model = read_causal_lm(folder, dtype=getattr(torch, dtype))
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses self
     if getattr(model.config, "attn_logit_softcapping", None):
         set_attention(model, "eager")  # PyTorch's SDPA, which transformers chooses, leaves the cap out

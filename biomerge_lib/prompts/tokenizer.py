@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
 # All of such a tokenizer is in tokenizer.json.
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# Spaces, digits and characters of several bytes, which kinds of tokenizers write differently.
+COMPARED_TEXTS = (
+    "Aspirin 20 mg",
+    " two  spaces\tand\nlines ",
+    "1234567890; 0-7 ; 20-34",
+    "TNF-α, naïve, 肺炎 😀",
+)
+log = logging.getLogger(__name__)
 NOT_NEEDED = ("sklearn", "torchao")
 
 
@@ -60,6 +69,48 @@ def add_biomerge_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
     return added
 
 
+def as_in_file(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer, or that of the folder's ``tokenizer.json`` where the class that was chosen writes other ids.
+
+    transformers builds a ``LlamaTokenizer`` anew from the vocabulary: of a byte-level file it loses every space.
+
+    Raises:
+        ModelError: ``tokenizer_config.json`` asks for a BOS token that the file does not write.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    in_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    in_file.no_padding()
+    in_file.no_truncation()
+    if any(tokenizer(text)["input_ids"] != in_file.encode(text).ids for text in COMPARED_TEXTS):
+        log.warning("%s: not a %s as it says; its file is taken.", folder, type(tokenizer).__name__)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    wants_bos = config.is_file() and read_values(config, OBJECT, raises=ModelError).get("add_bos_token")
+    if wants_bos and tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id:
+        raise ModelError(
+            f"{folder}: tokenizer_config.json has add_bos_token=true, and tokenizer.json puts no BOS before a text. "
+            "Add it to the post_processor there, or set add_bos_token to false if the model was trained without."
+        )
+    return tokenizer
+
+
+def refuse_small_embedding(tokenizer: PreTrainedTokenizerFast, rows: int | None) -> None:
+    """Raise ModelError for words (not special tokens, which no text needs) beyond the ``rows`` of the embedding."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    vocabulary = tokenizer.get_vocab()
+    if beyond := [
+        word for word, index in vocabulary.items() if index >= (rows or 1e9) and index not in special
+    ]:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: {len(beyond):,} tokens, as {beyond[0]!r}, are beyond the {rows:,} rows of the "
+            "model's embedding. Fetch the tokenizer of this model."
+        )
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:
     """Save a tokenizer with the five tokens; :func:`load_tokenizer` reads it back."""
     check_tokenizer(tokenizer, str(folder))
@@ -100,6 +151,12 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     again = "run notebooks/01_tokenizer.ipynb."
     if missing:
         raise ModelError(f"{name}: tokens {', '.join(missing)} are missing; {again}")
+    ids = {vocabulary[token] for token in ADDED_TOKENS}
+    if shared := [word for word, index in vocabulary.items() if index in ids and word not in ADDED_TOKENS]:
+        raise ModelError(
+            f"{name}: one of the five tokens has the id of {shared[0]!r}, as the vocabulary has a hole before it. "
+            "Number the tokens in tokenizer.json without gaps, or take another backbone."
+        )
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
         raise ModelError(f"{name}: EOS or pad token is not set; {again}")
     if tokenizer("<NER> x")["input_ids"][-1] == tokenizer.eos_token_id:

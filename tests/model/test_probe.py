@@ -56,7 +56,7 @@ def test_rounding_alone_is_no_difference(model_type):
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_5_text", "gpt_oss", "falcon_h1"])
 def test_a_leak_shows_through_bfloat16s_rounding(model_type):
     with pytest.raises(
-        ModelError, match=r"a packed training pass computes something else.*Set packing=false"
+        ModelError, match=r"its packed forward differs from the model's own by .*Set packing=false"
     ):
         probe_training(build(model_type, dtype="bfloat16"), IDS, packing=True, dtype="bfloat16")
 
@@ -64,7 +64,7 @@ def test_a_leak_shows_through_bfloat16s_rounding(model_type):
 @pytest.mark.parametrize("model_type", ["granite", "cohere", "falcon_h1"])
 def test_a_scale_of_the_logits_that_the_loss_would_leave_out_is_refused(model_type, monkeypatch):
     monkeypatch.setattr(span_loss, "_logit_scale", lambda config: 1.0)
-    with pytest.raises(ModelError, match="a padded training pass computes something else"):
+    with pytest.raises(ModelError, match="its padded forward differs from the model's own by"):
         probe_training(build(model_type), IDS, packing=False, dtype="float32")
 
 
@@ -72,7 +72,7 @@ def test_an_attention_that_drops_a_cap_or_sinks_is_refused():
     capped = build("gemma2", attn_logit_softcapping=1.0, query_pre_attn_scalar=1)
     assert probe_training(capped, IDS, packing=False, dtype="float32")["padded"] < 1e-5
     capped.own_attention = "sdpa"
-    with pytest.raises(ModelError, match="a padded training pass computes something else"):
+    with pytest.raises(ModelError, match="its padded forward differs from the model's own by"):
         probe_training(capped, IDS, packing=False, dtype="float32")
 
 
@@ -99,5 +99,7 @@ def test_weights_too_small_to_show_anything_are_said_to_be():
 def test_a_pass_that_crashes_is_refused_with_its_cause():
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
     model.get_base_model().model.forward = None
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM: a pass over two sentences fails \(TypeError: "):
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM: its padded forward fails on two sentences \(TypeError: "
+    ):
         probe_training(model, IDS, packing=True, dtype="float32")
