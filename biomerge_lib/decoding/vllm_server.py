@@ -42,6 +42,7 @@ EXECUTION = {
     "graphs": ["--compilation-config", json.dumps(_GRAPHS)],
     "compiled": [],  # vLLM's own default: torch.compile, then graphs
 }
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # "(Worker pid=7) ERROR 11-23 04:46:04 [executor.py:9] ValueError: ...", or the same without vLLM's prefix.
 _EXCEPTION = re.compile(r"(?:\(.*?\] )?\s*((?:[\w.]*(?:Error|Exception): |Value error, ).+)")
 
@@ -235,6 +236,7 @@ def read_log_tail(log_path: Path | str, lines: int = 6) -> str:
     """What a server's log says at its end: the last different exceptions, or the last lines when there are none."""
     path = Path(log_path)
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = _COLOUR.sub("", text)
     exceptions = dict.fromkeys(match[1] for match in map(_EXCEPTION.match, text.splitlines()) if match)
     said = list(exceptions) or [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(said[-lines:]) or "(the log is empty)"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import fingerprint_weights, locked, read_values, whole_folder
-from biomerge_lib.model.admission import GGUF, find_source, read_source
+from biomerge_lib.model.admission import GGUF, Configuration, find_source, read_source
 from biomerge_lib.prompts.manifest import read_manifest, write_manifest
 from biomerge_lib.prompts.tokenizer import (
     add_biomerge_tokens,
@@ -113,14 +113,14 @@ def build_tokenizer(backbone: str, tokenizer_dir: Path | str) -> tuple[PreTraine
         _refuse_other_files(tokenizer_dir, backbone, fingerprint)
         return load_tokenizer(tokenizer_dir), 0
     tokenizer = load_source_tokenizer(backbone)
-    refuse_small_embedding(tokenizer, config.get("vocab_size"))
+    refuse_small_embedding(tokenizer, config.vocab_size)
     added = add_biomerge_tokens(tokenizer)
     save_tokenizer(tokenizer, tokenizer_dir)
     write_manifest(tokenizer_dir, {"backbone": backbone, "source": fingerprint})
     return load_tokenizer(tokenizer_dir), added
 
 
-def _check_source(backbone: str) -> dict[str, Any]:
+def _check_source(backbone: str) -> Configuration:
     """What ``config.json`` says, fetched from the hub where need be; see :func:`read_source`."""
     if not find_source(backbone) and backbone != SMOLLM2 and not backbone.endswith(GGUF):
         from transformers import PreTrainedConfig
@@ -128,7 +128,7 @@ def _check_source(backbone: str) -> dict[str, Any]:
         with _reading(backbone):
             PreTrainedConfig.get_config_dict(backbone)
     source = find_source(backbone)
-    return read_source(source) if source else {}
+    return read_source(source) if source else Configuration()
 
 
 def _refuse_other_files(folder: Path, backbone: str, fingerprint: str | None) -> None:

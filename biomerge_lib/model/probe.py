@@ -34,11 +34,12 @@ def probe_training(
 ) -> dict[str, float]:
     """Compare the training's forward, ``padded`` and ``packed``, with the model's own on two sentences of token ids.
 
-    The reference is the backbone's own forward of each sentence alone, with transformers' plain attention. A difference is that of a token's hidden states, or logits, over their length: the median of a sentence's
-    tokens, or of its first three, which a leak reaches first, whichever is more (single tokens may go to another expert
-    by rounding). Rounding adds up to about ``eps / 2 * sqrt(layers)`` (measured: 0.02 for SmolLM2's 30 layers in
-    bfloat16); four times that is the ``tolerance``, 1e-3 the least. ``leak`` is the second sentence's difference if it
-    read the first one: below the tolerance the probe shows nothing, as with small random weights.
+    The reference is the model's own forward of each sentence alone, with transformers' plain attention. A difference is
+    that of a token's hidden states, or logits, over their length: the median of a sentence's tokens, or of its first
+    three, which a leak reaches first, whichever is more (single tokens may go to another expert by rounding). Rounding
+    adds up to about ``eps / 2 * sqrt(layers)`` (measured: 0.02 for SmolLM2's 30 layers in bfloat16); four times that is
+    the ``tolerance``, 1e-3 the least. ``leak`` is the second sentence's difference if it read the first one: below the
+    tolerance the probe shows nothing, as with small random weights.
 
     Raises:
         ModelError: the training would compute something else, or cannot compute.

@@ -13,15 +13,14 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from biomerge_lib.core.errors import BioMergeError, ModelError
-from biomerge_lib.core.files import file_sha256, read_values
+from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.spans import parse_answer
 from biomerge_lib.corpora.tags import find_implausible
 from biomerge_lib.experiment.provenance import device_name
 from biomerge_lib.model.adapters import read_init_adapter
+from biomerge_lib.model.admission import TRIED, Configuration, find_source, read_source
 from biomerge_lib.model.backbones import backbone_name
 from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
 from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_options
@@ -83,7 +82,7 @@ def check_training(parameters: Parameters) -> Preflight:
         _report_scored_lengths(found, split, parameters)
     _report_sentences(found, parameters)
     _report_cues(found, parameters)
-    _report_context(found, parameters)
+    _report_backbone(found, parameters)
     _report_steps(found, parameters)
     _report_init_adapter(found, parameters)
     if parameters.trainable == "all":
@@ -224,21 +223,29 @@ def _report_cues(found: Preflight, parameters: Parameters) -> None:
         found.add(NOTE if cued else WARNING, "cues", says)
 
 
-class _Config(BaseModel):
-    max_position_embeddings: int
-
-
-def _report_context(found: Preflight, parameters: Parameters) -> None:
+def _report_backbone(found: Preflight, parameters: Parameters) -> None:
     backbone = parameters.backbone
-    folders = (Path(parameters.backbones_dir) / backbone_name(backbone), Path(backbone).expanduser())
-    configs = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
-    if not configs:
-        found.add(NOTE, "context", f"{backbone} is not prepared yet: its longest context is not checked")
+    prepared = Path(parameters.backbones_dir) / backbone_name(backbone)
+    folder = prepared if prepared.is_dir() else find_source(backbone)
+    try:
+        config = read_source(folder) if folder else Configuration()
+    except ModelError as error:
+        found.add(REFUSED, "backbone", str(error))
         return
-    context = read_values(configs[0], _Config, raises=ModelError).max_position_embeddings
-    needed = parameters.max_input_tokens + max(parameters.max_target_tokens, parameters.max_new_tokens)
-    says = f"prompt and answer need {needed:,} tokens, {backbone} has room for {context:,}"
-    found.add(OK if needed <= context else REFUSED, "context", says)
+    if config.context is None:
+        found.add(
+            NOTE, "context", f"{backbone} is not here yet, or does not say its longest context: not checked"
+        )
+    else:
+        needed = parameters.max_input_tokens + max(parameters.max_target_tokens, parameters.max_new_tokens)
+        says = f"prompt and answer need {needed:,} tokens, {backbone} has room for {config.context:,}"
+        found.add(OK if needed <= config.context else REFUSED, "context", says)
+    if config.model_type and config.model_type not in TRIED:
+        says = f"{config.model_type} models were not tried here (docs/backbones.md); a probe compares the training's "
+        found.add(NOTE, "backbone", says + "forward with the model's own before the first step")
+    if config.experts and parameters.trainable == "lora":
+        says = f"a layer's {config.experts} experts stay as they are: LoRA reaches linear layers alone"
+        found.add(NOTE, "backbone", says)
 
 
 def _report_steps(found: Preflight, parameters: Parameters) -> None:

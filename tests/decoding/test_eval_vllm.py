@@ -786,6 +786,15 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
         VllmServer(tmp_path, dtype="float32", log_path=tmp_path / "log", max_model_len=64).start()
 
 
+def test_log_tail_reads_through_vllms_colours(tmp_path):
+    log = tmp_path / "log"
+    said = "ValueError: Free memory on device is less than desired"
+    log.write_text(
+        f"\x1b[0;36m(EngineCore_DP0 pid=7)\x1b[0;0m ERROR 12-01 04:46:04 [core.py:842] {said}\n\x1b[31mlast\x1b[0m\n"
+    )
+    assert read_log_tail(log) == said
+
+
 def test_log_tail_without_exceptions_is_the_last_lines(tmp_path):
     log = tmp_path / "log"
     log.write_text("one\n\ntwo\nW1123 warning [x] <enum Error>\n")

@@ -1,6 +1,8 @@
 """Preflight counts exactly what training will meet, and refuses what cannot work before a model loads."""
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -276,3 +278,37 @@ def test_no_deep_learning_library_is_imported(data_dir, tiny_prepared):
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.fixture
+def configured(tiny_backbone, tmp_path):
+    """A copy of the tiny backbone whose config.json says otherwise, without weights."""
+
+    def make(**values) -> str:
+        folder = tmp_path / "configured"
+        shutil.copytree(tiny_backbone, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        config = json.loads((folder / "config.json").read_text()) | values
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+        return str(folder)
+
+    return make
+
+
+def test_a_backbone_that_cannot_be_trained_is_refused_by_its_configuration(check, configured):
+    with pytest.raises(PreflightError, match=r"backbone: .*config\.json: its weights are quantised \(gptq\)"):
+        check(backbone=configured(quantization_config={"quant_method": "gptq", "bits": 4}))
+
+
+@pytest.mark.parametrize("name", ["n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx"])
+def test_the_longest_context_is_read_by_any_of_its_names(check, configured, name):
+    with pytest.raises(PreflightError, match="has room for 700"):
+        check(backbone=configured(**{"max_position_embeddings": ..., name: 700}))
+
+
+def test_a_configuration_without_a_longest_context_is_said(check, configured):
+    assert "not checked" in says(check(backbone=configured(max_position_embeddings=...)), "context")
+
+
+def test_an_untried_family_and_experts_out_of_loras_reach_are_said(check, configured):
+    found = says(check(backbone=configured(model_type="flex_olmo", num_experts=8)), "backbone")
+    assert "note: flex_olmo models were not tried here" in found and "note: a layer's 8 experts" in found
