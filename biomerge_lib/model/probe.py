@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from biomerge_lib.model.backbones import CausalLM
 
 SENTENCES = ("Aspirin can trigger asthma attacks in sensitive patients .", "No nausea with 20 mg of TNF-α .")
-LEAST_TOLERANCE = 1e-3
+LEAST_TOLERANCE = 1e-4
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
 
 States = list[tuple[torch.Tensor, torch.Tensor]]  # of each sentence: hidden states (T, H), logits (T - 1, V)
@@ -38,7 +38,7 @@ def probe_training(
     that of a token's hidden states, or logits, over their length: the median of a sentence's tokens, or of its first
     three, which a leak reaches first, whichever is more (single tokens may go to another expert by rounding). Rounding
     adds up to about ``eps / 2 * sqrt(layers)`` (measured: 0.02 for SmolLM2's 30 layers in bfloat16); four times that is
-    the ``tolerance``, 1e-3 the least. ``leak`` is the second sentence's difference if it read the first one: below the
+    the ``tolerance``, 1e-4 the least. ``leak`` is the second sentence's difference if it read the first one: below the
     tolerance the probe shows nothing, as with small random weights.
 
     Raises:

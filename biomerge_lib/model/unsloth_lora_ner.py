@@ -219,9 +219,12 @@ def choose_lora_layers(model: CausalLM, *, backend: str) -> list[str]:
     """
     import torch
 
-    modules = model.get_decoder().named_modules()
-    linear = (name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear))
-    layers = list(dict.fromkeys(linear))
+    decoder = model.get_decoder()
+    # Mamba reads these two weights past their modules: an adapter there would be merged and never be trained.
+    mamba = [name for name, module in decoder.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")]
+    uncalled = {f"{name}.{part}" for name in mamba for part in ("out_proj", "dt_proj")}
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = list(dict.fromkeys(name.rpartition(".")[2] for name in linear if name not in uncalled))
     kind = type(model).__name__
     if not layers:
         raise ModelError(f"{kind}: its layers have no torch.nn.Linear to put LoRA on; see docs/backbones.md.")

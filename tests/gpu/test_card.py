@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from biomerge_lib.core.errors import ModelError
+from biomerge_lib.model.probe import probe_training
 from tests.conftest import ROOT
 from tests.gpu.train_on_card import COMBINATIONS, STEPS, name_of
+from tests.model.families import FAMILIES
+from tests.model.test_probe import IDS, build
 
 pytestmark = pytest.mark.gpu
 SCRIPT = Path(__file__).with_name("train_on_card.py")
@@ -103,6 +107,28 @@ def test_a_resumed_run_goes_on_with_the_same_losses(result):
 def test_the_merged_model_says_what_the_checkpoint_says(result):
     assert result["relative_change"] < 0.5
     assert len(result["answers"]) == 8
+
+
+def test_the_probe_finds_nothing_but_rounding(result):
+    found = {name: value for name, value in result["metrics"].items() if name.startswith("probe_")}
+    assert (
+        0
+        < max(found["probe_padded"], found.get("probe_packed", 0))
+        < found["probe_tolerance"]
+        < found["probe_leak"]
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_a_familys_packed_rows_are_what_the_table_says_of_them(family):
+    """In bfloat16 by the card's own kernel."""
+    for packing in (False, True):
+        model = build(family.model_type, dtype="bfloat16").to("cuda")
+        if packing and not family.packs:
+            with pytest.raises(ModelError, match=r"(?i)set packing=false"):
+                probe_training(model, IDS, packing=True, dtype="bfloat16")
+        else:
+            probe_training(model, IDS, packing=packing, dtype="bfloat16")
 
 
 def test_speed_and_memory_are_measured(result):

@@ -1,4 +1,7 @@
-"""The families of causal LMs that were tried, each with a tiny random model: docs/backbones.md has them as a table."""
+"""The families of causal LMs that were tried, each with a tiny random model: docs/backbones.md has them as a table.
+
+python -m tests.model.families  prints it
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,68 +36,80 @@ EXPERTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """``packs``: packed rows keep sentences apart; ``config`` is what a tiny model wants beside :data:`SHAPE`."""
+    """``config`` is what a tiny model wants beside :data:`SHAPE`.
+
+    ``packs``: packed rows keep sentences apart; ``unsloth``: LoRA reaches all of its linear layers there, too.
+    """
 
     model_type: str
     name: str
-    packs: bool = True
     to_know: str = ""
+    packs: bool = True
+    unsloth: bool = True
     config: dict[str, Any] = field(default_factory=dict)
 
 
-CONVOLVES = "its convolutions and linear attention read on across sentences"
-MASKS = "its attention takes no description of packed rows"
-REACH = "LoRA does not reach its experts, attention only; preflight says so"
+READS_ON = "convolutions and linear attention read on from sentence to sentence in a packed row"
+MAMBA_LORA = (
+    f"{READS_ON}; LoRA leaves Mamba's `out_proj` (and `dt_proj`) as they are, which it reads past the adapter"
+)
+MASKS = "its attention does not take the description of a packed row"
+EXPERTS_STAY = "LoRA leaves the experts as they are and trains attention"
+PADDED = {"packs": False, "unsloth": False}
 FAMILIES = [
     Family("llama", "Llama, SmolLM2"),
     Family("mistral", "Mistral"),
     Family("qwen2", "Qwen 2, Qwen 2.5"),
     Family("qwen3", "Qwen 3"),
     Family("gemma", "Gemma"),
-    Family("gemma2", "Gemma 2", False, "it soft-caps attention scores"),
+    Family(
+        "gemma2",
+        "Gemma 2",
+        "soft-caps attention scores, which only transformers' plain attention does",
+        packs=False,
+    ),
     Family(
         "gemma3_text",
         "Gemma 3 (text)",
-        True,
-        "on a CPU a sentence longer than its sliding window needs `packing=false`",
+        "a sentence longer than its sliding window needs `packing=false` on a CPU",
     ),
-    Family("gemma4_text", "Gemma 4 (text)"),
+    Family("gemma4_text", "Gemma 4 (text)", unsloth=False, config={"vocab_size_per_layer_input": 608}),
+    Family("phi3", "Phi 3, Phi 4", "LoRA goes on its fused `qkv_proj` and `gate_up_proj`", unsloth=False),
+    Family("phi", "Phi 1, Phi 2", unsloth=False),
     Family(
-        "phi3",
-        "Phi 3",
-        True,
-        "`backend=peft`: Unsloth puts no LoRA on its fused layers, and training refuses rather than leave them out",
+        "granite",
+        "Granite",
+        "scales its logits",
+        config={"logits_scaling": 8.0, "embedding_multiplier": 12.0},
     ),
-    Family("phi", "Phi 1, Phi 2", True, "`backend=peft`, as Phi 3"),
-    Family("granite", "Granite", config={"logits_scaling": 8.0, "embedding_multiplier": 12.0}),
-    Family("cohere", "Command R"),
-    Family("cohere2", "Command R7B, Command A"),
+    Family("cohere", "Command R", "scales its logits"),
+    Family("cohere2", "Command R7B, Command A", "scales its logits"),
     Family("olmo2", "OLMo 2"),
     Family("olmo3", "OLMo 3"),
     Family("smollm3", "SmolLM3"),
-    Family("starcoder2", "StarCoder 2", True, "`backend=peft`"),
-    Family("glm4", "GLM 4", True, "`backend=peft`"),
+    Family("starcoder2", "StarCoder 2", unsloth=False),
+    Family("glm4", "GLM 4", unsloth=False),
     Family("exaone4", "EXAONE 4"),
-    Family("stablelm", "StableLM", False, MASKS),
-    Family("nemotron", "Nemotron 4", False, MASKS),
-    Family("mixtral", "Mixtral", True, REACH, EXPERTS),
-    Family("qwen3_moe", "Qwen 3 MoE", True, REACH, EXPERTS),
-    Family("olmoe", "OLMoE", True, REACH, EXPERTS),
+    Family("stablelm", "StableLM", MASKS, packs=False),
+    Family("nemotron", "Nemotron 4", MASKS, packs=False),
+    Family("mixtral", "Mixtral", EXPERTS_STAY, config=EXPERTS),
+    Family("qwen3_moe", "Qwen 3 MoE", EXPERTS_STAY, config=EXPERTS),
+    Family("olmoe", "OLMoE", EXPERTS_STAY, config=EXPERTS),
     Family(
         "gpt_oss",
         "gpt-oss",
-        False,
-        "attention sinks; its published weights are quantised (MXFP4) and refused",
-        EXPERTS,
+        f"attention sinks, which packed rows would drop; {EXPERTS_STAY}; published quantised (MXFP4), which is refused",
+        packs=False,
+        config=EXPERTS,
     ),
-    Family("qwen3_5_text", "Qwen 3.5 (text)", False, CONVOLVES, LINEAR),
-    Family("qwen3_next", "Qwen3-Next", False, CONVOLVES, LINEAR | EXPERTS),
+    Family("qwen3_5_text", "Qwen 3.5 (text)", READS_ON, **PADDED, config=LINEAR),
+    Family("qwen3_next", "Qwen3-Next", f"{READS_ON}; {EXPERTS_STAY}", **PADDED, config=LINEAR | EXPERTS),
     Family(
         "jamba",
         "Jamba",
-        False,
-        CONVOLVES,
-        {
+        MAMBA_LORA,
+        **PADDED,
+        config={
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "num_experts": 2,
@@ -103,19 +118,27 @@ FAMILIES = [
             "mamba_dt_rank": 4,
         },
     ),
-    Family("bamba", "Bamba", False, CONVOLVES, {"attn_layer_indices": [1], **MAMBA}),
+    Family("bamba", "Bamba", MAMBA_LORA, **PADDED, config={"attn_layer_indices": [1], **MAMBA}),
     Family(
-        "lfm2", "LFM2", False, CONVOLVES, {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}
+        "lfm2",
+        "LFM2",
+        READS_ON,
+        **PADDED,
+        config={"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
     ),
     Family(
-        "falcon_h1", "Falcon-H1", False, CONVOLVES, {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5, **MAMBA}
+        "falcon_h1",
+        "Falcon-H1",
+        f"scales its logits; {MAMBA_LORA}",
+        **PADDED,
+        config={"mamba_d_ssm": 64, "lm_head_multiplier": 0.5, **MAMBA},
     ),
     Family(
         "nemotron_h",
         "Nemotron-H",
-        False,
-        CONVOLVES,
-        {
+        MAMBA_LORA,
+        **PADDED,
+        config={
             "layers_block_type": ["mamba", "attention"],
             "mamba_num_heads": 4,
             "mamba_head_dim": 16,
@@ -123,5 +146,19 @@ FAMILIES = [
             "n_groups": 1,
         },
     ),
-    Family("olmo_hybrid", "OLMo hybrid", False, CONVOLVES, LINEAR),
+    Family("olmo_hybrid", "OLMo hybrid", READS_ON, **PADDED, config=LINEAR),
 ]
+
+
+def families_as_markdown() -> str:
+    """The table of docs/backbones.md."""
+    lines = ["| family | `model_type` | packed rows | Unsloth | to know |", "|---|---|---|---|---|"]
+    for family in FAMILIES:
+        packs = "yes" if family.packs else "`packing=false`"
+        unsloth = "yes" if family.unsloth else "`backend=peft`"
+        lines.append(f"| {family.name} | `{family.model_type}` | {packs} | {unsloth} | {family.to_know} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(families_as_markdown(), end="")

@@ -18,20 +18,9 @@ from biomerge_lib.prompts.prompt import encode
 from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.training.launch import train_run
 from tests.conftest import ASPIRIN, MANIFEST, START
+from tests.model.families import FAMILIES, SHAPE
 
 pytestmark = pytest.mark.integration
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 LLAMA_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -42,7 +31,8 @@ def make_parameters(plain_tokenizer, tiny_parameters, sample_records, tmp_path):
     def make(family: str):
         folder = tmp_path / family
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, vocab_size=len(plain_tokenizer), **SHAPE)
+        values = SHAPE | next(known.config for known in FAMILIES if known.model_type == family)
+        config = AutoConfig.for_model(family, vocab_size=len(plain_tokenizer), **values)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         plain_tokenizer.save_pretrained(folder)
         build_tokenizer(str(folder), tmp_path / "tok")
@@ -118,9 +108,15 @@ def test_layers_that_would_get_no_lora_are_refused(family, backend, words):
         choose_lora_layers(model, backend=backend)
 
 
-def test_gemma_2_soft_caps_and_trains_padded(make_parameters):
-    parameters = make_parameters("gemma2")
-    with pytest.raises(ModelError, match=r"Gemma2Attention soft-caps.*Set packing=false"):
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("gemma2", "Gemma2Attention soft-caps"), ("qwen3_5_text", "Qwen3_5ForCausalLM: its packed forward")],
+)
+def test_a_family_that_packed_rows_would_change_trains_padded(make_parameters, family, words):
+    parameters = make_parameters(family)
+    with pytest.raises(ModelError, match=rf"{words}.*Set packing=false"):
         train_family(parameters)
-    losses, _, _ = train_family(parameters.model_copy(update={"run_id": "padded", "packing": False}))
+    losses, _, metrics = train_family(parameters.model_copy(update={"run_id": "padded", "packing": False}))
     assert losses[2] < losses[0] - 0.1
+    assert metrics["probe_padded"] < metrics["probe_tolerance"] < metrics["probe_leak"]
+    assert "probe_packed" not in metrics

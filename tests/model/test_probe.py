@@ -1,5 +1,7 @@
 """The probe before a training: what the project's forward leaves out of a model, or lets leak, is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,8 +12,11 @@ from biomerge_lib.model import span_loss
 from biomerge_lib.model.probe import SENTENCES, probe_training
 from biomerge_lib.model.reach_ins import attention_of, set_attention
 from biomerge_lib.model.span_loss import install_span_loss
-from biomerge_lib.model.unsloth_lora_ner import load_causal_lm, load_lora_model
-from tests.model.families import FAMILIES, SHAPE, Family
+from biomerge_lib.model.unsloth_lora_ner import choose_lora_layers, load_causal_lm, load_lora_model
+from biomerge_lib.prompts.ner_span import SpanCollator
+from biomerge_lib.prompts.prompt import IGNORE
+from tests.conftest import ROOT
+from tests.model.families import FAMILIES, SHAPE, Family, families_as_markdown
 from tests.model.test_forward import OPTIONS
 
 IDS = ([5, 81, 7, 300, 12, 9, 44, 210, 3, 17, 96], [8, 33, 150, 61, 402, 19, 27, 88])
@@ -45,6 +50,34 @@ def test_a_family_is_what_the_table_says(family: Family):
     else:
         with pytest.raises(ModelError, match=r"(?i)set packing=false"):
             probe_training(model, IDS, packing=True, dtype="float32")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_what_lora_trains_of_a_family_is_what_is_merged(family: Family):
+    model = build(family.model_type)
+    layers = choose_lora_layers(model, backend="peft")
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=layers))
+    examples = [{"input_ids": [*ids], "labels": [*ids], "token_labels": [IGNORE] * len(ids)} for ids in IDS]
+    batch = SpanCollator(0)(examples)
+    adapted(**batch)["loss"].backward()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                assert parameter.grad.any(), name
+                parameter.normal_(0, 0.1)
+        trained = adapted.eval()(input_ids=batch["input_ids"][:1]).logits
+        merged = adapted.merge_and_unload()(input_ids=batch["input_ids"][:1]).logits
+    torch.testing.assert_close(merged, trained, atol=1e-4, rtol=1e-3)
+    if family.unsloth:
+        assert choose_lora_layers(model, backend="unsloth") == layers
+    else:
+        with pytest.raises(ModelError, match=r"its layers also have .* Set backend=peft"):
+            choose_lora_layers(model, backend="unsloth")
+
+
+def test_the_page_of_backbones_has_the_families_as_they_are():
+    page = (ROOT / "docs/backbones.md").read_text(encoding="utf-8")
+    assert families_as_markdown() in page, "`python -m tests.model.families` writes the table"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma", "granite", "mixtral", "gemma3_text"])
