@@ -52,10 +52,11 @@ def write_corpus(
         raise DataError(
             "no corpus named: set corpora=[folder, ...], or corpora=[sample] for the bundled one."
         )
+    drawing: dict[str, Any] = {"split_shares": list(split_shares), "dev_share": dev_share, "seed": seed}
     corpora: dict[str, Mapping[str, list[Record]]] = {}
     card: dict[str, Any] = {"sources": {}, "splits": {}}
     for source in sources:
-        corpus = _read(source, reading or {}, split_shares, dev_share, seed)
+        corpus = _read(source, reading or {}, **drawing)
         name = corpus.source.name
         if name in corpora:
             raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
@@ -81,13 +82,7 @@ def write_corpus(
             "sha256": file_sha256(path),
         }
     card["union"] = {
-        "options": {
-            **(reading or {}),
-            "split_shares": list(split_shares),
-            "dev_share": dev_share,
-            "seed": seed,
-            **options,
-        },
+        "options": {**(reading or {}), **drawing, **options},
         **union.report,
     }
     write_conflicts(data_dir / "conflicts.jsonl", union)
@@ -132,11 +127,7 @@ def describe_records(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def _read(
-    source: str,
-    reading: Mapping[str, Any],
-    split_shares: Sequence[float],
-    dev_share: float | None,
-    seed: int,
+    source: str, reading: Mapping[str, Any], *, split_shares: list[float], dev_share: float | None, seed: int
 ) -> Corpus:
     """The corpus with its own splits; those that it lacks are drawn from train by document, where they have a share."""
     optional = ("dev", "test") if split_shares else ("dev",) if dev_share else ()
@@ -144,21 +135,17 @@ def _read(
     drawn = ["train", *(split for split in SPLITS if split not in corpus)]
     if len(drawn) == 1:
         return corpus
+    train, where = corpus["train"], corpus.source.location
+    said = f"split_shares={split_shares}"
+    if dev_share and drawn == ["train", "dev"]:
+        split_shares, said = [1 - dev_share, dev_share], f"dev_share={dev_share}"
     shares = dict(zip(SPLITS, split_shares, strict=False))
-    said = f"split_shares={list(split_shares)}"
-    if drawn == ["train", "dev"] and dev_share:
-        shares, said = {"train": 1 - dev_share, "dev": dev_share}, f"dev_share={dev_share}"
-    train = corpus["train"]
     parts = draw_splits(train, [shares[split] for split in drawn], seed)
     if not all(parts):
-        raise DataError(f"{corpus.source.location}: too few documents for {said}.")
+        raise DataError(f"{where}: too few documents for {said}.")
     if len({record.doc_id for record in train}) == len(train):
-        log.warning(
-            "%s: %s is drawn sentence by sentence, as the corpus names no documents of several sentences: "
-            "sentences of one document may stand on both sides.",
-            corpus.source.name,
-            " and ".join(drawn[1:]),
-        )
+        both = "as no document has several: those of one document may stand in train and there"
+        log.warning("%s: %s is drawn sentence by sentence, %s.", where, " and ".join(drawn[1:]), both)
     records = {**corpus, **dict(zip(drawn, parts, strict=True))}
     return Corpus(corpus.source, {split: records[split] for split in SPLITS}, corpus.counts)
 

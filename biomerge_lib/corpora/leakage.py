@@ -16,6 +16,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from biomerge_lib.core.errors import DataError
@@ -39,29 +40,19 @@ class Keyed:
 
 Splits = Mapping[str, Sequence[Keyed]]
 Place = tuple[str, str]  # (data set, split)
+DocumentAt = tuple[
+    str, str, str
+]  # (data set, split, doc_id); a sentence is one where a corpus has no documents
 
 
 @dataclass(slots=True)
 class Document:
-    """A document's pieces (hashes of this process), its sizes, and the other places where half of it or more stands."""
+    """A document's ``pieces`` (hashes of this process), and its ``copies``: where else half of them or more stand."""
 
     pieces: array[int] = field(default_factory=lambda: array("q"))
     sentences: int = 0
     words: int = 0
     copies: set[Place] = field(default_factory=set)
-
-    @property
-    def is_trained(self) -> bool:
-        return any(split == "train" for _, split in self.copies)
-
-    @property
-    def is_scored(self) -> bool:
-        return any(split != "train" for _, split in self.copies)
-
-
-Documents = Mapping[
-    Place, Mapping[str, Document]
-]  # by doc_id; a sentence is one where a corpus has no documents
 
 
 def normalise(text: str) -> str:
@@ -106,91 +97,66 @@ def check_documents(splits: Mapping[str, Iterable[Record]]) -> None:
                 )
 
 
-def find_documents(splits: Splits) -> Documents:
+def find_documents(splits: Splits) -> dict[DocumentAt, Document]:
     """The documents of each data set's splits, and where else they stand."""
-    documents: dict[Place, dict[str, Document]] = {}
+    documents: defaultdict[DocumentAt, Document] = defaultdict(Document)
+    holders: dict[int, tuple[Place, ...]] = {}
     for split, items in splits.items():
-        for item in items:
-            record = item.record
-            found = documents.setdefault((record.dataset, split), {}).setdefault(record.doc_id, Document())
-            found.pieces.extend(map(hash, _PIECE.findall(normalise(record.text))))
-            found.sentences += 1
-            found.words += len(record.text.split())
-    places = list(documents)
-    holders: defaultdict[int, int] = defaultdict(int)  # of each piece the places that have it, one a bit
-    for index, place in enumerate(places):
-        for document in documents[place].values():
-            for piece in document.pieces:
-                holders[piece] |= 1 << index
-    for index, place in enumerate(places):
-        for document in documents[place].values():
-            masks = [holders[piece] & ~(1 << index) for piece in document.pieces]
-            counts = Counter(n for mask in filter(None, masks) for n in range(len(places)) if mask >> n & 1)
-            document.copies.update(places[n] for n, count in counts.items() if 2 * count >= len(masks))
-    return documents
+        for record in (item.record for item in items):
+            place, document = (record.dataset, split), documents[record.dataset, split, record.doc_id]
+            document.sentences += 1
+            document.words += len(record.text.split())
+            for piece in map(hash, _PIECE.findall(normalise(record.text))):
+                document.pieces.append(piece)
+                if place not in holders.get(piece, ()):
+                    holders[piece] = (*holders.get(piece, ()), place)
+    for (dataset, split, _), document in documents.items():
+        counts = Counter(chain.from_iterable(holders[piece] for piece in document.pieces))
+        document.copies.update(place for place, count in counts.items() if 2 * count >= len(document.pieces))
+        document.copies.discard((dataset, split))
+    return dict(documents)
 
 
-def count_shared_documents(documents: Documents) -> list[dict[str, Any]]:
-    """How many documents of several sentences also stand in another split or corpus: one row a pair of them."""
-    rows = []
-    for place, found in documents.items():
-        several = sum(document.sentences > 1 for document in found.values())
-        for other in documents:
-            if shared := _count_shared(documents, place, other):
-                rows.append(
-                    {"of": " ".join(place), "in": " ".join(other), "shared": shared, "documents": several}
-                )
-    return rows
+def count_shared_documents(documents: Mapping[DocumentAt, Document]) -> Counter[tuple[Place, Place]]:
+    """How many documents of several sentences of one place also stand in another."""
+    several = ((key[:2], document) for key, document in documents.items() if document.sentences > 1)
+    return Counter((place, other) for place, document in several for other in document.copies)
 
 
-def _count_shared(documents: Documents, place: Place, other: Place) -> int:
-    return sum(other in document.copies and document.sentences > 1 for document in documents[place].values())
-
-
-def find_leaking(documents: Documents) -> dict[Place, set[str]]:
-    """The documents of each train that also stand in a dev or test set.
-
-    A sentence that is a document of its own leaks here as part of a scored document that stands in train.
-    """
+def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
+    """The documents of train, and its sentences that have none, of which half stands in scored ones that leak."""
     scored: set[int] = set()
-    for (_, split), found in documents.items():
-        for document in found.values():
-            if split != "train" and document.sentences > 1 and document.is_trained:
-                scored.update(document.pieces)
+    for (_, split, _), document in documents.items():
+        if split != "train" and any(split == "train" for _, split in document.copies):
+            scored.update(document.pieces)
     return {
-        place: {
-            doc_id
-            for doc_id, document in found.items()
-            if (document.sentences > 1 and document.is_scored)
-            or 0 < len(document.pieces) <= 2 * sum(piece in scored for piece in document.pieces)
-        }
-        for place, found in documents.items()
-        if place[1] == "train"
+        key
+        for key, document in documents.items()
+        if key[1] == "train"
+        and 0 < len(document.pieces) <= 2 * sum(map(scored.__contains__, document.pieces))
     }
 
 
-def find_trained(documents: Documents) -> dict[Place, set[str]]:
-    """The documents of each dev and test set that also stand in the train of another corpus (headings left aside)."""
+def find_trained(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
+    """The documents of dev and test that also stand in the train of another corpus (headings left aside)."""
     return {
-        (dataset, split): {
-            doc_id
-            for doc_id, document in found.items()
-            if any(name != dataset and its_split == "train" for name, its_split in document.copies)
-            and (document.sentences > 1 or document.words >= SHORT_WORDS)
-        }
-        for (dataset, split), found in documents.items()
-        if split != "train"
+        key
+        for key, document in documents.items()
+        if key[1] != "train" and (document.sentences > 1 or document.words >= SHORT_WORDS)
+        if any(split == "train" and dataset != key[0] for dataset, split in document.copies)
     }
 
 
-def find_leaks(splits: Splits, documents: Documents | None = None) -> list[dict[str, Any]]:
+def find_leaks(
+    splits: Splits, documents: Mapping[DocumentAt, Document] | None = None
+) -> list[dict[str, Any]]:
     """What each corpus's train shares with each corpus's dev and test (and dev with test), where it shares anything.
 
     One row a pair: ``sentences`` of the second that also stand in the first, ``verbatim`` of them to the character,
     ``short`` of them with under five words, ``documents`` (of several sentences) of the second, or of the first where
     the second knows sentences alone; and ``source_sentences``, how many of the first would have to go.
     """
-    documents = find_documents(splits) if documents is None else documents
+    copied = count_shared_documents(find_documents(splits) if documents is None else documents)
     datasets = {split: _by_dataset(items) for split, items in splits.items()}
     rows = []
     for first, second in LEAK_DIRECTIONS:
@@ -200,7 +166,6 @@ def find_leaks(splits: Splits, documents: Documents | None = None) -> list[dict[
             for target, ours in datasets.get(second, {}).items():
                 shared = [item for item in ours if item.sentence in counts]
                 pair = (target, second), (source, first)
-                copied = _count_shared(documents, *pair) or _count_shared(documents, *pair[::-1])
                 if shared:
                     rows.append(
                         {
@@ -209,7 +174,7 @@ def find_leaks(splits: Splits, documents: Documents | None = None) -> list[dict[
                             "sentences": len(shared),
                             "verbatim": sum(item.record.text in texts for item in shared),
                             "short": sum(len(item.record.text.split()) < SHORT_WORDS for item in shared),
-                            "documents": copied,
+                            "documents": copied[pair] or copied[pair[::-1]],
                             "source_sentences": sum(
                                 counts[key] for key in {item.sentence for item in shared}
                             ),

@@ -18,8 +18,9 @@ from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.corpora.draws import document_of, draw_sentences
 from biomerge_lib.corpora.leakage import (
+    Document,
+    DocumentAt,
     Keyed,
-    Place,
     count_conflicts,
     count_shared_documents,
     find_conflicts,
@@ -76,27 +77,19 @@ def build_union(
     """
     splits = {split: [key_of(r) for corpus in corpora.values() for r in corpus[split]] for split in SPLITS}
     union = Union(splits)
-    union.conflicts = find_conflicts(union.splits)
-    documents = find_documents(union.splits)
-    union.report = {
-        "leaks": {"before": find_leaks(union.splits, documents)},
-        "documents": {"before": count_shared_documents(documents)},
-        "conflicts": {"before": _count_conflicts(union, union.conflicts)},
-        "duplicates": {split: find_duplicates(records) for split, records in union.splits.items()},
-    }
+    union.report["duplicates"] = {split: find_duplicates(records) for split, records in union.splits.items()}
+    documents = _describe(union, "before")
     _note(union, "corpora as they are")
-    leaving: dict[Place, set[str]] = {}
+    leaving: set[DocumentAt] = set()
     if drop_leaks == "documents":
         leaving = find_leaking(documents)
     elif drop_leaks == "test":
         leaving = find_trained(documents)
+    union.report["documents"]["dropped"] = Counter(f"{dataset} {split}" for dataset, split, _ in leaving)
     for split, items in union.splits.items():
         union.splits[split] = [
-            item for item in items if item.record.doc_id not in leaving.get((item.record.dataset, split), ())
+            item for item in items if (item.record.dataset, split, item.record.doc_id) not in leaving
         ]
-    union.report["documents"]["dropped"] = {
-        " ".join(place): len(found) for place, found in leaving.items() if found
-    }
     if drop_leaks in ("train", "documents"):
         evaluated = {item.sentence for split in ("dev", "test") for item in union.splits[split]}
         _keep(union, "drop_leaks", lambda item: item.sentence not in evaluated)
@@ -123,30 +116,38 @@ def build_union(
             )
     for split, items in union.splits.items():
         if not items and any(corpus[split] for corpus in corpora.values()):
-            raise DataError(_explain_empty(union, split, drop_leaks))
-    documents = find_documents(union.splits)
-    union.report["leaks"]["after"] = find_leaks(union.splits, documents)
-    shared = union.report["documents"]["after"] = count_shared_documents(documents)
-    leaking = [row for row in shared if row["of"].endswith(" train") != row["in"].endswith(" train")]
-    if drop_leaks == "train" and leaking:
-        listed = ", ".join(f"{row['shared']} of {row['of']} in {row['in']}" for row in leaking)
-        log.warning("parts of documents stand in train and are scored: drop_leaks=documents (%s).", listed)
-    union.report["conflicts"]["after"] = _count_conflicts(union, find_conflicts(union.splits))
+            steps = [f"{step['step']} {sum(step['removed'].values()):,}" for step in union.steps[1:]]
+            said = f" (training sentences removed: {', '.join(steps)})" if split == "train" else ""
+            raise DataError(
+                f"nothing is left of {split}: set drop_leaks={drop_leaks} to another value{said}."
+            )
+    _describe(union, "after")
     union.report["steps"] = union.steps
+    after = union.report["documents"]["after"]
+    shared = [row for row in after if row["of"].endswith(" train") != row["in"].endswith(" train")]
+    if drop_leaks == "train" and shared:
+        rows = ", ".join(f"{row['documents']} of {row['of']} in {row['in']}" for row in shared)
+        log.warning("parts of documents stand in train and are scored (%s): drop_leaks=documents.", rows)
     return union
 
 
-def _explain_empty(union: Union, split: str, drop_leaks: str) -> str:
-    if split != "train":
-        return f"drop_leaks={drop_leaks} leaves nothing of {split}: all its documents stand in another corpus's train."
-    steps = ", ".join(f"{step['step']} {sum(step['removed'].values()):,}" for step in union.steps[1:])
-    total = sum(union.steps[0]["left"].values())
-    return f"none of {total:,} training sentences is left; removed by {steps}. Set drop_leaks=none, or other corpora."
-
-
-def _count_conflicts(union: Union, everywhere: Sequence[Sequence[tuple[str, Keyed]]]) -> dict[str, Any]:
-    train = find_conflicts({"train": union.splits["train"]})
-    return {"train": count_conflicts(train), "all splits": count_conflicts(everywhere)}
+def _describe(union: Union, when: str) -> Mapping[DocumentAt, Document]:
+    """Report leaks, shared documents and conflicts; return the documents."""
+    documents = find_documents(union.splits)
+    shared = [
+        {"of": " ".join(place), "in": " ".join(other), "documents": count}
+        for (place, other), count in count_shared_documents(documents).items()
+    ]
+    everywhere, train = find_conflicts(union.splits), find_conflicts({"train": union.splits["train"]})
+    found = {
+        "leaks": find_leaks(union.splits, documents),
+        "documents": shared,
+        "conflicts": {"train": count_conflicts(train), "all splits": count_conflicts(everywhere)},
+    }
+    for name, value in found.items():
+        union.report.setdefault(name, {})[when] = value
+    union.conflicts = union.conflicts or everywhere
+    return documents
 
 
 def _weighted_sizes(

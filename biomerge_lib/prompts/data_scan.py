@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -86,10 +86,8 @@ def scan_records(
         most = prompt_format.most_bytes(record) + 2 * broken_up + EXTRA_TOKENS  # a text may stand there twice
         is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
         (short if is_short else maybe_long).append(record)
-    words = _count_words(maybe_long, tokenizer)
     maybe_longer: list[Record] = []
-    for record in maybe_long:
-        most = _most_tokens(record, words, prompt_format) + EXTRA_TOKENS
+    for record, most in zip(maybe_long, _most_tokens(maybe_long, tokenizer, prompt_format), strict=True):
         is_short = most <= prompt_format.max_input_tokens and len(record.target) <= max_target_tokens
         (short if is_short else maybe_longer).append(record)
     lengths = count_tokens(maybe_longer, tokenizer, prompt_format)
@@ -119,20 +117,19 @@ def scan_records(
     return scan
 
 
-def _count_words(records: Sequence[Record], tokenizer: PlainTokenizer) -> dict[str, int]:
-    """How many tokens each word has in a prompt. A text has no more than its words: no token goes over a space."""
+def _most_tokens(
+    records: Sequence[Record], tokenizer: PlainTokenizer, prompt_format: PromptFormat
+) -> Iterator[int]:
+    """For each record at least as many tokens as its prompt has: those of its words, as no token goes over a space."""
     words = ["a", *{word for record in records for word in record.text.split()}]
     plain = PromptFormat(offset_anchors="none", corpus_cue=False, max_input_tokens=0)
     lengths = count_tokens([Record(word, (), "", "") for word in words], tokenizer, plain)
     around = lengths[0][0] - 1  # <NER> and <TAG>; "a" is one token
-    return {word: prompt - around for word, (prompt, _) in zip(words, lengths, strict=True)}
-
-
-def _most_tokens(record: Record, words: Mapping[str, int], prompt_format: PromptFormat) -> int:
-    """At most as many tokens as the prompt has, by those of its words where single spaces are between these."""
-    own = record.text.split()
-    size = sum(words[word] for word in own) if " ".join(own) == record.text else None
-    return prompt_format.most_bytes(record, text_size=size)
+    sizes = {word: prompt - around for word, (prompt, _) in zip(words, lengths, strict=True)}
+    for record in records:
+        own = record.text.split()
+        size = sum(map(sizes.__getitem__, own)) if " ".join(own) == record.text else None
+        yield prompt_format.most_bytes(record, text_size=size) + EXTRA_TOKENS
 
 
 def _sample(records: Sequence[Record]) -> Sequence[Record]:
