@@ -85,6 +85,9 @@ class Parameters(BaseModel):
     discontinuous: Beside[Literal["skip", "cover"]] = Field(
         description="Mentions of several parts: leave out, or take from the first part's start to the last one's end"
     )
+    bad_mentions: Beside[Literal["stop", "skip"]] = Field(
+        description="Mentions that do not fit their text: stop at the first one, or leave them out and list them"
+    )
     token_column: Beside[int | str | None] = Field(
         description="Column of the tokens in token and tag files (number from 0, or name); null = the first"
     )

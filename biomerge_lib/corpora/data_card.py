@@ -48,7 +48,11 @@ def leak_table(card: Mapping[str, Any], when: str = "before") -> pd.DataFrame:
 def reading_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """What the readers found and did, one row a source and split: mentions left out, joined sentences, other units."""
     rows = {
-        (dataset, split): {name: value for name, value in counts.items() if isinstance(value, int)}
+        (dataset, split): {
+            name: len(value) if isinstance(value, list) else value
+            for name, value in counts.items()
+            if isinstance(value, int | list)
+        }
         for dataset, source in card["sources"].items()
         for split, counts in source["reading"].items()
     }

@@ -4,10 +4,14 @@ What every reader of documents (BRAT, BioC, PubTator, hub) keeps to:
 
 - Offsets are 0-based, half-open, in code points of the text as its file has it: a combining character, an emoji, a
   non-breaking space, a tab and each half of CRLF count one. Files that count otherwise (UTF-8 bytes, UTF-16 units,
-  CRLF as one, no byte order mark) are understood where code points fail and every mention of the text then fits
-  its annotated words; such texts are counted (``offset_units``). Anything else that does not fit stops the run.
+  CRLF as one, no byte order mark, or two of these) are understood where code points fail and every mention of the
+  text then fits its annotated words; such texts are counted (``offset_units``).
 - ``text[start:end]`` is the annotated mention. White space may be written differently in the annotation (a space for
-  a line break; counted as ``respaced``), and white space at a mention's edges is left out (``trimmed``).
+  a line break; counted as ``respaced``), and so may letters (``TNF-a`` for ``TNF-α``; ``folded``). White space at a
+  mention's edges is left out (``trimmed``). A mention whose file does not say its words is ``unchecked``.
+- A mention that does not fit stops the run, or with ``bad_mentions="skip"`` is left out and listed (``bad_mentions``).
+  Of mentions that are left out anyway the words may be wrong (``misplaced``), or the place missing
+  (``without_location``).
 - Nested, crossing, adjacent and repeated mentions are all kept, and so are mentions that begin or end inside a word:
   spans are never widened. Two mentions of the same characters (two types, say) are one span (``duplicates``).
 - A discontinuous mention whose parts are only white space apart is an ordinary one. Others are left out, because no
@@ -19,22 +23,23 @@ What every reader of documents (BRAT, BioC, PubTator, hub) keeps to:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, product
+from typing import Any, NamedTuple
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import Span
 
 DISCONTINUOUS = ("skip", "cover")
+BAD_MENTIONS = ("stop", "skip")
 UNTYPED = "Entity"  # the type of a mention that has none
 BOM = "\ufeff"
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """An annotation as its file has it: ``parts`` in the file's offsets, ``words`` (None: the file has none)."""
+    """An annotation as its file has it: ``parts`` in the file's offsets (none: no place), ``words`` (None: unknown)."""
 
     parts: tuple[Span, ...]
     type: str
@@ -56,7 +61,7 @@ class Document:
 
 @dataclass(slots=True)
 class ReadCounts:
-    """What reading a split found and did. ``annotated`` mentions = ``spans`` + the four ways not to be a span."""
+    """What reading a split found and did. ``annotated`` mentions = ``spans`` + the six ways not to be a span."""
 
     documents: int = 0
     sentences: int = 0
@@ -66,12 +71,17 @@ class ReadCounts:
     other_types: int = 0
     composite_parts: int = 0
     discontinuous_skipped: int = 0
+    without_location: int = 0
     duplicates: int = 0
+    bad_mentions: list[str] = field(default_factory=list)  # what is wrong with each
+    misplaced: int = 0  # of those above: their words are not where they should be
     # Spans that took some reading:
     discontinuous_covered: int = 0
     overlapping: int = 0  # spans that share a character with an earlier one of their text
     trimmed: int = 0
     respaced: int = 0
+    folded: int = 0
+    unchecked: int = 0
     begun_by_inside: int = 0  # IOB: an I- (or E-) tag that continues nothing
     # Texts and lines:
     boundaries_joined: int = 0  # proposed sentence ends that would have cut a mention
@@ -85,7 +95,7 @@ class ReadCounts:
     def unaccounted(self) -> int:
         """Annotated mentions that are neither spans nor counted as left out; always 0."""
         left_out = self.other_types + self.composite_parts + self.discontinuous_skipped + self.duplicates
-        return self.annotated - self.spans - left_out
+        return self.annotated - self.spans - left_out - self.without_location - len(self.bad_mentions)
 
     def to_dict(self) -> dict[str, Any]:
         """The counts that are not zero (the first four always), for printing and data cards."""
@@ -98,102 +108,141 @@ class ReadCounts:
 
 
 def read_spans(
-    document: Document, *, types: Collection[str] | None, discontinuous: str, counts: ReadCounts
+    document: Document,
+    *,
+    types: Collection[str] | None,
+    discontinuous: str,
+    counts: ReadCounts,
+    bad_mentions: str = "stop",
 ) -> dict[Span, str]:
     """The document's spans with their types, sorted, each once; ``types`` None takes all types.
 
     Raises:
         DataError: a mention is empty, outside the text, or differs from its words (named as ``file:line``).
     """
+    text = document.text
+    tried: list[tuple[list[str], str, list[_Placed]]] = []
+    for unit, places in _units(text):
+        placed = [_place(mention, places, document, types, discontinuous) for mention in document.mentions]
+        tried.append(([one.problem for one in placed if one.problem and not one.left_out], unit, placed))
+        if not tried[-1][0] or all(mention.words is None for mention in document.mentions):
+            break
+    problems, unit, placed = min(tried, key=lambda way: len(way[0]))
+    if problems and bad_mentions == "stop":
+        raise DataError(tried[0][0][0])
+    if unit:
+        counts.offset_units[unit] += 1
     found: dict[Span, set[str]] = {}
-    spans = 0
-    for mention, located in zip(document.mentions, _locate(document, counts), strict=True):
+    for mention, (parts, left_out, problem) in zip(document.mentions, placed, strict=True):
         counts.annotated += 1
         counts.types[mention.type] += 1
-        if mention.is_composite_part:
-            counts.composite_parts += 1
-            continue
-        parts = _close_gaps(located, document.text)
-        start, end = trim(document.text, parts[0][0], parts[-1][1])
-        if types is not None and mention.type not in types:
-            counts.other_types += 1
-        elif len(parts) > 1 and discontinuous == "skip":
-            counts.discontinuous_skipped += 1
+        if left_out:
+            setattr(counts, left_out, getattr(counts, left_out) + 1)
+            counts.misplaced += problem is not None
+        elif problem:
+            counts.bad_mentions.append(problem)
         else:
+            start, end = trim(text, parts[0][0], parts[-1][1])
             counts.discontinuous_covered += len(parts) > 1
             counts.trimmed += (start, end) != (parts[0][0], parts[-1][1])
-            if len(parts) == 1 and mention.words is not None:
-                counts.respaced += document.text[start:end] != mention.words.strip()
-            spans += 1
+            counts.unchecked += mention.words is None
+            if len(parts) == 1 and mention.words is not None and text[start:end] != mention.words.strip():
+                is_respaced = text[start:end].split() == mention.words.split()
+                counts.respaced += is_respaced
+                counts.folded += not is_respaced
+            counts.duplicates += (start, end) in found
             found.setdefault((start, end), set()).add(mention.type)
     unique = sorted(found)
-    counts.duplicates += spans - len(unique)
     counts.spans += len(unique)
     reaches = accumulate((end for _, end in unique), max)
     counts.overlapping += sum(start < reach for (start, _), reach in zip(unique[1:], reaches, strict=False))
     return {span: "|".join(sorted(found[span])) for span in unique}
 
 
-def _locate(document: Document, counts: ReadCounts) -> list[tuple[Span, ...]]:
-    """The parts of each mention in code points."""
-    parts = [mention.parts for mention in document.mentions]
-    problem = _find_problem(document, parts)
-    if problem is None:
-        return parts
-    if all(mention.words is not None for mention in document.mentions):
-        for unit, widths in OFFSET_UNITS.items():
-            try:
-                converted = _to_code_points(parts, widths(document.text))
-            except KeyError:
-                continue
-            if converted != parts and _find_problem(document, converted) is None:
-                counts.offset_units[unit] += 1
-                return converted
-    raise DataError(problem)
+class _Placed(NamedTuple):
+    """A mention in a text: its parts in code points, the count of those left out that it belongs to, what is wrong."""
+
+    parts: list[Span]
+    left_out: str | None
+    problem: str | None
 
 
-def _find_problem(document: Document, parts_of_mentions: list[tuple[Span, ...]]) -> str | None:
-    """What is wrong with the first mention that does not fit the text; None where all fit."""
+def _place(
+    mention: Mention,
+    places: tuple[dict[int, int], dict[int, int]] | None,
+    document: Document,
+    types: Collection[str] | None,
+    discontinuous: str,
+) -> _Placed:
+    if not mention.parts or mention.is_composite_part:
+        # Individual parts of composites are often cut a character short (BC5CDR).
+        return _Placed([], "composite_parts" if mention.parts else "without_location", None)
+    parts = list(mention.parts)
+    if places:  # -1: an offset falls inside a code point
+        parts = [(places[0].get(start, -1), places[1].get(end, -1)) for start, end in parts]
+    closed = _close_gaps(parts, document.text)
+    left_out = None
+    if types is not None and mention.type not in types:
+        left_out = "other_types"
+    elif len(closed) > 1 and discontinuous == "skip":
+        left_out = "discontinuous_skipped"
+    return _Placed(closed, left_out, _find_problem(mention, parts, document))
+
+
+def _find_problem(mention: Mention, parts: Sequence[Span], document: Document) -> str | None:
+    """What is wrong with a mention that does not fit the text; None where it does."""
     text = document.text
-    for mention, parts in zip(document.mentions, parts_of_mentions, strict=True):
-        offsets = ";".join(f"{start}-{end}" for start, end in parts)
-        for start, end in parts:
-            if not 0 <= start < end <= len(text):
-                length = f"the text of {len(text)} characters ({document.where})"
-                return f"{mention.where}: offsets {offsets} are not inside {length}."
-        found = " ".join(text[start:end] for start, end in parts)
-        if not found.replace(BOM, "").strip():
-            return f"{mention.where}: the mention at {offsets} is only white space."
-        # Individual parts of composites are often cut a character short (BC5CDR), and are left out anyway.
-        if mention.words is None or mention.is_composite_part or found == mention.words:
-            continue
-        glue = "" if len(parts) > 1 else " "  # formats differ in how they join parts
-        if glue.join(found.split()) != glue.join(mention.words.split()):
-            return (
-                f"{mention.where}: the mention is {mention.words!r}, but the text at {offsets} is {found!r}. "
-                "Offsets count code points from 0, the end is exclusive."
-            )
-    return None
+    offsets = ";".join(f"{start}-{end}" for start, end in parts)
+    if not all(0 <= start < end <= len(text) for start, end in parts):
+        length = f"the text of {len(text)} characters ({document.where})"
+        return f"{mention.where}: offsets {offsets} are not inside {length}."
+    found = " ".join(text[start:end] for start, end in parts)
+    if not found.replace(BOM, "").strip():
+        return f"{mention.where}: the mention at {offsets} is only white space."
+    if mention.words is None or found == mention.words:
+        return None
+    glue = "" if len(parts) > 1 else " "  # formats differ in how they join parts
+    if _is_folded(glue.join(found.split()), glue.join(mention.words.split())):
+        return None
+    return (
+        f"{mention.where}: the mention is {mention.words!r}, but the text at {offsets} is {found!r}. "
+        "Offsets count code points from 0, the end is exclusive. If it is one of few: bad_mentions=skip."
+    )
 
 
-def _to_code_points(parts_of_mentions: list[tuple[Span, ...]], widths: list[int]) -> list[tuple[Span, ...]]:
-    """Convert offsets that give each code point a width; KeyError where one falls inside a code point."""
-    places = list(enumerate(accumulate(widths, initial=0)))
-    # Of code points without width a mention takes none: the last place of an offset begins it, the first one ends it.
-    starts, ends = ({offset: place for place, offset in order} for order in (places, reversed(places)))
-    return [tuple((starts[start], ends[end]) for start, end in parts) for parts in parts_of_mentions]
+def _is_folded(one: str, other: str) -> bool:
+    """Whether two texts are equal but for characters that one of them has in ASCII (``TNF-a`` for ``TNF-α``)."""
+    return len(one) == len(other) and all(
+        a == b or (a.isascii() != b.isascii() and a.isalpha() == b.isalpha())
+        for a, b in zip(one, other, strict=True)
+    )
 
 
-# How wide the code points of a text are where offsets are not code points.
-OFFSET_UNITS: dict[str, Callable[[str], list[int]]] = {
-    "utf-8 bytes": lambda text: [len(char.encode("utf-8")) for char in text],
-    "utf-16 units": lambda text: [1 + (char > "\uffff") for char in text],
-    "CRLF as one": lambda text: [int(text[i : i + 2] != "\r\n") for i in range(len(text))],
-    "no byte order mark": lambda text: [int(char != BOM) for char in text],
+# How wide a code point is where offsets are not code points.
+OFFSET_UNITS: dict[str, Callable[[str], int]] = {
+    "": lambda char: 1,
+    "utf-8 bytes": lambda char: len(char.encode("utf-8")),
+    "utf-16 units": lambda char: 1 + (char > "\uffff"),
 }
 
 
-def _close_gaps(parts: tuple[Span, ...], text: str) -> list[Span]:
+def _units(text: str) -> Iterator[tuple[str, tuple[dict[int, int], dict[int, int]] | None]]:
+    """What offsets may count, and where in the text each then begins and ends a mention; first code points: None."""
+    yield "", None
+    line_ends = ["", "CRLF as one"] if "\r\n" in text else [""]
+    marks = ["", "no byte order mark"] if BOM in text else [""]
+    for line_end, mark, unit in list(product(line_ends, marks, OFFSET_UNITS))[1:]:
+        widths = list(map(OFFSET_UNITS[unit], text))
+        for place, char in enumerate(text):
+            if (mark and char == BOM) or (line_end and text[place : place + 2] == "\r\n"):
+                widths[place] = 0
+        places = list(enumerate(accumulate(widths, initial=0)))
+        # Of code points without width a mention takes none: an offset's last place begins it, its first one ends it.
+        starts, ends = ({offset: place for place, offset in order} for order in (places, places[::-1]))
+        yield ", ".join(filter(None, (unit, line_end, mark))), (starts, ends)
+
+
+def _close_gaps(parts: Sequence[Span], text: str) -> list[Span]:
     """The parts in order; those that touch, overlap or have only white space between them become one."""
     closed: list[Span] = []
     for start, end in sorted(parts):

@@ -17,7 +17,7 @@ def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:
     """Read a file: each passage, or each of its sentences where it has them, becomes a document of its own.
 
     Passages share their document's id. A mention's type is its infon ``type``; an annotation without words is not
-    checked against the text. Relations are counted.
+    checked against the text, one without a location (NLM-Chem's MeSH headings) is left out. Relations are counted.
 
     Raises:
         DataError: broken XML, an undefined entity, an element or a number missing.
@@ -52,10 +52,8 @@ def _bioc_mention(node: ElementTree.Element, offset: int, path: Path) -> Mention
     for location in node.iterfind("location"):
         start = _number(location.get("offset", ""), where) - offset
         parts.append((start, start + _number(location.get("length", ""), where)))
-    if not parts:
-        raise DataError(f"{where}: the annotation has no location.")
     is_part = infons.get("CompositeRole") == "IndividualMention"
-    return Mention(tuple(parts), infons.get("type") or UNTYPED, node.findtext("text"), where, is_part)
+    return Mention(tuple(parts), infons.get("type") or UNTYPED, node.findtext("text") or None, where, is_part)
 
 
 _LINE = "{biomerge}line"  # the attribute that remembers an element's line

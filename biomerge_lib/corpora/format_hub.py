@@ -145,8 +145,6 @@ def _bigbio_documents(row: Mapping[str, Any], where: str) -> Iterator[Document]:
     mentions = []
     for entity in row["entities"]:
         parts: list[Span] = [(start, end) for start, end in entity["offsets"]]
-        if not parts:
-            raise DataError(f"{where}: an entity without offsets.")
         mentions.append(Mention(tuple(parts), entity["type"] or UNTYPED, " ".join(entity["text"]), where))
     yield Document(doc_id, text, tuple(mentions), where)
 

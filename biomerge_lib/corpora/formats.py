@@ -55,13 +55,15 @@ class Reading:
     """How a corpus is read.
 
     ``types`` are the entity types to keep (None: all). ``sentence_split`` cuts documents: ``segtok``, ``lines`` or
-    ``document`` (no cut); ``discontinuous`` is ``skip`` or ``cover``, for mentions of several parts. The columns say
-    where ``iob`` (number from 0, or name in the first line) and ``hub`` (name) have tokens and tags; None finds them.
+    ``document`` (no cut); ``discontinuous`` is ``skip`` or ``cover``, for mentions of several parts; ``bad_mentions``
+    is ``stop`` or ``skip``, for those that do not fit their text. The columns say where ``iob`` (number from 0, or
+    name in the first line) and ``hub`` (name) have tokens and tags; None finds them.
     """
 
     types: frozenset[str] | None = None
     sentence_split: str = "segtok"
     discontinuous: str = "skip"
+    bad_mentions: str = "stop"
     token_column: Column = None
     tag_column: Column = None
 

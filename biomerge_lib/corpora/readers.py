@@ -15,7 +15,7 @@ from typing import Any
 
 from biomerge_lib.core.errors import DataError, ParameterError, nearest
 from biomerge_lib.core.records import SPLITS, Record
-from biomerge_lib.corpora.documents import DISCONTINUOUS, ReadCounts, read_spans
+from biomerge_lib.corpora.documents import BAD_MENTIONS, DISCONTINUOUS, ReadCounts, read_spans
 from biomerge_lib.corpora.draws import document_of
 from biomerge_lib.corpora.formats import Reading, Source
 from biomerge_lib.corpora.leakage import check_documents
@@ -57,11 +57,12 @@ def read_corpus(
     Raises:
         DataError: a split is missing or has two candidates, a file is malformed (named as ``file:line``), a document
             is in two splits, a type is in none, or nothing is annotated.
-        ParameterError: an unknown ``sentence_split`` or ``discontinuous``.
+        ParameterError: an unknown ``sentence_split``, ``discontinuous`` or ``bad_mentions``.
     """
     types = [types] if isinstance(types, str) else types
     how = Reading(types=frozenset(types) if types else None, **options)
-    for name, valid in (("sentence_split", tuple(SPLITTERS)), ("discontinuous", DISCONTINUOUS)):
+    valid_values = {"sentence_split": SPLITTERS, "discontinuous": DISCONTINUOUS, "bad_mentions": BAD_MENTIONS}
+    for name, valid in valid_values.items():
         if (value := getattr(how, name)) not in valid:
             raise ParameterError(
                 f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
@@ -78,7 +79,7 @@ def read_corpus(
                 f"{found.location}: no mention has type {name!r}.{nearest(name, corpus.types)} "
                 f"Types: {', '.join(sorted(corpus.types))}."
             )
-    if not any(split_counts.spans for split_counts in counts.values()):
+    if not any(split_counts.annotated for split_counts in counts.values()):
         raise DataError(f"{found.location}: no entity in {', '.join(splits)}; is this an annotated corpus?")
     return corpus
 
@@ -95,7 +96,13 @@ def iter_source(source: Source, split: str, how: Reading, counts: ReadCounts) ->
         if isinstance(item, Record):
             records = [item]
         elif item.text.strip() or item.mentions:
-            spans = read_spans(item, types=how.types, discontinuous=how.discontinuous, counts=counts)
+            spans = read_spans(
+                item,
+                types=how.types,
+                discontinuous=how.discontinuous,
+                counts=counts,
+                bad_mentions=how.bad_mentions,
+            )
             records = split_document(
                 item, spans, dataset=source.name, sentence_split=how.sentence_split, counts=counts
             )

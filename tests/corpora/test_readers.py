@@ -548,6 +548,80 @@ def test_offsets_in_other_units_are_found_out_and_counted(tmp_path, unit):
     assert counts.offset_units == ({} if unit == "code points" else {unit: 1})
 
 
+@pytest.mark.parametrize(
+    ("text", "start", "unit"),
+    [
+        ("😀😀 é\r\nIFN-γ", 7, "utf-16 units, CRLF as one"),
+        ("😀 é\r\nIFN-γ", 8, "utf-8 bytes, CRLF as one"),
+        ("\ufeff😀😀 é\nIFN-γ", 7, "utf-16 units, no byte order mark"),
+        ("\ufeffé\r\nIFN-γ", 2, "CRLF as one, no byte order mark"),
+        ("\ufeff😀😀😀 é\r\nIFN-γ", 9, "utf-16 units, CRLF as one, no byte order mark"),
+    ],
+)
+def test_offsets_in_two_other_units_at_once(tmp_path, text, start, unit):
+    length = 6 if "bytes" in unit else 5
+    records, counts = read_one(tmp_path, brat(text, f"T1\tGene {start} {start + length}\tIFN-γ"))
+    assert (records[-1].text, records[-1].spans) == ("IFN-γ", ((0, 5),)) and counts.offset_units == {unit: 1}
+
+
+def test_letters_may_be_written_in_ascii(tmp_path):
+    text = "TNF-α, Sjögren and IL‑2 in 5 µg"
+    lines = ["T1\tX 0 5\tTNF-a", "T2\tX 7 14\tSjogren", "T3\tX 19 23\tIL-2", "T4\tX 27 31\t5 ug"]
+    (record,), counts = read_one(tmp_path, brat(text, *lines))
+    assert mentions(record) == ["TNF-α", "Sjögren", "IL‑2", "5 µg"]
+    assert (counts.folded, counts.respaced) == (4, 0)
+    with pytest.raises(DataError, match="the mention is 'TNF-a', but the text at 0-5 is 'TNF-b'"):
+        read_one(tmp_path, brat("TNF-b", "T1\tX 0 5\tTNF-a"))
+
+
+def test_what_is_left_out_anyway_may_be_wrong(tmp_path):
+    text = "Colon or rectal cancer in mice"
+    lines = [
+        "T1\tX 0 5;16 22\tColon cancer",
+        "T2\tX 0 5;14 22\tColon cancer",
+        "T3\tY 24 99\tmice",
+        "T4\tX 9 15\trectal",
+    ]
+    (record,), counts = read_one(tmp_path, brat(text, *lines), types=["X"])
+    assert mentions(record) == ["rectal"]
+    assert (counts.discontinuous_skipped, counts.other_types, counts.misplaced) == (2, 1, 2)
+    with pytest.raises(DataError, match=r"d1.ann:2: the mention is 'Colon cancer'"):
+        read_one(tmp_path, {}, types=["X"], discontinuous="cover")
+    with pytest.raises(DataError, match=r"d1.ann:3: offsets 24-99 .*"):
+        read_one(tmp_path, {})
+
+
+def test_bad_mentions_can_be_left_out_and_are_listed(tmp_path):
+    files = brat(
+        "IL-2 and IL-4 😀 rose", "T1\tX 0 4\tIL-2", "T2\tX 8 12\tIL-4", "T3\tX 9 99\tIL-4", "T4\tX 18 17\tx"
+    )
+    with pytest.raises(
+        DataError, match=r"d1.ann:2: .* is ' IL-'\. .* If it is one of few: bad_mentions=skip"
+    ):
+        read_one(tmp_path, files)
+    (record,), counts = read_one(tmp_path, {}, bad_mentions="skip")
+    assert mentions(record) == ["IL-2"] and (counts.annotated, counts.spans) == (4, 1)
+    assert [re.search(r"d1.ann:(\d): ", problem)[1] for problem in counts.to_dict()["bad_mentions"]] == [
+        "2",
+        "3",
+        "4",
+    ]
+    # Where most mentions fit in another unit, that is what the offsets are.
+    files = brat("😀 IL-2 IL-4 rose", "T1\tX 3 7\tIL-2", "T2\tX 8 12\tIL-4", "T3\tX 2 6\tIL-2")
+    (record,), counts = read_one(tmp_path, files, bad_mentions="skip")
+    assert mentions(record) == ["IL-2", "IL-4"] and counts.offset_units == {"utf-16 units": 1}
+    with pytest.raises(ParameterError, match="bad_mentions must be one of stop, skip, not 'skipp'"):
+        read_one(tmp_path, {}, bad_mentions="skipp")
+
+
+def test_annotations_without_a_place_or_words(tmp_path):
+    heading = '<annotation id="M"><infon key="type">MeSH</infon><text></text></annotation>'
+    passage = "<offset>0</offset><text>IL-2 rose</text>" + heading + annotation(0, 4, "")
+    (record,), counts = read_one(tmp_path, {"train.xml": bioc(passage)})
+    assert mentions(record) == ["IL-2"]
+    assert (counts.annotated, counts.without_location, counts.unchecked) == (2, 1, 1)
+
+
 def test_crlf_counts_two_where_the_file_has_two(tmp_path):
     files = brat("Title\r\nIFN-γ rose.\r\n") | {
         "train/d1.ann": "T1\tGene 7 12\tIFN-γ\r\n\r\nT2\tX 0 5\tTitle\r\n"
@@ -636,6 +710,7 @@ def test_counts_account_for_every_mention():
         "discontinuous_skipped": 1,
         "duplicates": 1,
         "overlapping": 2,
+        "unchecked": 4,
         "types": {"X": 4, "Y": 1, "Z": 1},
     }
     assert counts.unaccounted == 0
@@ -1057,14 +1132,18 @@ BAD = {
         },
         r"train.xml:5: the entity &alpha; is not defined",
     ),
+    "bioc: a file as entity": (
+        {
+            "train.xml": bioc(PASSAGE.replace("IL", "&f;")).replace(
+                "\n<coll", "<!DOCTYPE collection [<!ENTITY f SYSTEM 'f.txt'>]>\n<coll", 1
+            )
+        },
+        r"train.xml:5: the entity &f; is not defined",
+    ),
     "bioc: no offset": ({"train.xml": bioc("<text>IL 2</text>")}, r"train.xml:4: <passage> has no <offset>"),
     "bioc: no id": (
         {"train.xml": bioc(PASSAGE).replace("<id>1</id>", "")},
         r"train.xml:2: <document> has no <id>",
-    ),
-    "bioc: no location": (
-        {"train.xml": bioc(PASSAGE + "\n<annotation/>")},
-        r"train.xml:6: the annotation has no location",
     ),
     "bioc: no number": (
         {"train.xml": bioc(PASSAGE + annotation("x", 2, "IL"))},
