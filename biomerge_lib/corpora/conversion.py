@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -110,19 +111,22 @@ def write_conflicts(path: Path, union: Union) -> None:
 
 
 def describe_records(records: Iterable[Record]) -> dict[str, Any]:
-    """Counts of a split: documents, sentences, spans, empty sentences, lengths in words and characters."""
+    """Counts of a split: documents, sentences, spans and their types, empty sentences, words and characters."""
     records = list(records)
     spans = [len(record.spans) for record in records]
+    mentions = {record.text[start:end].lower() for record in records for start, end in record.spans}
     words = [len(record.text.split()) for record in records]
     return {
         "documents": len({(record.dataset, record.doc_id) for record in records}),
         "sentences": len(records),
         "spans": sum(spans),
+        "unique_spans": len(mentions),
         "empty_share": round(spans.count(0) / max(len(records), 1), 4),
         "spans_per_sentence_max": max(spans, default=0),
         "words_mean": round(statistics.fmean(words), 2) if words else 0,
         "words_max": max(words, default=0),
         "characters": sum(len(record.text) for record in records),
+        "types": dict(Counter(chain.from_iterable(record.types for record in records)).most_common()),
     }
 
 

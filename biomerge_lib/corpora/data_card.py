@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,25 @@ import pandas as pd
 
 from biomerge_lib.core.records import Record, iter_lines
 
+PUBLISHED = Path(__file__).with_name("published_counts.csv")
+
+
+def mention_table(splits: Mapping[str, Iterable[Record]]) -> pd.DataFrame:
+    """One row a mention: dataset, split, mention (in lower case), its words, and type (empty where it is not known)."""
+    rows = [
+        (record.dataset, split, record.text[start:end].lower(), kind)
+        for split, records in splits.items()
+        for record in records
+        for (start, end), kind in zip(record.spans, record.types or [""] * len(record.spans), strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["dataset", "split", "mention", "type"])
+    return table.assign(words=table["mention"].str.split().str.len())
+
 
 def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
     """Share of ``other``'s mentions whose text is no mention of ``train`` (compared in lower case)."""
-    seen = {mention for _, mention in _iter_mentions(train)}
-    is_unseen = [mention not in seen for _, mention in _iter_mentions(other)]
-    return sum(is_unseen) / max(len(is_unseen), 1)
+    seen, found = mention_table({"train": train}), mention_table({"other": other})
+    return float((~found["mention"].isin(set(seen["mention"]))).mean()) if len(found) else 0.0
 
 
 def data_card_table(card: Mapping[str, Any]) -> pd.DataFrame:
@@ -26,7 +39,33 @@ def data_card_table(card: Mapping[str, Any]) -> pd.DataFrame:
         for dataset, source in card["sources"].items()
         for split, counts in source["splits"].items()
     ]
-    return pd.DataFrame(rows).set_index(["dataset", "split"])
+    return pd.DataFrame(rows).set_index(["dataset", "split"]).drop(columns="types")
+
+
+def type_table(card: Mapping[str, Any]) -> pd.DataFrame:
+    """How many mentions each type has, as the corpora came: one row a source and type, one column a split."""
+    counts = {
+        (dataset, split): counts["types"] or {"(none)": counts["spans"]}
+        for dataset, source in card["sources"].items()
+        for split, counts in source["splits"].items()
+    }
+    table = pd.DataFrame(counts).rename_axis(index="type", columns=["dataset", "split"])
+    table = table.stack("dataset", future_stack=True).swaplevel().dropna(how="all").fillna(0).astype(int)
+    return table.sort_values(["dataset", "train"], ascending=[True, False])
+
+
+def published_table(card: Mapping[str, Any]) -> pd.DataFrame:
+    """What was read of all splits beside what the corpus's authors say, where that is noted.
+
+    A corpus whose files name no documents has one for each sentence.
+    """
+    names = ["documents", "sentences", "annotated"]
+    read = {
+        dataset: {name: sum(counts[name] for counts in source["reading"].values()) for name in names}
+        for dataset, source in card["sources"].items()
+    }
+    said = pd.read_csv(PUBLISHED, index_col="dataset")
+    return pd.DataFrame.from_dict(read, orient="index").join(said).fillna({"published": "", "by": ""})
 
 
 def union_table(card: Mapping[str, Any]) -> pd.DataFrame:
@@ -80,9 +119,8 @@ def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pd.DataFrame
 
     One row a corpus of ``other``. What stands in the column ``any`` a dictionary could find.
     """
-    columns = ["dataset", "mention"]
-    seen = pd.DataFrame(_iter_mentions(train), columns=columns)
-    found = pd.DataFrame(_iter_mentions(other), columns=columns)
+    seen = mention_table({"train": train})
+    found = mention_table({"other": other})[["dataset", "mention"]]
     for name, group in seen.groupby("dataset", sort=False):
         found[name] = found["mention"].isin(set(group["mention"]))
     found["any"] = found["mention"].isin(set(seen["mention"]))
@@ -90,9 +128,3 @@ def seen_table(train: Iterable[Record], other: Iterable[Record]) -> pd.DataFrame
     table = by_dataset.mean()
     table.insert(0, "mentions", by_dataset.size())
     return table
-
-
-def _iter_mentions(records: Iterable[Record]) -> Iterator[tuple[str, str]]:
-    for record in records:
-        for start, end in record.spans:
-            yield record.dataset, record.text[start:end].lower()

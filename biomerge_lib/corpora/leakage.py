@@ -124,7 +124,7 @@ def count_shared_documents(documents: Mapping[DocumentAt, Document]) -> Counter[
 
 
 def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
-    """The documents of train, and its sentences that have none, of which half stands in scored ones that leak."""
+    """The documents of train (sentences, where it has none) of which half stands in a scored one that is in train."""
     scored: set[int] = set()
     for (_, split, _), document in documents.items():
         if split != "train" and any(split == "train" for _, split in document.copies):
@@ -133,7 +133,7 @@ def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
         key
         for key, document in documents.items()
         if key[1] == "train"
-        and 0 < len(document.pieces) <= 2 * sum(map(scored.__contains__, document.pieces))
+        and 0 < len(document.pieces) <= 2 * sum(piece in scored for piece in document.pieces)
     }
 
 

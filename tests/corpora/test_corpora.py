@@ -15,9 +15,12 @@ from biomerge_lib.corpora.data_card import (
     conflict_table,
     data_card_table,
     leak_table,
+    mention_table,
+    published_table,
     read_conflicts,
     reading_table,
     seen_table,
+    type_table,
     union_table,
     unseen_share,
 )
@@ -30,6 +33,7 @@ from biomerge_lib.corpora.leakage import (
     key_of,
     normalise,
 )
+from biomerge_lib.corpora.readers import read_corpus
 from biomerge_lib.corpora.union import build_union
 from biomerge_lib.experiment.runs import run_notebook
 from tests.conftest import ROOT
@@ -180,29 +184,23 @@ def test_a_split_of_which_nothing_is_left_is_refused_with_the_cause():
 
 
 @pytest.mark.slow
-def test_the_abstracts_that_biored_and_bc5cdr_share_are_found_by_text(tmp_path):
-    """corpora/README.md: 204 of BioRED's 600; the IOB version of BC5CDR knows no documents."""
-    sources = [str(shared_corpus("bc5cdr_iob")), str(shared_corpus("biored_pubtator"))]
-    card = write_corpus(sources, tmp_path, dev_share=0.1, drop_leaks="documents")
-    shared = card["union"]["documents"]["before"]
-    assert (
-        sum(
-            row["shared"]
-            for row in shared
-            if row["of"].startswith("biored") and row["in"].startswith("bc5cdr")
-        )
-        == 204
-    )
-    into = {
-        row["into"]: row["documents"]
-        for row in card["union"]["leaks"]["before"]
-        if row["from"] == "bc5cdr train"
+def test_the_abstracts_that_biored_and_bc5cdr_share_are_found_by_text():
+    """204 of BioRED's 600 have a PubMed id of BC5CDR, whose IOB version knows no documents."""
+    corpora = {
+        name: read_corpus(shared_corpus(f"{name}_{form}"), optional=["dev"])
+        for name, form in (("bc5cdr", "iob"), ("biored", "pubtator"))
     }
-    assert into["biored test"] == 10
-    assert not [row for row in card["union"]["leaks"]["after"] if " train" in row["from"]]
-    card = write_corpus(sources, tmp_path, dev_share=0.1, drop_leaks="test")
-    assert card["splits"]["test"]["datasets"]["biored"]["sentences"] < 1089 - 90
-    assert card["union"]["documents"]["dropped"]["biored test"] == 10
+    corpora["biored"]["dev"] = []
+    union = build_union(corpora, drop_leaks="documents")
+    rows = [row for row in union.report["documents"]["before"] if row["of"].startswith("biored")]
+    assert sum(row["documents"] for row in rows if row["in"].startswith("bc5cdr")) == 204
+    into = {row["into"]: row["documents"] for row in union.report["leaks"]["before"]}
+    assert into["biored test"] == 11  # of bc5cdr dev, the last row
+    assert not [row for row in union.report["leaks"]["after"] if " train" in row["from"]]
+    union = build_union(corpora, drop_leaks="test")
+    assert union.report["documents"]["dropped"]["biored test"] == 10
+    left = {item.record.doc_id for item in union.splits["test"] if item.record.dataset == "biored"}
+    assert len(left) == 90
 
 
 def test_conflicts_are_settled_by_the_order_of_the_corpora():
@@ -331,6 +329,36 @@ def test_the_data_card_tells_sources_splits_and_steps(tmp_path):
     assert conflict_table(card)["groups"].tolist() == [0, 0, 0, 0] and read_conflicts(tmp_path) == []
 
 
+def test_the_card_tells_types_unique_mentions_and_what_is_published(tmp_path):
+    """Tables of a corpus with types, of one without, and of one that is known by its name."""
+    typed = [
+        Record("Aspirin and aspirin help", ((0, 7), (12, 19)), "d1", "biored", types=("Drug", "Drug")),
+        Record("Asthma and IL-2", ((0, 6), (11, 15)), "d2", "biored", types=("Disease", "Gene|Protein")),
+    ]
+    for split in SPLITS:
+        records = [replace(one, doc_id=f"{split}{one.doc_id}") for one in typed]
+        write_records(tmp_path / f"biored/{split}.jsonl", records if split == "train" else records[:1])
+        plain = record("IL-2 binds", (0, 4), dataset="plain", doc_id=split)
+        write_records(tmp_path / f"plain/{split}.jsonl", [plain])
+    card = write_corpus([str(tmp_path / "biored"), str(tmp_path / "plain")], tmp_path / "data")
+    train = card["sources"]["biored"]["splits"]["train"]
+    assert (train["spans"], train["unique_spans"]) == (4, 3)
+    assert train["types"] == {"Drug": 2, "Disease": 1, "Gene|Protein": 1}
+    assert type_table(card).to_dict("index") == {
+        ("biored", "Drug"): {"train": 2, "dev": 2, "test": 2},
+        ("biored", "Disease"): {"train": 1, "dev": 0, "test": 0},
+        ("biored", "Gene|Protein"): {"train": 1, "dev": 0, "test": 0},
+        ("plain", "(none)"): {"train": 1, "dev": 1, "test": 1},
+    }
+    table = published_table(card)
+    assert table["annotated"].to_dict() == {"biored": 8, "plain": 3}
+    assert "20,419 mentions" in table.loc["biored", "published"] and table.loc["plain", "published"] == ""
+    mentions = mention_table({"train": read_records(tmp_path / "data/train.jsonl")})
+    assert mentions["mention"].tolist() == ["aspirin", "aspirin", "asthma", "il-2", "il-2"]
+    assert mentions["type"].tolist() == ["Drug", "Drug", "Disease", "Gene|Protein", ""]
+    assert set(mentions["words"]) == {1}
+
+
 def test_a_corpus_without_splits_is_split_by_document(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -455,6 +483,28 @@ def test_the_union_of_the_five_has_the_published_counts_and_overlaps(tmp_path):
     assert len(groups) == card["union"]["conflicts"]["before"]["all splits"]["groups"]
     assert len({version["target"] for version in groups[0]}) > 1
     assert groups[0][0].keys() == {"split", "dataset", "doc_id", "text", "target", "kept"}
+
+
+@pytest.mark.slow
+def test_corpora_without_a_dev_set_have_the_counts_that_their_folder_tells(tmp_path):
+    """corpora/README.md: documents and mentions; BioRED's training and dev documents stand in one file."""
+    counts = {
+        "biored": [(500, 16884), (100, 3535)],
+        "nlmgene": [(450, 13797), (100, 3053)],
+        "gnormplus": [(432, 5793), (262, 4849)],
+    }
+    sources = [str(shared_corpus(f"{name}_pubtator")) for name in counts]
+    reading = {"bad_mentions": "skip"}
+    card = write_corpus(sources, tmp_path, reading=reading, dev_share=0.1, drop_leaks="documents")
+    for name, expected in counts.items():
+        read = card["sources"][name]["reading"]
+        assert [
+            (read[split]["documents"], read[split]["annotated"]) for split in ("train", "test")
+        ] == expected
+        splits = card["sources"][name]["splits"]
+        assert splits["train"]["documents"] + splits["dev"]["documents"] == expected[0][0]
+        assert splits["dev"]["documents"] == round(0.1 * expected[0][0])
+        assert sum(splits["train"]["types"].values()) == splits["train"]["spans"]
 
 
 @pytest.mark.slow
