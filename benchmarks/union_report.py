@@ -2,8 +2,8 @@
 
     python -m benchmarks.union_report corpora=[../shared/corpora/bc5cdr_iob,...] data_dir=data/union/ner
 
-converts the corpora as 02_data would and writes ``reports/union/README.md`` and ``reports/union/union.json``. The page
-holds counts and a handful of short examples, never a corpus.
+converts the corpora as 02_data would and writes ``README.md`` and ``union.json`` into ``reports/union`` (or ``--out``).
+The page holds counts and a handful of short examples, never a corpus.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ UNION_OPTIONS = (
     "seed",
 )
 EXAMPLES = 6
+MOST_ROWS = 40
 EXAMPLE_LENGTH = 110  # characters
 
 
@@ -49,7 +50,7 @@ def write_union_report(parameters: Parameters, command: str, out: Path = OUT) ->
     Raises:
         DataError: as :func:`~biomerge_lib.corpora.conversion.write_corpus`.
     """
-    how_read = ("sentence_split", "discontinuous", "token_column", "tag_column")
+    how_read = ("sentence_split", "discontinuous", "bad_mentions", "token_column", "tag_column")
     reading = {"types": parameters.entity_types or None} | {n: getattr(parameters, n) for n in how_read}
     options = {name: getattr(parameters, name) for name in UNION_OPTIONS}
     card = write_corpus(parameters.corpora, parameters.data_dir, reading=reading, **options)
@@ -76,10 +77,14 @@ def _sections(card: Mapping[str, Any], data_dir: str, command: str, commit: str 
         for name, source in card["sources"].items()
     ]
     yield _table(["corpus", *SPLITS], rows)
+    readings = [counts for source in card["sources"].values() for counts in source["reading"].values()]
+    if bad := sum(len(counts.get("bad_mentions", [])) for counts in readings):
+        yield f"{bad:,} mentions do not fit their texts and were left out; `union.json` lists them."
     chosen = ", ".join(f"`{name}={options[name]}`" for name in UNION_OPTIONS)
+    scored = "lost what other corpora train on" if options["drop_leaks"] == "test" else "stay as they are"
     yield (
-        "## From corpora to one training set\n\nTraining sentences left after each step; dev and test stay as they "
-        f"are. Options: {chosen}; of two corpora that contradict each other the first in the table above wins."
+        "## From corpora to one training set\n\nTraining sentences left after each step; dev and test "
+        f"{scored}. Options: {chosen}; of two corpora that contradict each other the first in the table above wins."
     )
     steps = union_table(card)
     yield _table(["step", *steps.columns], steps.reset_index().values.tolist())
@@ -90,6 +95,7 @@ def _sections(card: Mapping[str, Any], data_dir: str, command: str, commit: str 
     ]
     yield _table(["split", "sentences", "mentions", "SHA-256"], written)
     yield from _leaks(card)
+    yield from _documents(card)
     yield from _conflicts(card, read_conflicts(data_dir))
     yield (
         "## Is it one task?\n\nShare of dev mentions (rows) whose string is a mention in each corpus's part of train "
@@ -120,12 +126,33 @@ def _leaks(card: Mapping[str, Any]) -> Iterable[str]:
     yield (
         f"## Leaks\n\nBefore, {trained['sentences'].sum():,} times a dev or test sentence also stands in a corpus's "
         f"train, {trained['short'].sum():,} times a short one (under five words, such as a heading). {taken}"
-        f"After, {left['sentences'].sum():,} do. `verbatim`: equal to the character; `documents`: whole documents of "
-        "several sentences; `in train`: the training sentences that are the same. Nothing is taken out of dev or test, "
-        "so what dev shares with test stays, and is listed too."
+        f"After, {left['sentences'].sum():,} do. `verbatim`: equal to the character; `documents`: the same abstract, "
+        "found by its text; `in train`: the training sentences that are the same. What dev shares with test stays, "
+        "and is listed too."
     )
     header = ["from", "into", "sentences", "verbatim", "short", "documents", "in train"]
-    yield _table(header, before.sort_values("sentences", ascending=False).values.tolist())
+    largest = before.sort_values("sentences", ascending=False)
+    yield _table(header, largest.head(MOST_ROWS).values.tolist())
+    if len(largest) > MOST_ROWS:
+        rest = largest["sentences"][MOST_ROWS:]
+        yield f"{len(rest)} more pairs with at most {rest.max()} sentences each are in `union.json`."
+
+
+def _documents(card: Mapping[str, Any]) -> Iterable[str]:
+    found = card["union"]["documents"]
+    if not found["before"]:
+        return
+    dropped = ", ".join(f"{in_markdown(place)} {count:,}" for place, count in found["dropped"].items())
+    yield (
+        "## Documents that corpora share\n\nThe same abstract in two splits or corpora, found by its text: at least "
+        "half of what lies between its punctuation marks stands in the other. Documents of several sentences are "
+        "counted; where a corpus names no documents it has none, but others may stand in it. Whole documents that "
+        f"`drop_leaks` took out (single sentences where a corpus names none): {dropped or 'none'}."
+    )
+    after = {(row["of"], row["in"]): row["documents"] for row in found["after"]}
+    rows = sorted(found["before"], key=lambda row: -row["documents"])
+    cells = [[row["of"], row["in"], row["documents"], after.get((row["of"], row["in"]), 0)] for row in rows]
+    yield _table(["documents of", "also in", "before", "after"], cells[:MOST_ROWS])
 
 
 def _conflicts(card: Mapping[str, Any], groups: Sequence[Sequence[Mapping[str, Any]]]) -> Iterable[str]:
@@ -158,10 +185,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parameters", nargs="+", metavar="NAME=VALUE", help="those of 02_data")
-    words = parser.parse_args().parameters
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the page")
+    given = parser.parse_args()
     try:
-        command = shlex.join(["python", "-m", "benchmarks.union_report", *words])
-        print(write_union_report(compose_parameters(words), command))
+        command = shlex.join(["python", "-m", "benchmarks.union_report", *sys.argv[1:]])
+        print(write_union_report(compose_parameters(given.parameters), command, given.out))
     except BioMergeError as error:
         sys.exit(f"error: {error}")
 

@@ -82,10 +82,7 @@ def write_corpus(
             "file": path.name,
             "sha256": file_sha256(path),
         }
-    card["union"] = {
-        "options": {**(reading or {}), **drawing, **options},
-        **union.report,
-    }
+    card["union"] = {"options": {**(reading or {}), **drawing, **options}, **union.report}
     write_conflicts(data_dir / "conflicts.jsonl", union)
     write_json(data_dir / "data_card.json", card)
     return card
@@ -94,15 +91,13 @@ def write_corpus(
 def write_conflicts(path: Path, union: Union) -> None:
     """One sentence a line with what each corpus says about it: split, data set, document, target, kept or not."""
     kept = {id(item) for items in union.splits.values() for item in items}
+    said = ("dataset", "doc_id", "text", "target")
     with whole_file(path) as out:
         for group in union.conflicts:
             versions = [
                 {
                     "split": split,
-                    "dataset": item.record.dataset,
-                    "doc_id": item.record.doc_id,
-                    "text": item.record.text,
-                    "target": item.record.target,
+                    **{name: getattr(item.record, name) for name in said},
                     "kept": id(item) in kept,
                 }
                 for split, item in group

@@ -39,7 +39,7 @@ def data_card_table(card: Mapping[str, Any]) -> pd.DataFrame:
         for dataset, source in card["sources"].items()
         for split, counts in source["splits"].items()
     ]
-    return pd.DataFrame(rows).set_index(["dataset", "split"]).drop(columns="types")
+    return pd.DataFrame(rows).set_index(["dataset", "split"]).drop(columns="types", errors="ignore")
 
 
 def type_table(card: Mapping[str, Any]) -> pd.DataFrame:
@@ -55,17 +55,11 @@ def type_table(card: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def published_table(card: Mapping[str, Any]) -> pd.DataFrame:
-    """What was read of all splits beside what the corpus's authors say, where that is noted.
-
-    A corpus whose files name no documents has one for each sentence.
-    """
+    """What was read beside what a corpus's authors say, where noted. Without document ids a sentence is a document."""
     names = ["documents", "sentences", "annotated"]
-    read = {
-        dataset: {name: sum(counts[name] for counts in source["reading"].values()) for name in names}
-        for dataset, source in card["sources"].items()
-    }
-    said = pd.read_csv(PUBLISHED, index_col="dataset")
-    return pd.DataFrame.from_dict(read, orient="index").join(said).fillna({"published": "", "by": ""})
+    readings = {dataset: pd.DataFrame(source["reading"]) for dataset, source in card["sources"].items()}
+    read = pd.DataFrame({name: table.loc[names].sum(axis=1) for name, table in readings.items()}).T
+    return read.join(pd.read_csv(PUBLISHED, index_col="dataset")).fillna("")
 
 
 def union_table(card: Mapping[str, Any]) -> pd.DataFrame:

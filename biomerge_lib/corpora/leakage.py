@@ -39,10 +39,8 @@ class Keyed:
 
 
 Splits = Mapping[str, Sequence[Keyed]]
-Place = tuple[str, str]  # (data set, split)
-DocumentAt = tuple[
-    str, str, str
-]  # (data set, split, doc_id); a sentence is one where a corpus has no documents
+Place = str  # data set and split: "bc5cdr train"
+DocumentAt = tuple[Place, str]  # with its doc_id; a sentence is one where a corpus has no documents
 
 
 @dataclass(slots=True)
@@ -101,50 +99,50 @@ def find_documents(splits: Splits) -> dict[DocumentAt, Document]:
     """The documents of each data set's splits, and where else they stand."""
     documents: defaultdict[DocumentAt, Document] = defaultdict(Document)
     holders: dict[int, tuple[Place, ...]] = {}
-    for split, items in splits.items():
+    for place, items in _by_place(splits).items():
         for record in (item.record for item in items):
-            place, document = (record.dataset, split), documents[record.dataset, split, record.doc_id]
+            document = documents[place, record.doc_id]
             document.sentences += 1
             document.words += len(record.text.split())
             for piece in map(hash, _PIECE.findall(normalise(record.text))):
                 document.pieces.append(piece)
                 if place not in holders.get(piece, ()):
                     holders[piece] = (*holders.get(piece, ()), place)
-    for (dataset, split, _), document in documents.items():
+    for (place, _), document in documents.items():
         counts = Counter(chain.from_iterable(holders[piece] for piece in document.pieces))
-        document.copies.update(place for place, count in counts.items() if 2 * count >= len(document.pieces))
-        document.copies.discard((dataset, split))
-    return dict(documents)
+        found = {other for other, count in counts.items() if 2 * count >= len(document.pieces)}
+        document.copies = found - {place}
+    return documents
 
 
 def count_shared_documents(documents: Mapping[DocumentAt, Document]) -> Counter[tuple[Place, Place]]:
     """How many documents of several sentences of one place also stand in another."""
-    several = ((key[:2], document) for key, document in documents.items() if document.sentences > 1)
+    several = ((place, document) for (place, _), document in documents.items() if document.sentences > 1)
     return Counter((place, other) for place, document in several for other in document.copies)
 
 
 def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
     """The documents of train (sentences, where it has none) of which half stands in a scored one that is in train."""
     scored: set[int] = set()
-    for (_, split, _), document in documents.items():
-        if split != "train" and any(split == "train" for _, split in document.copies):
+    for (place, _), document in documents.items():
+        if not is_train(place) and any(map(is_train, document.copies)):
             scored.update(document.pieces)
-    return {
-        key
-        for key, document in documents.items()
-        if key[1] == "train"
-        and 0 < len(document.pieces) <= 2 * sum(piece in scored for piece in document.pieces)
-    }
+    shares = {key: [piece in scored for piece in document.pieces] for key, document in documents.items()}
+    return {key for key, found in shares.items() if is_train(key[0]) and 0 < len(found) <= 2 * sum(found)}
 
 
 def find_trained(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
     """The documents of dev and test that also stand in the train of another corpus (headings left aside)."""
     return {
-        key
-        for key, document in documents.items()
-        if key[1] != "train" and (document.sentences > 1 or document.words >= SHORT_WORDS)
-        if any(split == "train" and dataset != key[0] for dataset, split in document.copies)
+        (place, doc_id)
+        for (place, doc_id), document in documents.items()
+        if not is_train(place) and (document.sentences > 1 or document.words >= SHORT_WORDS)
+        if any(map(is_train, document.copies - {f"{place.rpartition(' ')[0]} train"}))
     }
+
+
+def is_train(place: Place) -> bool:
+    return place.endswith(" train")
 
 
 def find_leaks(
@@ -157,29 +155,25 @@ def find_leaks(
     the second knows sentences alone; and ``source_sentences``, how many of the first would have to go.
     """
     copied = count_shared_documents(find_documents(splits) if documents is None else documents)
-    datasets = {split: _by_dataset(items) for split, items in splits.items()}
+    places = _by_place(splits)
     rows = []
     for first, second in LEAK_DIRECTIONS:
-        for source, theirs in datasets.get(first, {}).items():
-            counts = Counter(item.sentence for item in theirs)
-            texts = {item.record.text for item in theirs}
-            for target, ours in datasets.get(second, {}).items():
-                shared = [item for item in ours if item.sentence in counts]
-                pair = (target, second), (source, first)
-                if shared:
-                    rows.append(
-                        {
-                            "from": f"{source} {first}",
-                            "into": f"{target} {second}",
-                            "sentences": len(shared),
-                            "verbatim": sum(item.record.text in texts for item in shared),
-                            "short": sum(len(item.record.text.split()) < SHORT_WORDS for item in shared),
-                            "documents": copied[pair] or copied[pair[::-1]],
-                            "source_sentences": sum(
-                                counts[key] for key in {item.sentence for item in shared}
-                            ),
-                        }
-                    )
+        for source in [place for place in places if place.endswith(f" {first}")]:
+            counts = Counter(item.sentence for item in places[source])
+            texts = {item.record.text for item in places[source]}
+            for target in [place for place in places if place.endswith(f" {second}")]:
+                shared = [item for item in places[target] if item.sentence in counts]
+                found = {item.sentence: counts[item.sentence] for item in shared}
+                row = {
+                    "from": source,
+                    "into": target,
+                    "sentences": len(shared),
+                    "verbatim": sum(item.record.text in texts for item in shared),
+                    "short": sum(len(item.record.text.split()) < SHORT_WORDS for item in shared),
+                    "documents": copied[target, source] or copied[source, target],
+                    "source_sentences": sum(found.values()),
+                }
+                rows += [row] if shared else []
     return rows
 
 
@@ -222,8 +216,9 @@ def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _by_dataset(items: Iterable[Keyed]) -> dict[str, list[Keyed]]:
+def _by_place(splits: Splits) -> dict[Place, list[Keyed]]:
     found = defaultdict(list)
-    for item in items:
-        found[item.record.dataset].append(item)
-    return dict(found)
+    for split, items in splits.items():
+        for item in items:
+            found[f"{item.record.dataset} {split}"].append(item)
+    return found

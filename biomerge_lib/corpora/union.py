@@ -85,10 +85,10 @@ def build_union(
         leaving = find_leaking(documents)
     elif drop_leaks == "test":
         leaving = find_trained(documents)
-    union.report["documents"]["dropped"] = Counter(f"{dataset} {split}" for dataset, split, _ in leaving)
+    union.report["documents"]["dropped"] = Counter(place for place, _ in leaving)
     for split, items in union.splits.items():
         union.splits[split] = [
-            item for item in items if (item.record.dataset, split, item.record.doc_id) not in leaving
+            item for item in items if (f"{item.record.dataset} {split}", item.record.doc_id) not in leaving
         ]
     if drop_leaks in ("train", "documents"):
         evaluated = {item.sentence for split in ("dev", "test") for item in union.splits[split]}
@@ -114,34 +114,29 @@ def build_union(
                 "sentences with, or set conflicts=keep and train with corpus_cue=true.",
                 dataset,
             )
+    removed = ", ".join(f"{step['step']} {sum(step['removed'].values()):,}" for step in union.steps[1:])
     for split, items in union.splits.items():
         if not items and any(corpus[split] for corpus in corpora.values()):
-            steps = [f"{step['step']} {sum(step['removed'].values()):,}" for step in union.steps[1:]]
-            said = f" (training sentences removed: {', '.join(steps)})" if split == "train" else ""
-            raise DataError(
-                f"nothing is left of {split}: set drop_leaks={drop_leaks} to another value{said}."
-            )
-    _describe(union, "after")
+            said = f"set drop_leaks={drop_leaks} to another value (train lost {removed or 'nothing'})"
+            raise DataError(f"nothing is left of {split}: {said}.")
+    leaking = find_leaking(_describe(union, "after"))
+    if leaking and drop_leaks == "train":
+        listed = ", ".join(
+            f"{place} {count}" for place, count in Counter(place for place, _ in leaking).items()
+        )
+        log.warning("documents are in part both trained and scored (%s): drop_leaks=documents.", listed)
     union.report["steps"] = union.steps
-    after = union.report["documents"]["after"]
-    shared = [row for row in after if row["of"].endswith(" train") != row["in"].endswith(" train")]
-    if drop_leaks == "train" and shared:
-        rows = ", ".join(f"{row['documents']} of {row['of']} in {row['in']}" for row in shared)
-        log.warning("parts of documents stand in train and are scored (%s): drop_leaks=documents.", rows)
     return union
 
 
 def _describe(union: Union, when: str) -> Mapping[DocumentAt, Document]:
     """Report leaks, shared documents and conflicts; return the documents."""
     documents = find_documents(union.splits)
-    shared = [
-        {"of": " ".join(place), "in": " ".join(other), "documents": count}
-        for (place, other), count in count_shared_documents(documents).items()
-    ]
+    shared = count_shared_documents(documents).items()
     everywhere, train = find_conflicts(union.splits), find_conflicts({"train": union.splits["train"]})
     found = {
         "leaks": find_leaks(union.splits, documents),
-        "documents": shared,
+        "documents": [{"of": place, "in": other, "documents": count} for (place, other), count in shared],
         "conflicts": {"train": count_conflicts(train), "all splits": count_conflicts(everywhere)},
     }
     for name, value in found.items():
