@@ -1,10 +1,9 @@
 """Knows when sentences and documents are the same: leaks, duplicates and conflicts. Knows nothing of files.
 
 Two sentences are the same when they are equal after NFKC normalisation, case folding and removal of all white space,
-so that a tokenised corpus and its untokenised original can be compared. A document stands in another corpus when most
+so that a tokenised corpus and its untokenised original can be compared. A document stands in another corpus when half
 of what lies between its punctuation marks does: then neither document ids nor the ends of sentences need to agree. (Of
-BioRED's 600 abstracts the 204 that have a BC5CDR abstract's PubMed id share all such pieces with it, the others at most
-one in ten.)
+BioRED's 600 abstracts the 204 in BC5CDR, by their PubMed ids, share all of it with BC5CDR, the others at most a tenth.)
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
 
 
 def find_trained(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
-    """The documents of dev and test that also stand in the train of another corpus (headings left aside)."""
+    """The documents of dev and test that also stand in the train of another corpus (short sentences stay)."""
     return {
         (place, doc_id)
         for (place, doc_id), document in documents.items()

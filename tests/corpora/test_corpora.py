@@ -47,6 +47,12 @@ COUNTS = {
     "anatem": [(5861, 6946), (2118, 2139), (3830, 4616)],
     "bionlp13cg": [(3033, 10826), (1003, 3616), (1906, 6881)],
 }
+# The same file: documents / mentions of train (BioRED's with dev) and test.
+DOCUMENT_COUNTS = {
+    "biored": [(500, 16884), (100, 3535)],
+    "nlmgene": [(450, 13797), (100, 3053)],
+    "gnormplus": [(432, 5793), (262, 4849)],
+}
 
 
 def record(text: str, *spans, dataset: str = "a", doc_id: str | None = None) -> Record:
@@ -164,7 +170,7 @@ def test_only_documents_of_another_corpus_leave_a_test_set():
     assert len(build_union({"a": own}, drop_leaks="test").splits["test"]) == 3
     headings = [
         record("Materials and methods :", dataset="b"),
-        record("Materials and methods used here :", dataset="b"),
+        record("Aspirin was given to all patients ; no further drugs were used .", dataset="b"),
     ]
     theirs = corpus([replace(one, dataset="c") for one in headings])
     union = build_union({"b": corpus(test=headings), "c": theirs}, drop_leaks="test")
@@ -488,15 +494,10 @@ def test_the_union_of_the_five_has_the_published_counts_and_overlaps(tmp_path):
 @pytest.mark.slow
 def test_corpora_without_a_dev_set_have_the_counts_that_their_folder_tells(tmp_path):
     """corpora/README.md: documents and mentions; BioRED's training and dev documents stand in one file."""
-    counts = {
-        "biored": [(500, 16884), (100, 3535)],
-        "nlmgene": [(450, 13797), (100, 3053)],
-        "gnormplus": [(432, 5793), (262, 4849)],
-    }
-    sources = [str(shared_corpus(f"{name}_pubtator")) for name in counts]
+    sources = [str(shared_corpus(f"{name}_pubtator")) for name in DOCUMENT_COUNTS]
     reading = {"bad_mentions": "skip"}
     card = write_corpus(sources, tmp_path, reading=reading, dev_share=0.1, drop_leaks="documents")
-    for name, expected in counts.items():
+    for name, expected in DOCUMENT_COUNTS.items():
         read = card["sources"][name]["reading"]
         assert [
             (read[split]["documents"], read[split]["annotated"]) for split in ("train", "test")
@@ -548,13 +549,18 @@ def test_the_unions_page_is_written_from_its_card(tmp_path, tiny_parameters):
     assert json.loads((tmp_path / "report" / "union.json").read_text())["splits"]["dev"]["spans"] == 261
 
 
-def test_the_published_union_has_the_corpora_counts():
-    folder = ROOT / "reports" / "union"
+@pytest.mark.parametrize("name", ["union", "union-of-seven"])
+def test_the_published_unions_have_the_corpora_counts(name):
+    folder = ROOT / "reports" / name
     card = json.loads((folder / "union.json").read_text())
-    assert list(card["sources"]) == ["bc5cdr", "bc2gm", "jnlpba", "anatem"]
+    more = ["biored", "nlmgene", "gnormplus"] if name == "union-of-seven" else []
+    assert list(card["sources"]) == ["bc5cdr", "bc2gm", "jnlpba", "anatem", *more]
     for name, source in card["sources"].items():
-        found = [(counts["sentences"], counts["spans"]) for counts in source["splits"].values()]
-        assert found == COUNTS[name]
+        splits = source["reading"] if name in DOCUMENT_COUNTS else source["splits"]
+        unit, spans = ("documents", "annotated") if name in DOCUMENT_COUNTS else ("sentences", "spans")
+        found = [(counts[unit], counts[spans]) for counts in splits.values()]
+        assert found == (DOCUMENT_COUNTS | COUNTS)[name]
+    assert not [row for row in card["union"]["leaks"]["after"] if " train" in row["from"]]
     page = (folder / "README.md").read_text()
     assert card["command"] in page and "/root" not in page and len(page) < 20_000
     assert card["union"]["conflicts"]["after"]["train"]["groups"] == 0
