@@ -1024,6 +1024,7 @@ def test_hub_data_sets_that_are_not_there(tmp_path):
         read_corpus(f"hub:{folder}")
     with pytest.raises(DataError, match=rf"hub:{folder} test row 0: datasets cannot read it"):
         read_corpus(f"hub:{folder}", splits=("test",))
+    assert list(find_source(f"hub:{folder}", optional=("dev",)).streams) == ["train", "test"]
     with pytest.raises(DataError, match="hub:nobody/nothing: datasets cannot load it"):
         read_corpus("hub:nobody/nothing")
 
