@@ -44,12 +44,16 @@ DocumentAt = tuple[Place, str]  # with its doc_id; a sentence is one where a cor
 
 @dataclass(slots=True)
 class Document:
-    """A document's ``pieces`` (hashes of this process), and its ``copies``: where else half of them or more stand."""
+    """A document's ``pieces`` (hashes of this process), and its ``copies``: the other places where it stands."""
 
     pieces: array[int] = field(default_factory=lambda: array("q"))
     sentences: int = 0
     words: int = 0
     copies: set[Place] = field(default_factory=set)
+
+    def is_made_of(self, found: int) -> bool:
+        """Whether so many of its pieces are enough to know it: half of a document's, all of a lone sentence's."""
+        return 0 < len(self.pieces) <= found * min(self.sentences, 2)
 
 
 def normalise(text: str) -> str:
@@ -109,8 +113,7 @@ def find_documents(splits: Splits) -> dict[DocumentAt, Document]:
                     holders[piece] = (*holders.get(piece, ()), place)
     for (place, _), document in documents.items():
         counts = Counter(chain.from_iterable(holders[piece] for piece in document.pieces))
-        found = {other for other, count in counts.items() if 2 * count >= len(document.pieces)}
-        document.copies = found - {place}
+        document.copies = {other for other, count in counts.items() if document.is_made_of(count)} - {place}
     return documents
 
 
@@ -121,13 +124,16 @@ def count_shared_documents(documents: Mapping[DocumentAt, Document]) -> Counter[
 
 
 def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
-    """The documents of train (sentences, where it has none) of which half stands in a scored one that is in train."""
+    """The documents of train (sentences, where it has none) that are made of scored ones that stand in train."""
     scored: set[int] = set()
     for (place, _), document in documents.items():
         if not is_train(place) and any(map(is_train, document.copies)):
             scored.update(document.pieces)
-    shares = {key: [piece in scored for piece in document.pieces] for key, document in documents.items()}
-    return {key for key, found in shares.items() if is_train(key[0]) and 0 < len(found) <= 2 * sum(found)}
+    return {
+        (place, doc_id)
+        for (place, doc_id), document in documents.items()
+        if is_train(place) and document.is_made_of(sum(piece in scored for piece in document.pieces))
+    }
 
 
 def find_trained(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
