@@ -32,25 +32,23 @@ def unseen_share(train: Iterable[Record], other: Iterable[Record]) -> float:
     return float((~found["mention"].isin(set(seen["mention"]))).mean()) if len(found) else 0.0
 
 
+def _by_split(card: Mapping[str, Any], part: str) -> dict[tuple[str, str], dict[str, Any]]:
+    sources = card["sources"].items()
+    return {(dataset, split): counts for dataset, source in sources for split, counts in source[part].items()}
+
+
 def data_card_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """The data card's counts as a table: one row a source and split."""
-    rows = [
-        {"dataset": dataset, "split": split, **counts}
-        for dataset, source in card["sources"].items()
-        for split, counts in source["splits"].items()
-    ]
-    return pd.DataFrame(rows).set_index(["dataset", "split"]).drop(columns="types", errors="ignore")
+    table = pd.DataFrame.from_dict(_by_split(card, "splits"), orient="index")
+    return table.rename_axis(["dataset", "split"]).drop(columns="types", errors="ignore")
 
 
 def type_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """How many mentions each type has, as the corpora came: one row a source and type, one column a split."""
-    counts = {
-        (dataset, split): counts["types"] or {"(none)": counts["spans"]}
-        for dataset, source in card["sources"].items()
-        for split, counts in source["splits"].items()
-    }
-    table = pd.DataFrame(counts).rename_axis(index="type", columns=["dataset", "split"])
-    table = table.stack("dataset", future_stack=True).swaplevel().dropna(how="all").fillna(0).astype(int)
+    splits = _by_split(card, "splits").items()
+    table = pd.DataFrame({place: counts["types"] or {"(none)": counts["spans"]} for place, counts in splits})
+    table = table.rename_axis(index="type", columns=["dataset", "split"]).stack("dataset", future_stack=True)
+    table = table.swaplevel().dropna(how="all").fillna(0).astype(int)
     return table.sort_values(["dataset", "train"], ascending=[True, False])
 
 
@@ -81,13 +79,12 @@ def leak_table(card: Mapping[str, Any], when: str = "before") -> pd.DataFrame:
 def reading_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """What the readers found and did, one row a source and split: mentions left out, joined sentences, other units."""
     rows = {
-        (dataset, split): {
-            name: len(value) if isinstance(value, list) else value
-            for name, value in counts.items()
-            if isinstance(value, int | list)
+        place: {
+            name: len(n) if isinstance(n, list) else n
+            for name, n in counts.items()
+            if not isinstance(n, dict)
         }
-        for dataset, source in card["sources"].items()
-        for split, counts in source["reading"].items()
+        for place, counts in _by_split(card, "reading").items()
     }
     table = pd.DataFrame.from_dict(rows, orient="index").fillna(0).astype(int)
     return table.rename_axis(["dataset", "split"])

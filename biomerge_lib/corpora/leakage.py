@@ -127,12 +127,12 @@ def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
     """The documents of train (sentences, where it has none) that are made of scored ones that stand in train."""
     scored: set[int] = set()
     for (place, _), document in documents.items():
-        if not is_train(place) and any(map(is_train, document.copies)):
+        if not place.endswith(" train") and any(other.endswith(" train") for other in document.copies):
             scored.update(document.pieces)
     return {
         (place, doc_id)
         for (place, doc_id), document in documents.items()
-        if is_train(place) and document.is_made_of(sum(piece in scored for piece in document.pieces))
+        if place.endswith(" train") and document.is_made_of(sum(map(scored.__contains__, document.pieces)))
     }
 
 
@@ -141,13 +141,10 @@ def find_trained(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
     return {
         (place, doc_id)
         for (place, doc_id), document in documents.items()
-        if not is_train(place) and (document.sentences > 1 or document.words >= SHORT_WORDS)
-        if any(map(is_train, document.copies - {f"{place.rpartition(' ')[0]} train"}))
+        if not place.endswith(" train") and (document.sentences > 1 or document.words >= SHORT_WORDS)
+        for other in document.copies - {f"{place.rpartition(' ')[0]} train"}
+        if other.endswith(" train")
     }
-
-
-def is_train(place: Place) -> bool:
-    return place.endswith(" train")
 
 
 def find_leaks(
