@@ -21,7 +21,7 @@ from biomerge_lib.core.files import parse_json
 from biomerge_lib.core.records import NER_PREFIX, iter_lines
 from biomerge_lib.corpora.documents import ReadCounts
 from biomerge_lib.corpora.format_pubtator import is_pubtator, read_pubtator
-from biomerge_lib.corpora.formats import read_text
+from biomerge_lib.corpora.formats import entries_of, read_text
 
 STDIN = "-"
 ENDINGS = (".txt", ".jsonl", ".pubtator")
@@ -76,8 +76,12 @@ def _read_path(path: Path | str) -> Iterator[Text]:
             raise DataError(f"standard input: not UTF-8 (byte {error.start + 1}).") from None
         return
     path = Path(path)
-    inside = (file for file in path.glob("*") if file.suffix.lower() in ENDINGS and file.is_file())
-    files = [path] if path.is_file() else sorted(inside)
+    inside = entries_of(path) if path.is_dir() else []
+    files = (
+        [path]
+        if path.is_file()
+        else [file for file in inside if file.suffix.lower() in ENDINGS and file.is_file()]
+    )
     if not files:
         no = f"no {', '.join(ENDINGS)} file in this folder" if path.is_dir() else "no such file or folder"
         raise DataError(f"{path}: {no}.")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -102,6 +104,20 @@ def whole_folder(path: Path, *, partial: Path | None = None) -> Iterator[Path]:
         raise_full_disk(path, error)
         raise
     partial.rename(path)
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[Any]:
+    """A file to read, unpacked where its name ends in .gz.
+
+    Raises:
+        DataError: it is no gzip file, or a part of one.
+    """
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be unpacked ({error}).") from None
 
 
 def write_text(path: Path | str, text: str) -> None:

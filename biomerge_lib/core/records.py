@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import OBJECT, parse_json, whole_file
+from biomerge_lib.core.files import OBJECT, open_bytes, parse_json, whole_file
 from biomerge_lib.core.spans import Span, format_spans, is_inside, parse_answer
 
 NER_PREFIX = "<NER> "
@@ -128,10 +128,10 @@ def iter_records(path: Path | str) -> Iterator[Record]:
 
 def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that are not blank, with their numbers; DataError where one is not UTF-8."""
-    with path.open("rb") as lines:  # a text file's lines would also end at a lone carriage return
+    with open_bytes(path) as lines:  # a text file's lines would also end at a lone carriage return
         for number, raw in enumerate(lines, start=1):
             try:
-                line = raw.decode("utf-8")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line).") from None
             if line.strip():

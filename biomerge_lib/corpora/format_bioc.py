@@ -1,16 +1,18 @@
-"""Knows BioC XML; docs/corpora.md says why no converter library reads it."""
+"""Knows BioC, as XML and as JSON; docs/corpora.md says why no converter library reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import open_bytes
 from biomerge_lib.core.spans import OFFSET, Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import Format, Reading, Source
+from biomerge_lib.corpora.formats import Format, Reading, Source, ending_of, iter_json, json_keys
 
 
 def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:
@@ -20,9 +22,10 @@ def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:
     checked against the text, one without a location (NLM-Chem's MeSH headings) is left out. Relations are counted.
 
     Raises:
-        DataError: broken XML, an undefined entity, an element or a number missing.
+        DataError: broken XML or JSON, an undefined entity, an element or a number missing.
     """
-    for element in _iter_bioc_documents(path):
+    is_xml = ending_of(path) == ".xml"
+    for element in _iter_bioc_documents(path) if is_xml else _iter_json_documents(path):
         doc_id = _child(element, "id", path)
         for passage in element.iterfind("passage"):
             sentences = passage.findall("sentence")
@@ -87,7 +90,7 @@ def _iter_bioc_documents(path: Path) -> Iterator[ElementTree.Element]:
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler = builder.data
     parser.SkippedEntityHandler = parser.ExternalEntityRefHandler = stop_at_entity
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         try:
             for block in iter(lambda: stream.read(1 << 16), b""):
                 parser.Parse(block, False)
@@ -102,6 +105,31 @@ def _iter_bioc_documents(path: Path) -> Iterator[ElementTree.Element]:
                 f"{path}:{error.lineno}: broken XML ({reason}, column {error.offset + 1})."
             ) from None
     yield from done
+
+
+def _iter_json_documents(path: Path) -> Iterator[ElementTree.Element]:
+    """The documents of BioC JSON as BioC XML has them."""
+    for where, fields in iter_json(path):
+        place = where.removeprefix(f"{path}").lstrip(": ")
+        yield _to_element("document", fields, place)
+
+
+def _to_element(tag: str, fields: Any, place: str) -> ElementTree.Element:
+    """``{"passages": [{"offset": 0}]}`` as ``<passage><offset>0</offset></passage>``; a location has attributes."""
+    if not isinstance(fields, dict):
+        element = ElementTree.Element(tag, {_LINE: place})
+        element.text = None if fields is None else str(fields)
+        return element
+    numbers = {name: str(value) for name, value in fields.items() if tag == "location"}
+    element = ElementTree.Element(tag, {_LINE: place} | numbers)
+    for name, value in fields.items():
+        if name == "infons":
+            for key, said in value.items():
+                ElementTree.SubElement(element, "infon", {"key": key}).text = str(said)
+        else:
+            for one in value if isinstance(value, list) else [value]:
+                element.append(_to_element(name.removesuffix("s"), one, place))
+    return element
 
 
 def _child(element: ElementTree.Element, name: str, path: Path) -> str:
@@ -122,4 +150,8 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
         yield from read_bioc(path, counts)
 
 
-BIOC = Format((".xml",), _read)
+def _has(path: Path) -> bool:
+    return ending_of(path) == ".xml" or {"passages", "infons"} <= json_keys(path)
+
+
+BIOC = Format((".xml", ".json", ".jsonl"), _read, _has)

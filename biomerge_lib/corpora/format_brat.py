@@ -1,4 +1,7 @@
-r"""Knows BRAT standoff: ``NAME.txt`` and ``NAME.ann`` (``T1\tCell 336 341\tcells``) beside each other."""
+r"""Knows BRAT standoff: ``NAME.txt`` and ``NAME.ann`` (``T1\tCell 336 341\tcells``) beside each other.
+
+BioNLP's shared tasks call the mentions ``NAME.a1``, and the events, which are not read, ``NAME.a2``.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,34 @@ from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import Format, Reading, Source, read_text, split_lines
+from biomerge_lib.corpora.formats import Format, Reading, Source, ending_of, read_text, split_lines, stem_of
 
+_ANNOTATIONS = (".ann", ".a1")
 _OTHER = "EARMNC#*"  # events, attributes, relations, modifications, normalisations, notes, equivalences
 _PARTS = re.compile(r"(\S+) ([0-9]{1,9} [0-9]{1,9}(?:;[0-9]{1,9} [0-9]{1,9})*)")
 
 
 def read_brat(paths: Sequence[Path], counts: ReadCounts) -> Iterator[Document]:
-    """Read a folder's .txt and .ann files; a document's id is its files' name.
+    """Read a folder's .txt and .ann (or .a1) files; a document's id is its files' name.
 
     Parts of a discontinuous mention are ``Cell 0 3;8 12``. Lines other than T (events, attributes, notes) are counted.
 
     Raises:
         DataError: a .txt without its .ann or the reverse, not UTF-8, or a line that is not BRAT's.
     """
-    there = set(paths)
-    for path in paths:
-        partner = path.with_suffix(".ann" if path.suffix == ".txt" else ".txt")
-        if partner not in there:
+    pairs: dict[str, dict[bool, Path]] = {}
+    for path in sorted(paths, key=lambda path: ending_of(path) == ".ann"):  # which comes before .a1
+        pairs.setdefault(stem_of(path), {})[ending_of(path) == ".txt"] = path
+    for name, pair in pairs.items():
+        if len(pair) < 2:
+            path, missing = next(iter(pair.values())), f"{name}.txt" if False in pair else f"{name}.ann"
             raise DataError(
-                f"{path}: no {partner.name} beside it; each .txt needs its .ann, each .ann its .txt."
+                f"{path}: no {missing} beside it; each .txt needs its .ann (or .a1), and each of these its .txt."
             )
-    for path in paths:
-        if path.suffix == ".txt":
-            mentions = tuple(_iter_mentions(path.with_suffix(".ann"), counts))
-            yield Document(path.stem, read_text(path), mentions, str(path))
+    for name, pair in pairs.items():
+        yield Document(
+            name, read_text(pair[True]), tuple(_iter_mentions(pair[False], counts)), str(pair[True])
+        )
 
 
 def _iter_mentions(path: Path, counts: ReadCounts) -> Iterator[Mention]:
@@ -56,7 +62,8 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
 
 
 def _has(path: Path) -> bool:
-    return path.suffix == ".ann" or path.with_suffix(".ann").exists()
+    names = [stem_of(path) + one for end in _ANNOTATIONS for one in (end, end.upper(), f"{end}.gz")]
+    return ending_of(path) != ".txt" or any(path.with_name(name).exists() for name in names)
 
 
-BRAT = Format((".txt", ".ann"), _read, _has, is_document_a_file=True)
+BRAT = Format((".txt", *_ANNOTATIONS), _read, _has, is_document_a_file=True)

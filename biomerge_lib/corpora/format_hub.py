@@ -6,8 +6,6 @@ A row is a sentence (``tokens`` and ``ner_tags``: numbers named by ClassLabel, o
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,18 @@ from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import Column, Format, Reading, Source, first_line, split_of
+from biomerge_lib.corpora.formats import (
+    DOCUMENT_COLUMNS,
+    TAG_COLUMNS,
+    TOKEN_COLUMNS,
+    Column,
+    Format,
+    Reading,
+    Source,
+    ending_of,
+    json_keys,
+    split_of,
+)
 from biomerge_lib.corpora.tags import (
     LOOKED_AT,
     ParsedTag,
@@ -25,10 +34,6 @@ from biomerge_lib.corpora.tags import (
     refuse_implausible,
 )
 
-TOKEN_COLUMNS = ("tokens", "words")
-TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")
-DOCUMENT_COLUMNS = ("document_id", "doc_id", "docid", "pmid")  # "id" is a row number in most data sets
-
 
 def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collection[str] = ()) -> Source:
     """A data set, opened: ``name`` is a folder or a hub name, with ``#CONFIG`` where it has several.
@@ -36,11 +41,12 @@ def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collectio
     Raises:
         DataError: it is not there, cannot be reached, is not in a layout that ``datasets`` knows, or lacks a split.
     """
-    from datasets import load_dataset  # seconds to import
+    from datasets import load_dataset, load_from_disk  # seconds to import
 
     path, _, config = name.partition("#")
     try:
-        available = load_dataset(path, config or None, streaming=True)
+        is_saved = (Path(path) / "dataset_dict.json").is_file()  # by save_to_disk
+        available = load_from_disk(path) if is_saved else load_dataset(path, config or None, streaming=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"hub:{name}: datasets cannot load it ({reason}).") from error
@@ -59,7 +65,7 @@ def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collectio
 def hub_files(folder: Path) -> list[Path]:
     """Data files of a folder in the hub's layout: at the top, in data/ or in a configuration's folder."""
     found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)]
-    return sorted(path for path in found if path.suffix in HUB.endings and path.is_file())
+    return sorted(path for path in found if ending_of(path) in HUB.endings and path.is_file())
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record | Document]:
@@ -150,13 +156,7 @@ def _bigbio_documents(row: Mapping[str, Any], where: str) -> Iterator[Document]:
 
 
 def _has(path: Path) -> bool:
-    line = first_line(path)
-    try:
-        row = json.loads(line)
-        keys = set(row) if isinstance(row, dict) else set()
-    except (ValueError, RecursionError):  # a long first line was cut
-        keys = set(re.findall(r'"(\w+)"\s*:', line))
-    return not keys.isdisjoint({*TOKEN_COLUMNS, "passages"})
+    return not json_keys(path).isdisjoint({*TOKEN_COLUMNS, "passages"})
 
 
-HUB = Format((".parquet", ".jsonl", ".json"), _read, _has)
+HUB = Format((".parquet", ".arrow", ".jsonl", ".json"), _read, _has)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError, nearest
@@ -22,16 +22,18 @@ from biomerge_lib.corpora.formats import (
     Format,
     Reading,
     Source,
+    ending_of,
     first_lines,
+    named_files,
     read_text,
     split_lines,
-    split_of,
 )
 from biomerge_lib.corpora.tags import (
     LOOKED_AT,
     TAG,
     ParsedTag,
     find_implausible,
+    is_repetitive,
     make_record,
     parse_tag,
     refuse_implausible,
@@ -45,7 +47,6 @@ _DOCUMENT = re.compile(
     r"\s*(.*?)(?:; part \d+)?\s*",
     re.IGNORECASE,
 )
-_DIGIT = re.compile(r"\d")
 _NO_ROW = ("#", "-DOCSTART-")
 # What a column of syntactic chunks holds (CoNLL-2000); such a column beside the entities' makes no doubt.
 _PHRASES = frozenset(["NP", "VP", "PP", "ADVP", "ADJP", "SBAR", "PRT", "CONJP", "INTJ", "LST", "UCP"])
@@ -80,65 +81,64 @@ def read_iob(
     doc_prefix = doc_prefix or f"{dataset}_{path.name.split('.')[0]}"
     lines = list(split_lines(read_text(path)))
     layout = _find_layout(lines, how, path)
-    width, token_at, tag_at = layout.width, layout.token_at, layout.tag_at
     parsed_tags: dict[str, ParsedTag] = {}
     document: str | None = None
+    id_before = None
     documents = sentences = 0
-    is_numbered = False  # documents: such ids say nothing outside their file
     tokens: list[str] = []
     tags: list[ParsedTag] = []
     for number, line in enumerate(chain(lines, [""]), start=1):  # "" ends the last sentence
-        if not line.strip() or line.startswith(_NO_ROW):
-            marker = _DOCUMENT.fullmatch(line)
-            if marker or not line.strip():
-                if tokens:
-                    sentences += 1
-                    doc_id = document or f"{doc_prefix}_s{sentences:05d}"
-                    yield make_record(tokens, tags, doc_id, dataset, types=how.types, counts=counts)
-                    tokens, tags = [], []
-                if marker:
-                    documents += 1
-                    document = next(filter(None, marker.groups()), None)
-                    is_numbered = is_numbered or document in ("0", "1")
-                    if is_numbered or document is None:
-                        document = f"{doc_prefix}_{document or f'{documents:05d}'}"
-                continue
-            if line.startswith("#") and not layout.is_token(line):
-                counts.other_lines += 1
-                continue
-        if number <= layout.names_line:
+        marker = _DOCUMENT.fullmatch(line) if line.startswith(_NO_ROW) else None
+        if marker or not line.strip():
+            if tokens:
+                sentences += 1
+                doc_id = document or f"{doc_prefix}_s{sentences:05d}"
+                yield make_record(tokens, tags, doc_id, dataset, types=how.types, counts=counts)
+                tokens, tags = [], []
+            if marker:
+                documents += 1
+                document = _name_document(next(filter(None, marker.groups()), None), documents, doc_prefix)
+            continue
+        if number <= layout.names_line or (line.startswith("#") and not layout.is_token(line)):
+            counts.other_lines += line.startswith("#")
             continue
         row = layout.split(line)
-        if len(row) != width:
-            expected = f"{width} columns by {'tabs' if layout.has_tabs else 'blanks'}, token<TAB>tag"
+        if len(row) != layout.width:
+            expected = f"{layout.width} columns by {'tabs' if layout.has_tabs else 'blanks'}, token<TAB>tag"
             raise DataError(f"{path}:{number}: expected {expected}, found {line[:60]!r}.")
-        if not row[token_at]:
+        if not row[layout.token_at]:
             raise DataError(f"{path}:{number}: the token is missing in {line[:60]!r}.")
-        token, word = row[token_at].strip(), row[tag_at]
+        token, word = row[layout.token_at].strip(), row[layout.tag_at]
         if word not in parsed_tags:
             parsed_tags[word] = parse_tag(word, f"{path}:{number}")
         if not token:
             counts.blank_tokens += 1
             continue
-        if layout.document_at is not None and not tokens:
-            document = row[layout.document_at].strip()
-            is_numbered = is_numbered or document in ("0", "1")
-            document = f"{doc_prefix}_{document}" if is_numbered else document
+        if layout.has_ids and not tokens and row[0] != id_before:
+            documents, id_before = documents + 1, row[0]
+            document = _name_document(row[0].strip(), documents, doc_prefix)
         tokens.append(token)
         tags.append(parsed_tags[word])
     if not sentences:
         raise DataError(f"{path}: the file has no sentences.")
 
 
+def _name_document(found: str | None, number: int, prefix: str) -> str:
+    """A document's id as the file has it; where it has none, or only counts them, the file's name says which file."""
+    if found in (None, str(number - 1), str(number)):
+        return f"{prefix}_{found or f'{number:05d}'}"
+    return found
+
+
 @dataclass(slots=True)
 class _Layout:
-    """How a file's lines are cut, and which column is what; ``names_line`` is the last line before the first row."""
+    """How a file's lines are cut, and which column is what; ``names_line`` is the line of the columns' names."""
 
     has_tabs: bool
     width: int = 2
     token_at: int = 0
     tag_at: int = 1
-    document_at: int | None = None
+    has_ids: bool = False  # of documents, in the first column
     has_types: bool = False
     names_line: int = 0
 
@@ -165,49 +165,45 @@ def _find_layout(lines: Sequence[str], how: Reading, path: Path) -> _Layout:
     places = [number for number, line in enumerate(lines) if line.strip() and not line.startswith(_NO_ROW)]
     if not places:
         raise DataError(f"{path}: the file has no sentences.")
-    where, first = f"{path}:{places[0] + 1}", lines[places[0]]
+    where, first = f"{path}:{places[0] + 1}", lines[places[0]].rstrip("\t")
     layout = _Layout("\t" in first)
-    names = first.split("\t") if layout.has_tabs else layout.split(first)
+    names = [cell.strip() for cell in layout.split(first)]
     layout.width = max(len(names), 2)
     if layout.width == 2:
         places = places[:LOOKED_AT]
     rows = [row for place in places if len(row := layout.split(lines[place])) == layout.width]
-    while layout.width > 2 and not any(row[layout.width - 1].strip() for row in rows):
-        layout.width -= 1
     if str in (type(how.token_column), type(how.tag_column)):
         layout.names_line, rows = places[0] + 1, rows[1:]
     columns = [[row[at].strip() for row in rows] for at in range(layout.width)]
-    token_at = _place_of("token_column", how.token_column, names[: layout.width], where)
-    tag_at = _place_of("tag_column", how.tag_column, names[: layout.width], where)
     kinds = {at: found for at, cells in enumerate(columns) if (found := _kinds_of(cells)) is not None}
+    token_at = _place_of("token_column", how.token_column, names, where)
+    tag_at = _place_of("tag_column", how.tag_column, names, where)
     layout.tag_at = _find_tags(kinds, layout.width, where) if tag_at is None else tag_at
-    layout.has_types = kinds.get(layout.tag_at, set()) - {""} != set()
+    layout.has_types = bool(kinds.get(layout.tag_at, set()) - {""})
     if token_at is None:
         others = [at for at in range(layout.width) if at not in kinds and at != layout.tag_at]
         token_at = next((at for at in others if not find_implausible(columns[at][:LOOKED_AT])), 0)
-    layout.token_at = token_at
     looked_at = columns[token_at][:LOOKED_AT]
     if how.token_column is None or find_implausible(looked_at) == "tags":
         refuse_implausible(looked_at, where, f"column {token_at}")
-    if layout.token_at == layout.tag_at:
+    if token_at == layout.tag_at:
         raise DataError(f"{where}: token_column and tag_column are both {token_at}: set both of them.")
-    layout.document_at = _find_ids(lines, layout)
+    layout.token_at = token_at
+    layout.has_ids = 0 not in (token_at, layout.tag_at) and is_repetitive(columns[0])
     return layout
 
 
 def _place_of(parameter: str, column: Column, names: Sequence[str], where: str) -> int | None:
     """The position of a column that was named; of a name it is the first line that has it."""
-    place, names = column, [name.strip() for name in names]
-    if isinstance(place, str):
-        if place not in names:
-            raise DataError(
-                f"{where}: {parameter}={place} is none of {', '.join(names)}.{nearest(place, names)}"
-            )
-        return names.index(place)
-    if place is not None and len(names) > 1 and not -len(names) <= place < len(names):
+    if isinstance(column, str):
+        if column not in names:
+            near = nearest(column, names)
+            raise DataError(f"{where}: {parameter}={column} is none of {', '.join(names)}.{near}")
+        return names.index(column)
+    if column is not None and not -len(names) <= column < max(len(names), 2):
         there = f"there are {len(names)} columns (0 to {len(names) - 1})"
-        raise DataError(f"{where}: {parameter} is {place}, but {there}.")
-    return None if place is None else place % max(len(names), 2)
+        raise DataError(f"{where}: {parameter} is {column}, but {there}.")
+    return None if column is None else column % max(len(names), 2)
 
 
 def _kinds_of(cells: Sequence[str]) -> set[str] | None:
@@ -218,52 +214,24 @@ def _kinds_of(cells: Sequence[str]) -> set[str] | None:
     return {TAG.sub(r"\2", tag) for tag in tags - {"O"}} if is_tags else None
 
 
-def _find_tags(kinds: dict[int, set[str]], width: int, where: str) -> int:
+def _find_tags(kinds: Mapping[int, set[str]], width: int, where: str) -> int:
     """The column of the tags: the one that holds entities, else the last one of tags, else the last one.
 
     Raises:
-        DataError: two columns hold entities, or the last one holds only O.
+        DataError: two columns hold entities, or one does and the last one only O.
     """
-    tagged = [at for at, found in kinds.items() if found and not found <= _PHRASES]
     last = max(kinds, default=width - 1)
-    if tagged and kinds[last] <= _PHRASES and not kinds[last]:
-        tagged = sorted({*tagged, last})
+    tagged = [at for at, found in kinds.items() if found and not found <= _PHRASES]
+    if tagged and not kinds[last]:
+        tagged.append(last)
     if len(tagged) > 1:
         both = " and ".join(map(str, tagged))
         raise DataError(f"{where}: columns {both} hold tags: set tag_column to the one that is meant.")
     return tagged[0] if tagged else last
 
 
-def _find_ids(lines: Sequence[str], layout: _Layout) -> int | None:
-    """The column before the tokens that names documents: one value a sentence, and no count of the sentences."""
-    if not layout.token_at:
-        return None
-    sentences: list[list[list[str]]] = [[]]
-    for line in lines[layout.names_line :]:
-        row = layout.split(line)
-        if not line.strip():
-            sentences.append([])
-        elif len(row) == layout.width and not line.startswith(_NO_ROW):
-            sentences[-1].append(row)
-    sentences = list(filter(None, sentences))
-    found: dict[int, int] = {}
-    for at in range(layout.token_at):
-        names = [sentence[0][at].strip() for sentence in sentences]
-        is_one = all(
-            row[at].strip() == name for name, rows in zip(names, sentences, strict=True) for row in rows
-        )
-        is_count = names[0] in ("0", "1") and all(a != b for a, b in pairwise(names))
-        if at != layout.tag_at and is_one and not is_count and all(map(_DIGIT.search, names)):
-            found[at] = len(set(names))
-    return min(found, key=lambda at: found[at], default=None)
-
-
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:
-    paths = source.files[split]
-    for path in paths:
-        # Files of a split's folder may have the same names in all folders: documents without an id need the split's.
-        tells_split = len(paths) == 1 and split_of(path.name) == split
-        prefix = None if tells_split else f"{source.name}_{split}_{path.stem}"
+    for path, prefix in named_files(source, split):
         yield from read_iob(path, dataset=source.name, doc_prefix=prefix, how=how, counts=counts)
 
 
@@ -271,7 +239,7 @@ def _has(path: Path) -> bool:
     """A table needs a tag somewhere, a file with another ending a column of tags."""
     lines = [line for line in first_lines(path) if line.strip() and not line.startswith(_NO_ROW)]
     rows = [_Layout("\t" in line).split(line) for line in lines]
-    if path.suffix.lower() in _OTHERS:
+    if ending_of(path) in _OTHERS:
         width = min(map(len, rows), default=0)
         return width > 1 and any(_kinds_of([row[at] for row in rows]) is not None for at in range(width))
     return any(len(row) < 2 or any(TAG.fullmatch(cell.strip()) for cell in row) for row in rows) or not rows

@@ -10,7 +10,15 @@ from pathlib import Path
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import OFFSET
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import Format, Reading, Source, first_line, read_text, split_lines
+from biomerge_lib.corpora.formats import (
+    Format,
+    Reading,
+    Source,
+    ending_of,
+    first_line,
+    read_text,
+    split_lines,
+)
 
 _TEXT = re.compile(r"([^|\t]+)\|([a-z])\|(.*)", re.DOTALL)
 _TITLE = re.compile(r"[^|\t]+\|t\|")
@@ -62,7 +70,7 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
 
 def is_pubtator(path: Path) -> bool:
     """By its ending or its first line."""
-    return path.suffix.lower() == ".pubtator" or _TITLE.match(first_line(path)) is not None
+    return ending_of(path) == ".pubtator" or _TITLE.match(first_line(path)) is not None
 
 
 PUBTATOR = Format((".txt", ".pubtator"), _read, is_pubtator)

@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.files import file_sha256, open_bytes, parse_json
 from biomerge_lib.core.records import Record
-from biomerge_lib.corpora.documents import Document, ReadCounts
+from biomerge_lib.corpora.documents import BOM, Document, ReadCounts
 
 Column = int | str | None
+TOKEN_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")
+DOCUMENT_COLUMNS = (
+    "document_id",
+    "doc_id",
+    "docid",
+    "pmid",
+    "sourceid",
+)  # "id" is a row number in most data sets
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "dev": ("dev", "devel", "develop", "development", "val", "valid", "validation"),
@@ -46,7 +55,9 @@ class Source:
                 hashes[name] = file_sha256(paths[0])
             else:
                 lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
-                hashes[paths[0].parent.name + "/"] = hashlib.sha256(lines.encode()).hexdigest()
+                parent = paths[0].parent
+                name = parent.name if parent == folder else parent.relative_to(folder).as_posix()
+                hashes[f"{name}/"] = hashlib.sha256(lines.encode()).hexdigest()
         return hashes
 
 
@@ -111,7 +122,7 @@ def splits_of(name: str) -> list[str]:
 
 def first_lines(path: Path) -> list[str]:
     """The lines that a file begins with (16 kB of them; the last one may be cut)."""
-    with path.open("rb") as stream:
+    with open_bytes(path) as stream:
         start = stream.read(1 << 14).decode("utf-8-sig", errors="replace")
     return [line.rstrip("\r") for line in start.split("\n")]
 
@@ -127,10 +138,15 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: not UTF-8 (named as ``file:line``).
     """
-    content = path.read_bytes()
+    with open_bytes(path) as stream:
+        content = stream.read()
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(
+                f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE"
+            ) from None
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file). "
@@ -138,7 +154,57 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def ending_of(path: Path) -> str:
+    """A file name's ending in lower case, less ``.gz``: ``.tsv`` of ``TRAIN.TSV.gz``."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def stem_of(path: Path) -> str:
+    """A file name without its ending and without ``.gz``."""
+    return Path(re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)).stem
+
+
+def entries_of(folder: Path) -> list[Path]:
+    """A folder's entries in order, without hidden ones (a Mac's ``._`` files); of a lone sub-folder those inside."""
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
+    is_lone = len(entries) == 1 and entries[0].is_dir() and not splits_of(entries[0].name)
+    return entries_of(entries[0]) if is_lone else entries
+
+
+def named_files(source: Source, split: str) -> Iterator[tuple[Path, str]]:
+    """A split's files, each with what its documents without an id are called before their number.
+
+    Files of a split's folder may have the same names in all folders: then the split belongs to the name.
+    """
+    paths = source.files[split]
+    for path in paths:
+        tells_split = len(paths) == 1 and split_of(path.name) == split
+        yield path, f"{source.name}_{path.name.split('.')[0] if tells_split else f'{split}_{stem_of(path)}'}"
+
+
+def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """What a JSON file's list or a JSONL file's lines hold, with where it stands (``file:line``, ``file item 3``).
+
+    Raises:
+        DataError: not JSON.
+    """
+    text = read_text(path)
+    lines = [(number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()]
+    if ending_of(path) == ".jsonl" or (len(lines) > 1 and lines[0][1].rstrip().endswith("}")):
+        yield from ((f"{path}:{number}", parse_json(line, f"{path}:{number}", object)) for number, line in lines)
+        return
+    whole = parse_json(text.removeprefix(BOM), path, object)
+    if isinstance(whole, dict):  # BioC's collection, or one object
+        whole = next((whole[name] for name in ("documents", "PubTator3") if name in whole), [whole])
+    yield from ((f"{path} item {number}", item) for number, item in enumerate(whole, start=1))
+
+
+def json_keys(path: Path) -> set[str]:
+    """The keys that a JSON file begins with, at any depth."""
+    return set(re.findall(r'"(\w+)"\s*:', "\n".join(first_lines(path))))
+
+
 def split_lines(text: str) -> Iterator[str]:
     r"""The lines of a text; only ``\n`` and ``\r\n`` end one (``str.splitlines`` also knows U+2028)."""
-    for line in StringIO(text.removeprefix("\ufeff").replace("\r\n", "\n"), newline="\n"):
+    for line in StringIO(text.removeprefix(BOM).replace("\r\n", "\n"), newline="\n"):
         yield line.removesuffix("\n")

@@ -21,22 +21,48 @@ from biomerge_lib.corpora.format_bioc import BIOC
 from biomerge_lib.corpora.format_brat import BRAT
 from biomerge_lib.corpora.format_hub import HUB, find_hub, hub_files
 from biomerge_lib.corpora.format_iob import IOB
+from biomerge_lib.corpora.format_json import JSON
 from biomerge_lib.corpora.format_jsonl import JSONL
 from biomerge_lib.corpora.format_pubtator import PUBTATOR
-from biomerge_lib.corpora.formats import SPLIT_WORDS, Format, Source, split_of, splits_of
+from biomerge_lib.corpora.format_webanno import WEBANNO
+from biomerge_lib.corpora.formats import (
+    SPLIT_WORDS,
+    Format,
+    Source,
+    ending_of,
+    entries_of,
+    first_line,
+    splits_of,
+    stem_of,
+)
 
 # A file is of the first format that has its ending and takes it for its own.
 FORMATS: dict[str, Format] = {
     "brat": BRAT,
     "pubtator": PUBTATOR,
+    "webanno": WEBANNO,
     "iob": IOB,
     "bioc": BIOC,
+    "json": JSON,
     "hub": HUB,
     "jsonl": JSONL,
 }
 SAMPLE = "sample"
 SAMPLE_DIR = Path(__file__).parent / "sample_corpus"
 _ABOUT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
+# What is not read: how a file's name ends, how its first line begins, what it is and the nearest way.
+FOREIGN = (
+    (r"\.con", "", "i2b2 concepts: turn line and token numbers into offsets, and write BRAT"),
+    ("", r"\S+\t[TA]\t\d+\t\d+\t", "CHEMDNER's annotations, apart from the texts: write PubTator"),
+    (
+        "",
+        r"P\d{8}[TA]\d{4}[ |]",
+        "BC2GM's raw sentences, with offsets that leave out blanks: take its IOB version",
+    ),
+    (r"\.[ct]sv", r"[^\t]*,", "a CSV table: write token and tag with a tab between, as .tsv"),
+    (r"\.(zip|tar|tgz|7z|rar)", "", "an archive: unpack it"),
+    (r"\.(docx?|xlsx?|pdf|rtf)", "", "no text file: save it as UTF-8 text"),
+)
 
 
 def find_source(
@@ -62,7 +88,7 @@ def find_source(
         forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
         raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
     kind = forced or _find_format(folder)
-    own_name = folder.stem if folder.is_file() else folder.resolve().name
+    own_name = stem_of(folder) if folder.is_file() else folder.resolve().name
     dataset = SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}")
     if kind == "hub":
         return find_hub(str(folder), dataset, splits, optional)
@@ -80,12 +106,13 @@ def _find_format(folder: Path) -> str:
     if folder.is_file():
         places = [folder]
     else:
-        entries = sorted(folder.iterdir())
-        if any(path.suffix == ".parquet" for path in hub_files(folder)):
+        if any(path.suffix in (".parquet", ".arrow") for path in hub_files(folder)):
             return "hub"
-        subfolders = [path for path in entries if path.is_dir() and split_of(path.name)]
+        entries = entries_of(folder)
         places = [path for path in entries if path.is_file()]
-        places += [path for subfolder in subfolders for path in sorted(subfolder.iterdir())]
+        for path in entries:
+            if path.is_dir() and splits_of(path.name):
+                places += entries_of(path)
     formats = dict.fromkeys(filter(None, map(_format_of, places)))
     if len(formats) > 1:  # a stray table or text beside the corpus names no split
         named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS, SPLITS)[0].values())]
@@ -97,18 +124,26 @@ def _find_format(folder: Path) -> str:
     if formats:
         ways = " or ".join(f"{kind}:{folder}" for kind in formats)
         raise DataError(f"{folder}: holds a corpus in {len(formats)} formats; say which: {ways}.")
-    endings = sorted({path.suffix for path in places if path.suffix}) or ["no files"]
-    raise DataError(
-        f"{folder}: no corpus in a known format ({', '.join(FORMATS)}) was found among {', '.join(endings)}; "
-        f"say which it is: FORMAT:{folder}."
-    )
+    raise DataError(f"{folder}: no corpus in a known format. {_explain_files(folder, places)}")
+
+
+def _explain_files(folder: Path, places: Sequence[Path]) -> str:
+    """What the files are that were found, and which ones are read."""
+    for path in filter(Path.is_file, places):
+        for name, line, what in FOREIGN:
+            if re.search(f"{name}$", path.name.lower()) and re.match(line, first_line(path)):
+                return f"{path.name} is {what}."
+    inner = [path.relative_to(folder).as_posix() for path in places if path.is_dir()]
+    found = sorted({path.suffix for path in places if path.suffix}) or [f"sub-folder {name}" for name in inner]
+    read = "; ".join(f"{name}: {' '.join(form.endings)}" for name, form in FORMATS.items())
+    return f"Found: {', '.join(found) or 'no file'}. Read are {read} (also .gz). If it is one: FORMAT:{folder}."
 
 
 def _format_of(path: Path) -> str | None:
     """The format of a file by its ending and first line; None where it is no corpus file."""
     if path.is_file():
         for name, form in FORMATS.items():
-            if path.suffix.lower() in form.endings and (form.has is None or form.has(path)):
+            if ending_of(path) in form.endings and (form.has is None or form.has(path)):
                 return name
     return None
 
@@ -120,11 +155,11 @@ def _find_candidates(
     form = FORMATS[kind]
 
     def is_ours(path: Path) -> bool:
-        if path.suffix.lower() not in form.endings or not path.is_file():
+        if ending_of(path) not in form.endings or not path.is_file():
             return False
         found = _format_of(path)
         if form.is_document_a_file:
-            return found == kind or not _ABOUT.fullmatch(path.stem)
+            return found == kind or not _ABOUT.fullmatch(stem_of(path))
         return found in ((kind, None) if is_forced else (kind,))
 
     if folder.is_file():
@@ -133,9 +168,9 @@ def _find_candidates(
     both: list[tuple[Path, list[Path]]] = []  # train and dev in one
     unread: list[Path] = []
     loose: list[Path] = []
-    for entry in sorted(folder.iterdir()):
+    for entry in entries_of(folder):
         named = [] if entry.is_file() and form.is_document_a_file else splits_of(entry.name)
-        files = sorted(filter(is_ours, entry.iterdir() if entry.is_dir() else [entry]))
+        files = sorted(filter(is_ours, entries_of(entry) if entry.is_dir() else [entry]))
         if files and len(named) == 1:
             candidates[named[0]].append(files)
         elif files and named == ["train", "dev"]:
@@ -163,4 +198,5 @@ def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]]
     left = f" Not read: {', '.join(path.name for path in unread[:5])}." if unread else ""
     drawn = {"dev": "dev_share=0.1", "test": "split_shares=[0.8,0.1,0.1]"}.get(split)
     way = f"; 02_data draws it from train with {drawn}" if drawn else ""
-    return f"{folder}: no {what} whose name says {split} ({words}){way}.{left}"
+    reads = f" {kind} reads {', '.join(FORMATS[kind].endings)}."
+    return f"{folder}: no {what} whose name says {split} ({words}){way}.{left}{reads}"

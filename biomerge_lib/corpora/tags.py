@@ -42,12 +42,15 @@ def refuse_implausible(tokens: Sequence[str], where: str, column: str) -> None:
 
 def find_implausible(tokens: Sequence[str]) -> str | None:
     """What more than half of some tokens are, where that can be no text; two tokens or fewer say nothing."""
-    found = {
-        "tags": sum(TAG.fullmatch(token) is not None for token in tokens),
-        "running numbers": sum(_NUMBER.fullmatch(token) is not None for token in tokens),
-        "repetitions": sum(one == other for one, other in pairwise(tokens)),
-    }
-    return next((what for what, count in found.items() if 2 * count > len(tokens) > 2), None)
+    for what, pattern in (("tags", TAG), ("running numbers", _NUMBER)):
+        if 2 * sum(pattern.fullmatch(token) is not None for token in tokens) > len(tokens) > 2:
+            return what
+    return "repetitions" if is_repetitive(tokens) else None
+
+
+def is_repetitive(cells: Sequence[str]) -> bool:
+    """Whether more than half of some cells are as the one before (an id of the document on each line)."""
+    return 2 * sum(one == other for one, other in pairwise(cells)) > len(cells) > 2
 
 
 def parse_tag(tag: str, where: str) -> ParsedTag:

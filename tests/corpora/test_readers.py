@@ -293,7 +293,7 @@ def test_a_column_of_ids_before_the_tokens_tells_documents(tmp_path):
     counted = "\n".join(rows).replace("P7", "0").replace("P9", "1")
     records, _ = read_lines(tmp_path, counted)
     assert [record.doc_id for record in records] == ["x_train_0", "x_train_0", "x_train_1"]
-    sentences = "1\ta\tO\n1\tb\tB-X\n1\tc\tO\n\n2\td\tO\n\n3\te\tO\n"  # numbers of sentences tell nothing
+    sentences = "1\ta\tO\n1\tb\tB-X\n1\tc\tO\n\n2\td\tO\n\n3\te\tO\n"
     records, _ = read_lines(tmp_path, sentences)
     assert [record.doc_id for record in records] == [f"x_train_s0000{n}" for n in (1, 2, 3)]
 
@@ -339,14 +339,6 @@ def test_records_keep_the_gold_types(tmp_path):
     line = records[0].to_json().replace('"Species"', "1")
     with pytest.raises(DataError, match="x: types must be 2 names, one for each span"):
         parse_record(line, "x")
-
-
-def test_the_projects_jsonl_is_filtered_by_type_where_it_has_types(tmp_path):
-    record = Record("IL-2 in man", ((0, 4), (8, 11)), "d", "mine", types=("Gene", "Species"))
-    write_records(tmp_path / "train.jsonl", [record])
-    corpus = read_corpus(tmp_path, splits=("train",), types=["Gene"])
-    assert corpus["train"] == [replace(record, spans=((0, 4),), types=("Gene",))]
-    assert corpus.types == {"Gene": 1, "Species": 1} and corpus.counts["train"].other_types == 1
 
 
 def test_iob_columns_can_be_chosen(tmp_path):
@@ -898,7 +890,7 @@ def test_the_projects_jsonl_comes_back_as_it_was(tmp_path):
         "annotated": 1,
         "spans": 1,
     }
-    with pytest.raises(DataError, match="document train1 has no entity types to filter by"):
+    with pytest.raises(DataError, match="entity_types is for corpora that become records"):
         read_corpus(tmp_path, types=["Chemical"])
 
 
@@ -1164,11 +1156,6 @@ BAD = {
     ),
     "bioc: no document": ({"train.xml": "<collection/>"}, r"train has no text"),
     "jsonl: not JSON": ({"train.jsonl": '{"input"\n'}, r"train.jsonl:1: not JSON"),
-    "nothing": ({}, r"no corpus in a known format .* was found among no files"),
-    "nothing known": (
-        {"train.pdf": "x"},
-        r"no corpus in a known format .* was found among .pdf; say which it is: FORMAT:",
-    ),
 }
 
 

@@ -1,0 +1,150 @@
+"""Knows annotation tools' JSON and JSONL: doccano, GLiNER, Label Studio, Prodigy, PubAnnotation, spaCy (and DocBin).
+
+A row has a text and its mentions, a mention its start, end and type; ``FIELDS`` has what the tools call them. Offsets
+count characters, GLiNER's tokens. A row's ``id`` is a number of the tool's, and names no document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.spans import Span
+from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
+from biomerge_lib.corpora.formats import (
+    DOCUMENT_COLUMNS,
+    TAG_COLUMNS,
+    TOKEN_COLUMNS,
+    Format,
+    Reading,
+    Source,
+    ending_of,
+    first_line,
+    iter_json,
+    json_keys,
+    named_files,
+)
+
+# What a field may be called, and what it may be; the first name that there is counts.
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
+    "text": (("text", "tokenized_text", "content"), (str, list)),
+    "mentions": (("spans", "entities", "denotations", "ents", "ner", "label", "labels"), (list,)),
+    "start": (("start", "start_offset", "begin"), (int,)),
+    "end": (("end", "end_offset"), (int,)),
+    "words": (("text",), (str, type(None))),
+    "type": (("label", "labels", "obj", "type"), (str, list, type(None))),
+}
+_DOCBIN = ".spacy"
+
+
+def read_json(path: Path, doc_prefix: str, counts: ReadCounts) -> Iterator[Document]:
+    """A file's texts with their mentions; one that an annotator rejected or skipped is counted (``other_lines``).
+
+    Raises:
+        DataError: not JSON, a row or mention lacks a field, a task has two annotations (each named by its line or
+            number), or spaCy is needed and not installed.
+    """
+    rows = _iter_docbin(path) if ending_of(path) == _DOCBIN else iter_json(path)
+    for number, (where, row) in enumerate(rows, start=1):
+        if isinstance(row, list) and len(row) == 2:  # spaCy: [text, {"entities": ...}]
+            row = {"text": row[0], "entities": _field(row[1], "mentions", where)}
+        elif isinstance(row, dict) and isinstance(row.get("data"), dict):
+            row = _label_studio_row(row, where, counts)
+        text = _field(row, "text", where)
+        if row.get("answer", "accept") != "accept":  # Prodigy
+            counts.other_lines += 1
+            continue
+        items = [] if "answer" in row and "spans" not in row else _field(row, "mentions", where)
+        places = None
+        if isinstance(text, list):  # GLiNER: numbers of tokens, the last one included
+            ends = list(accumulate(len(token) + 1 for token in text))
+            places, text = list(zip([0, *ends], [end - 1 for end in ends], strict=False)), " ".join(text)
+        mentions = tuple(_mention_of(item, places, where) for item in items)
+        doc_id = next((str(row[name]) for name in DOCUMENT_COLUMNS if row.get(name)), None)
+        yield Document(
+            doc_id or f"{doc_prefix}_{number:05d}", text, mentions, where, is_sentence=places is not None
+        )
+
+
+def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
+    if isinstance(item, list):
+        item = dict(zip(("start", "end", "label"), item, strict=False))
+    inner = item.get("span", item) if isinstance(item, dict) else item  # PubAnnotation
+    parts = inner if isinstance(inner, list) else [inner]  # several of a discontinuous mention
+    spans = [(_field(part, "start", where), _field(part, "end", where)) for part in parts]
+    if places is not None:
+        inside = range(len(places))
+        spans = [(places[a][0], places[b][1]) if a in inside and b in inside else (-1, -1) for a, b in spans]
+    kind = _field(item, "type", where, "")
+    kind = "|".join(map(str, kind)) if isinstance(kind, list) else kind
+    return Mention(tuple(spans), kind or UNTYPED, _field(item, "words", where, None), where)
+
+
+def _label_studio_row(row: dict[str, Any], where: str, counts: ReadCounts) -> dict[str, Any]:
+    """A task as a row: its text, and the labels of its one annotation (the ground truth where there are several)."""
+    data, tasks = row["data"], row.get("annotations", row.get("completions", []))
+    done = [one for one in tasks if not one.get("was_cancelled")]
+    done = [one for one in done if one.get("ground_truth")] or done
+    if len(done) > 1:
+        raise DataError(
+            f"{where}: the task has {len(done)} annotations; mark one as ground truth, or export one."
+        )
+    results = done[0]["result"] if done else []
+    labels = [result["value"] for result in results if "start" in result.get("value", {})]
+    counts.other_lines += len(results) - len(labels)
+    texts = [value for value in data.values() if isinstance(value, str)]
+    text = {"text": texts[0]} if len(texts) == 1 else {}
+    return text | data | {"spans": labels, "answer": "accept" if done else "skipped"}
+
+
+def _field(fields: Mapping[str, Any], kind: str, where: str, *default: Any) -> Any:
+    """The field under one of its names; ``default`` where it has none of them.
+
+    Raises:
+        DataError: it is missing, or not of its type.
+    """
+    names, types = FIELDS[kind]
+    found = [fields[name] for name in names if name in fields] if isinstance(fields, dict) else []
+    if not found and not default:
+        raise DataError(f"{where}: no {kind} ({', '.join(names)}) in {str(fields)[:60]}.")
+    value = [*found, *default][0]
+    if not isinstance(value, types):
+        raise DataError(f"{where}: the {kind} cannot be {str(value)[:40]!r}.")
+    return value
+
+
+def _iter_docbin(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        spacy = import_module("spacy")
+    except ImportError:
+        raise DataError(
+            f"{path}: a DocBin is read by spaCy, which is not installed: pip install spacy."
+        ) from None
+    docs = spacy.tokens.DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab)
+    for number, doc in enumerate(docs, start=1):
+        fields = doc.to_json()
+        groups = fields.get("spans", {}).values()
+        yield f"{path} item {number}", {"text": fields["text"], "ents": [*fields["ents"], *chain(*groups)]}
+
+
+def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
+    for path, prefix in named_files(source, split):
+        yield from read_json(path, prefix, counts)
+
+
+def _has(path: Path) -> bool:
+    """A text and mentions, and neither a hub row's nor a record's keys."""
+    if ending_of(path) == _DOCBIN:
+        return True
+    keys = json_keys(path)
+    is_hub = not keys.isdisjoint(TOKEN_COLUMNS) and not keys.isdisjoint(TAG_COLUMNS) and "start" not in keys
+    has_text = not keys.isdisjoint({*FIELDS["text"][0], "data"}) or first_line(path).lstrip().startswith("[")
+    has_mentions = not keys.isdisjoint({*FIELDS["mentions"][0], "result"})
+    return has_text and has_mentions and not is_hub and keys.isdisjoint({"input", "passages"})
+
+
+JSON = Format((".json", ".jsonl", _DOCBIN), _read, _has)

@@ -1,0 +1,100 @@
+r"""Knows WebAnno TSV 3 (WebAnno, INCEpTION): ``1-2\t8-11\tcan\t_`` below ``#Text=Aspirin can``.
+
+Tokens are looked up in their sentence one after the other, so that it does not matter how the file counts offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.spans import Span
+from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
+from biomerge_lib.corpora.formats import (
+    Format,
+    Reading,
+    Source,
+    first_line,
+    named_files,
+    read_text,
+    split_lines,
+)
+
+_TEXT = "#Text="
+
+
+def read_webanno(path: Path, doc_id: str, counts: ReadCounts) -> Iterator[Document]:
+    """Read a file's sentences; two values of a token (``A[1]|B[2]``) belong to two mentions.
+
+    Raises:
+        DataError: several layers hold spans and none is of named entities, or a line is no token of its sentence
+            (named as ``file:line``).
+    """
+    lines = list(enumerate(split_lines(read_text(path)), start=1))
+    features = _find_features([line for _, line in lines if line.startswith("#T_")], path)
+    for is_sentence, block in groupby(lines, key=lambda numbered: numbered[1].strip() != ""):
+        sentence = list(block)
+        text = "\n".join(line.removeprefix(_TEXT) for _, line in sentence if line.startswith(_TEXT))
+        tokens_of: dict[tuple[str, str], list[Span]] = {}  # by type, and number of the mention or of the line
+        start = end = 0
+        for number, line in sentence if is_sentence else []:
+            if line.startswith("#"):
+                counts.other_lines += not line.startswith(_TEXT)
+                continue
+            columns = line.split("\t")
+            is_part = "." in columns[0]  # 1-2.1 is a part of token 1-2
+            start = text.find(columns[2], start if is_part else end) if len(columns) > max(features) else -1
+            if start < 0:
+                where = f"{path}:{number}"
+                raise DataError(f"{where}: expected a token of {text[:40]!r}, found {line[:40]!r}.")
+            token = (start, start + len(columns[2]))
+            end = end if is_part else token[1]
+            values = [columns[at] for at in features if columns[at] not in ("_", "")]
+            cell = next((value for value in values if value[0] != "*"), values[0] if values else "")
+            for value in filter(None, cell.split("|")):
+                kind, _, mention = value.partition("[")
+                tokens_of.setdefault((kind, mention or f"line {number}"), []).append(token)
+        where = f"{path}:{sentence[0][0]}"
+        mentions = [
+            Mention(
+                ((tokens[0][0], tokens[-1][1]),),
+                UNTYPED if kind == "*" else kind.replace("\\", ""),
+                None,
+                where,
+            )
+            for (kind, _), tokens in tokens_of.items()
+        ]
+        if text:
+            yield Document(doc_id, text, tuple(mentions), where, is_sentence=True)
+
+
+def _find_features(layers: list[str], path: Path) -> list[int]:
+    """The columns of the layer that holds the mentions, that of their types first; ``layers``: its header's lines."""
+    found: dict[str, list[int]] = {}
+    at = 3  # after number, offsets and token
+    for layer in layers:
+        name, *features = layer.split("|")
+        width = max(len(features), 1)
+        if name.startswith("#T_SP="):
+            is_value = [feature == "value" for feature in features] or [True]
+            found[name] = sorted(range(at, at + width), key=lambda column: not is_value[column - at])
+        at += width + name.startswith("#T_RL=")
+    chosen = [name for name in found if name.endswith("NamedEntity")] or list(found)
+    if len(chosen) != 1:
+        names = ", ".join(name.removeprefix("#T_SP=") for name in chosen)
+        raise DataError(f"{path}: {len(chosen)} layers hold spans ({names}); export one of them.")
+    return found[chosen[0]]
+
+
+def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
+    for path, name in named_files(source, split):
+        yield from read_webanno(path, name, counts)
+
+
+def _has(path: Path) -> bool:
+    return first_line(path).startswith("#FORMAT=WebAnno TSV 3")
+
+
+WEBANNO = Format((".tsv",), _read, _has)
