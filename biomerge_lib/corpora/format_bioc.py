@@ -55,8 +55,11 @@ def _bioc_mention(node: ElementTree.Element, offset: int, path: Path) -> Mention
     for location in node.iterfind("location"):
         start = _number(location.get("offset", ""), where) - offset
         parts.append((start, start + _number(location.get("length", ""), where)))
+    words = node.findtext("text")
+    if not words and all(start == end for start, end in parts):
+        parts = []
     is_part = infons.get("CompositeRole") == "IndividualMention"
-    return Mention(tuple(parts), infons.get("type") or UNTYPED, node.findtext("text") or None, where, is_part)
+    return Mention(tuple(parts), infons.get("type") or UNTYPED, words or None, where, is_part)
 
 
 _LINE = "{biomerge}line"  # the attribute that remembers an element's line

@@ -45,8 +45,10 @@ def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collectio
 
     path, _, config = name.partition("#")
     try:
-        is_saved = (Path(path) / "dataset_dict.json").is_file()  # by save_to_disk
-        available = load_from_disk(path) if is_saved else load_dataset(path, config or None, streaming=True)
+        saved = [state.parent for state in sorted(Path(path).glob("*/state.json"))]  # by save_to_disk
+        available = {split.name: load_from_disk(split) for split in saved} or load_dataset(
+            path, config or None, streaming=True
+        )
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"hub:{name}: datasets cannot load it ({reason}).") from error

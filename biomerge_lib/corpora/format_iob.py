@@ -47,6 +47,9 @@ _DOCUMENT = re.compile(
     r"\s*(.*?)(?:; part \d+)?\s*",
     re.IGNORECASE,
 )
+_NAMES = frozenset(
+    ["tag", "tags", "label", "labels", "ner_tag", "ner_tags", "ner"]
+)  # a first line that has one
 _NO_ROW = ("#", "-DOCSTART-")
 # What a column of syntactic chunks holds (CoNLL-2000); such a column beside the entities' makes no doubt.
 _PHRASES = frozenset(["NP", "VP", "PP", "ADVP", "ADJP", "SBAR", "PRT", "CONJP", "INTJ", "LST", "UCP"])
@@ -70,7 +73,8 @@ def read_iob(
     a number, one whose file counts from 0 or 1 ``doc_prefix`` and that; without any, each sentence is its own. Lines
     that begin with ``#`` and are no token with its tag are comments (``other_lines``).
 
-    A column is a number (from 0, or from -1 at the end) or a name, which the first line then has. Without any, the tags
+    A column is a number (from 0, or from -1 at the end) or a name, which the first line then has (one with ``tag`` or
+    ``label`` is taken for such a line). Without any, the tags
     are the one column that holds tags, and the tokens the first column that can be text (no running numbers, say).
 
     Raises:
@@ -124,7 +128,7 @@ def read_iob(
 
 
 def _name_document(found: str | None, number: int, prefix: str) -> str:
-    """A document's id as the file has it; where it has none, or only counts them, the file's name says which file."""
+    """A document's id as the file has it; where it has none, or only counts them, the file's name stands before it."""
     if found in (None, str(number - 1), str(number)):
         return f"{prefix}_{found or f'{number:05d}'}"
     return found
@@ -172,7 +176,7 @@ def _find_layout(lines: Sequence[str], how: Reading, path: Path) -> _Layout:
     if layout.width == 2:
         places = places[:LOOKED_AT]
     rows = [row for place in places if len(row := layout.split(lines[place])) == layout.width]
-    if str in (type(how.token_column), type(how.tag_column)):
+    if str in (type(how.token_column), type(how.tag_column)) or not _NAMES.isdisjoint(map(str.lower, names)):
         layout.names_line, rows = places[0] + 1, rows[1:]
     columns = [[row[at].strip() for row in rows] for at in range(layout.width)]
     kinds = {at: found for at, cells in enumerate(columns) if (found := _kinds_of(cells)) is not None}

@@ -31,7 +31,7 @@ from biomerge_lib.corpora.formats import (
 
 # What a field may be called, and what it may be; the first name that there is counts.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
-    "text": (("text", "tokenized_text", "content"), (str, list)),
+    "text": (("text", "tokenized_text", "data", "content", "sentence"), (str, list)),
     "mentions": (("spans", "entities", "denotations", "ents", "ner", "label", "labels"), (list,)),
     "start": (("start", "start_offset", "begin"), (int,)),
     "end": (("end", "end_offset"), (int,)),
@@ -142,7 +142,7 @@ def _has(path: Path) -> bool:
         return True
     keys = json_keys(path)
     is_hub = not keys.isdisjoint(TOKEN_COLUMNS) and not keys.isdisjoint(TAG_COLUMNS) and "start" not in keys
-    has_text = not keys.isdisjoint({*FIELDS["text"][0], "data"}) or first_line(path).lstrip().startswith("[")
+    has_text = not keys.isdisjoint(FIELDS["text"][0]) or first_line(path).lstrip().startswith("[")
     has_mentions = not keys.isdisjoint({*FIELDS["mentions"][0], "result"})
     return has_text and has_mentions and not is_hub and keys.isdisjoint({"input", "passages"})
 

@@ -59,7 +59,7 @@ FOREIGN = (
         r"P\d{8}[TA]\d{4}[ |]",
         "BC2GM's raw sentences, with offsets that leave out blanks: take its IOB version",
     ),
-    (r"\.[ct]sv", r"[^\t]*,", "a CSV table: write token and tag with a tab between, as .tsv"),
+    (r"\.csv", "", "a CSV table: write token and tag with a tab between, as .tsv"),
     (r"\.(zip|tar|tgz|7z|rar)", "", "an archive: unpack it"),
     (r"\.(docx?|xlsx?|pdf|rtf)", "", "no text file: save it as UTF-8 text"),
 )
@@ -129,14 +129,18 @@ def _find_format(folder: Path) -> str:
 
 def _explain_files(folder: Path, places: Sequence[Path]) -> str:
     """What the files are that were found, and which ones are read."""
-    for path in filter(Path.is_file, places):
+    for path in filter(Path.is_file, folder.rglob("*") if folder.is_dir() else places):
         for name, line, what in FOREIGN:
             if re.search(f"{name}$", path.name.lower()) and re.match(line, first_line(path)):
                 return f"{path.name} is {what}."
     inner = [path.relative_to(folder).as_posix() for path in places if path.is_dir()]
-    found = sorted({path.suffix for path in places if path.suffix}) or [f"sub-folder {name}" for name in inner]
+    found = sorted({path.suffix for path in places if path.suffix}) or [
+        f"sub-folder {name}" for name in inner
+    ]
     read = "; ".join(f"{name}: {' '.join(form.endings)}" for name, form in FORMATS.items())
-    return f"Found: {', '.join(found) or 'no file'}. Read are {read} (also .gz). If it is one: FORMAT:{folder}."
+    return (
+        f"Found: {', '.join(found) or 'no file'}. Read are {read} (also .gz). If it is one: FORMAT:{folder}."
+    )
 
 
 def _format_of(path: Path) -> str | None:

@@ -349,9 +349,12 @@ def test_a_lone_sub_folder_is_looked_into(tmp_path):
             "CHEMDNER",
         ),
         ({"train.eval": "P00001606T0076|14 33|IL\n"}, "train.eval is BC2GM's raw sentences, .* IOB version"),
+        (
+            {"train/concept/a.con": 'c="asthma" 1:3 1:3||t="problem"', "train/txt/a.txt": "IL"},
+            "a.con is i2b2",
+        ),
         ({"train.in": "P00001606T0076 Comparison\n"}, "BC2GM"),
         ({"train.csv": "token,tag\nIL,O\n"}, "train.csv is a CSV table: .* .tsv"),
-        ({"train.tsv": "token,tag\nIL,O\n"}, "expected 2 columns"),
         ({"train.zip": "PK"}, "train.zip is an archive: unpack it"),
         ({"train.pdf": "x"}, "train.pdf is no text file"),
         ({"train.foo": "x"}, r"Found: .foo\. Read are brat: .txt .ann .a1; .*jsonl: .jsonl"),

@@ -385,6 +385,7 @@ def test_columns_that_are_not_what_they_are_taken_for_are_refused(tmp_path, cont
         (INDEXED.replace("2\t", "1\t").replace("3\t", "1\t"), {}),
         (INDEXED.replace("1\tI", "1-1\tI").replace("2\t", "1-2\t"), {}),  # word numbers of a sentence
         (re.sub(r"^\d", "PMID7", INDEXED, flags=re.M), {}),
+        ("no\tword\tTag\n" + INDEXED, {}),
         (LABEL_FIRST, {}),  # NERsuite: tag, start, end, token, chunk
         (INDEXED, {"token_column": 1}),
         (INDEXED, {"token_column": -2, "tag_column": -1}),
@@ -608,10 +609,12 @@ def test_bad_mentions_can_be_left_out_and_are_listed(tmp_path):
 
 def test_annotations_without_a_place_or_words(tmp_path):
     heading = '<annotation id="M"><infon key="type">MeSH</infon><text></text></annotation>'
-    passage = "<offset>0</offset><text>IL-2 rose</text>" + heading + annotation(0, 4, "")
+    passage = (
+        "<offset>0</offset><text>IL-2 rose</text>" + heading + annotation(0, 4, "") + annotation(0, 0, "")
+    )
     (record,), counts = read_one(tmp_path, {"train.xml": bioc(passage)})
     assert mentions(record) == ["IL-2"]
-    assert (counts.annotated, counts.without_location, counts.unchecked) == (2, 1, 1)
+    assert (counts.annotated, counts.without_location, counts.unchecked) == (3, 2, 1)
 
 
 def test_crlf_counts_two_where_the_file_has_two(tmp_path):
