@@ -126,7 +126,7 @@ def _to_element(tag: str, fields: Any, place: str) -> ElementTree.Element:
     numbers = {name: str(value) for name, value in fields.items() if tag == "location"}
     element = ElementTree.Element(tag, {_LINE: place} | numbers)
     for name, value in fields.items():
-        if name == "infons":
+        if name == "infons" and isinstance(value, dict):
             for key, said in value.items():
                 ElementTree.SubElement(element, "infon", {"key": key}).text = str(said)
         else:

@@ -61,8 +61,9 @@ def read_json(path: Path, doc_prefix: str, counts: ReadCounts) -> Iterator[Docum
         items = [] if "answer" in row and "spans" not in row else _field(row, "mentions", where)
         places = None
         if isinstance(text, list):  # GLiNER: numbers of tokens, the last one included
-            ends = list(accumulate(len(token) + 1 for token in text))
-            places, text = list(zip([0, *ends], [end - 1 for end in ends], strict=False)), " ".join(text)
+            tokens = list(map(str, text))
+            ends = list(accumulate(len(token) + 1 for token in tokens))
+            places, text = list(zip([0, *ends], [end - 1 for end in ends], strict=False)), " ".join(tokens)
         mentions = tuple(_mention_of(item, places, where) for item in items)
         doc_id = next((str(row[name]) for name in DOCUMENT_COLUMNS if row.get(name)), None)
         yield Document(
@@ -86,19 +87,25 @@ def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
 
 def _label_studio_row(row: dict[str, Any], where: str, counts: ReadCounts) -> dict[str, Any]:
     """A task as a row: its text, and the labels of its one annotation (the ground truth where there are several)."""
-    data, tasks = row["data"], row.get("annotations", row.get("completions", []))
+    tasks = _objects(row.get("annotations", row.get("completions")))
     done = [one for one in tasks if not one.get("was_cancelled")]
     done = [one for one in done if one.get("ground_truth")] or done
     if len(done) > 1:
         raise DataError(
-            f"{where}: the task has {len(done)} annotations; mark one as ground truth, or export one."
+            f"{where}: {len(done)} annotations of one task; mark one as ground truth, or export one."
         )
-    results = done[0]["result"] if done else []
-    labels = [result["value"] for result in results if "start" in result.get("value", {})]
-    counts.other_lines += len(results) - len(labels)
-    texts = [value for value in data.values() if isinstance(value, str)]
+    values = [result.get("value") for result in _objects(done[0].get("result"))] if done else []
+    labels = [value for value in _objects(values) if "start" in value]
+    counts.other_lines += len(values) - len(labels)
+    texts = [
+        value for value in row["data"].values() if isinstance(value, str)
+    ]  # under any name, if it is one
     text = {"text": texts[0]} if len(texts) == 1 else {}
-    return text | data | {"spans": labels, "answer": "accept" if done else "skipped"}
+    return {**text, **row["data"], "spans": labels, "answer": "accept" if done else "skipped"}
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _field(fields: Mapping[str, Any], kind: str, where: str, *default: Any) -> Any:
@@ -122,13 +129,13 @@ def _iter_docbin(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         spacy = import_module("spacy")
     except ImportError:
         raise DataError(
-            f"{path}: a DocBin is read by spaCy, which is not installed: pip install spacy."
+            f"{path}: only spaCy reads a DocBin, and is not installed: pip install spacy."
         ) from None
     docs = spacy.tokens.DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab)
     for number, doc in enumerate(docs, start=1):
         fields = doc.to_json()
-        groups = fields.get("spans", {}).values()
-        yield f"{path} item {number}", {"text": fields["text"], "ents": [*fields["ents"], *chain(*groups)]}
+        ents = [*fields["ents"], *chain(*fields.get("spans", {}).values())]
+        yield f"{path} item {number}", {"text": fields["text"], "ents": ents}
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:

@@ -25,7 +25,7 @@ from biomerge_lib.corpora.formats import (
 _TEXT = "#Text="
 
 
-def read_webanno(path: Path, doc_id: str, counts: ReadCounts) -> Iterator[Document]:
+def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Document]:
     """Read a file's sentences; two values of a token (``A[1]|B[2]``) belong to two mentions.
 
     Raises:
@@ -37,7 +37,7 @@ def read_webanno(path: Path, doc_id: str, counts: ReadCounts) -> Iterator[Docume
     for is_sentence, block in groupby(lines, key=lambda numbered: numbered[1].strip() != ""):
         sentence = list(block)
         text = "\n".join(line.removeprefix(_TEXT) for _, line in sentence if line.startswith(_TEXT))
-        tokens_of: dict[tuple[str, str], list[Span]] = {}  # by type, and number of the mention or of the line
+        found: dict[tuple[str, str], Span] = {}  # by type, and number of the mention or of the line
         start = end = 0
         for number, line in sentence if is_sentence else []:
             if line.startswith("#"):
@@ -52,45 +52,39 @@ def read_webanno(path: Path, doc_id: str, counts: ReadCounts) -> Iterator[Docume
             token = (start, start + len(columns[2]))
             end = end if is_part else token[1]
             values = [columns[at] for at in features if columns[at] not in ("_", "")]
-            cell = next((value for value in values if value[0] != "*"), values[0] if values else "")
-            for value in filter(None, cell.split("|")):
+            named = [
+                value for value in values if value[0] != "*"
+            ]  # "identifier|value": the value is the type
+            for value in (named or values or [""])[-1].split("|"):
                 kind, _, mention = value.partition("[")
-                tokens_of.setdefault((kind, mention or f"line {number}"), []).append(token)
+                key = (UNTYPED if kind == "*" else kind.replace("\\", ""), mention or f"line {number}")
+                if kind:
+                    found[key] = (found.get(key, token)[0], token[1])
         where = f"{path}:{sentence[0][0]}"
-        mentions = [
-            Mention(
-                ((tokens[0][0], tokens[-1][1]),),
-                UNTYPED if kind == "*" else kind.replace("\\", ""),
-                None,
-                where,
-            )
-            for (kind, _), tokens in tokens_of.items()
-        ]
+        mentions = tuple(Mention((span,), kind, None, where) for (kind, _), span in found.items())
         if text:
-            yield Document(doc_id, text, tuple(mentions), where, is_sentence=True)
+            yield Document(doc_id, text, mentions, where, is_sentence=True)
 
 
 def _find_features(layers: list[str], path: Path) -> list[int]:
-    """The columns of the layer that holds the mentions, that of their types first; ``layers``: its header's lines."""
+    """The columns of the layer that holds the mentions; ``layers`` are the header's lines on them."""
     found: dict[str, list[int]] = {}
     at = 3  # after number, offsets and token
     for layer in layers:
         name, *features = layer.split("|")
-        width = max(len(features), 1)
+        width = max(len(features), 1) + name.startswith("#T_RL=")
         if name.startswith("#T_SP="):
-            is_value = [feature == "value" for feature in features] or [True]
-            found[name] = sorted(range(at, at + width), key=lambda column: not is_value[column - at])
-        at += width + name.startswith("#T_RL=")
+            found[name.removeprefix("#T_SP=")] = list(range(at, at + width))
+        at += width
     chosen = [name for name in found if name.endswith("NamedEntity")] or list(found)
     if len(chosen) != 1:
-        names = ", ".join(name.removeprefix("#T_SP=") for name in chosen)
-        raise DataError(f"{path}: {len(chosen)} layers hold spans ({names}); export one of them.")
+        raise DataError(f"{path}: {len(chosen)} layers hold spans ({', '.join(chosen)}); export one of them.")
     return found[chosen[0]]
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
     for path, name in named_files(source, split):
-        yield from read_webanno(path, name, counts)
+        yield from read_webanno(path, counts, name)
 
 
 def _has(path: Path) -> bool:

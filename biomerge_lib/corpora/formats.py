@@ -195,8 +195,9 @@ def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
         return
     whole = parse_json(text.removeprefix(BOM), path, object)
     if isinstance(whole, dict):  # BioC's collection, or one object
-        whole = next((whole[name] for name in ("documents", "PubTator3") if name in whole), [whole])
-    yield from ((f"{path} item {number}", item) for number, item in enumerate(whole, start=1))
+        whole = next((whole[name] for name in ("documents", "PubTator3") if name in whole), whole)
+    items = whole if isinstance(whole, list) else [whole]
+    yield from ((f"{path} item {number}", item) for number, item in enumerate(items, start=1))
 
 
 def json_keys(path: Path) -> set[str]:

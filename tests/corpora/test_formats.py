@@ -214,7 +214,22 @@ TWO = {"data": {"text": "IL"}, "annotations": [{"result": []}, {"result": []}]}
         ),
         ('[{"tokenized_text": ["IL"], "ner": [[0, 1, "X"]]}]', r"item 1: offsets -1--1 are not inside"),
         ('[{"text": "IL",\n "label": [[0, 2}', r"train.json: not JSON \(.* at line 2, column 17\)"),
-        (json.dumps([TWO]), r"item 1: the task has 2 annotations; mark one as ground truth"),
+        (json.dumps([TWO]), r"item 1: 2 annotations of one task; mark one as ground truth"),
+        (
+            '[{"text": "\\ud83d IL", "label": [[0, 2, "X"]]}]',
+            r"train.json: not JSON that can be read \(.*surrogates",
+        ),
+        ('{"text": "IL", "label": 7}', r"item 1: the mentions cannot be '7'"),
+        (
+            '[{"data": {"text": "IL"}, "annotations": [{"result": [{"value": 7}, 7]}, 7]}]',
+            "no entity in train",
+        ),
+        ('[{"tokenized_text": [7, null], "ner": [[0]]}]', r"item 1: no end"),
+        ('[{"id": 7, "passages": [{"infons": 7, "offset": 0, "text": [1]}]}]', "no entity in train"),
+        (
+            '[{"id": 7, "infons": {}, "passages": [{"offset": 0, "text": "IL", "annotations": [{"locations": 7}]}]}]',
+            r"item 1: expected an offset",
+        ),
         ('[{"text": "IL", "label": ' + "[" * 99999, r"train.json: not JSON that can be read"),
     ],
 )
@@ -232,7 +247,7 @@ def test_the_ground_truth_is_taken_of_two_annotations(tmp_path):
 
 def test_a_docbin_needs_spacy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(DataError, match=r"train.spacy: a DocBin is read by spaCy, which is not installed"):
+    with pytest.raises(DataError, match=r"train.spacy: only spaCy reads a DocBin, and is not installed"):
         read(tmp_path, {"train.spacy": b"x"})
 
 
