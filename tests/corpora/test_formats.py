@@ -213,11 +213,11 @@ TWO = {"data": {"text": "IL"}, "annotations": [{"result": []}, {"result": []}]}
             r"item 1: offsets 0-3 are not inside the text of 2 characters",
         ),
         ('[{"tokenized_text": ["IL"], "ner": [[0, 1, "X"]]}]', r"item 1: offsets -1--1 are not inside"),
-        ('[{"text": "IL",\n "label": [[0, 2}', r"train.json: not JSON \(.* at line 2, column 17\)"),
+        ('[{"text": "IL",\n "label": [[0, 2}', r"train.json:2: not JSON \(.* at column 17\)"),
         (json.dumps([TWO]), r"item 1: 2 annotations of one task; mark one as ground truth"),
         (
             '[{"text": "\\ud83d IL", "label": [[0, 2, "X"]]}]',
-            r"train.json: not JSON that can be read \(.*surrogates",
+            r"train.json:1: not JSON \(unexpected end of hex",
         ),
         ('{"text": "IL", "label": 7}', r"item 1: the mentions cannot be '7'"),
         (
@@ -230,7 +230,7 @@ TWO = {"data": {"text": "IL"}, "annotations": [{"result": []}, {"result": []}]}
             '[{"id": 7, "infons": {}, "passages": [{"offset": 0, "text": "IL", "annotations": [{"locations": 7}]}]}]',
             r"item 1: expected an offset",
         ),
-        ('[{"text": "IL", "label": ' + "[" * 99999, r"train.json: not JSON that can be read"),
+        ('[{"text": "IL", "label": ' + "[" * 99999, r"train.json:1: not JSON \(recursion limit"),
     ],
 )
 def test_rows_that_cannot_be_read(tmp_path, content, problem):
