@@ -77,11 +77,8 @@ def _read_path(path: Path | str) -> Iterator[Text]:
         return
     path = Path(path)
     inside = entries_of(path) if path.is_dir() else []
-    files = (
-        [path]
-        if path.is_file()
-        else [file for file in inside if file.suffix.lower() in ENDINGS and file.is_file()]
-    )
+    inside = [file for file in inside if file.suffix.lower() in ENDINGS and file.is_file()]
+    files = [path] if path.is_file() else inside
     if not files:
         no = f"no {', '.join(ENDINGS)} file in this folder" if path.is_dir() else "no such file or folder"
         raise DataError(f"{path}: {no}.")

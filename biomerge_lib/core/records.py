@@ -21,9 +21,8 @@ from biomerge_lib.core.spans import Span, format_spans, is_inside, parse_answer
 
 NER_PREFIX = "<NER> "
 SPLITS = ("train", "dev", "test")
-_TYPES = re.compile(
-    rb', "types": \[.*\]}$'
-)  # the last key of a line; inside a string its quotes would be escaped
+# The last key of a line; inside a string its quotes would be escaped.
+_TYPES = re.compile(rb', "types": \[.*\]}$')
 
 
 @dataclass(frozen=True, slots=True)

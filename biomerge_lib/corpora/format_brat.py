@@ -36,9 +36,8 @@ def read_brat(paths: Sequence[Path], counts: ReadCounts) -> Iterator[Document]:
                 f"{path}: no {missing} beside it; each .txt needs its .ann (or .a1), and each of these its .txt."
             )
     for name, pair in pairs.items():
-        yield Document(
-            name, read_text(pair[True]), tuple(_iter_mentions(pair[False], counts)), str(pair[True])
-        )
+        mentions = tuple(_iter_mentions(pair[False], counts))
+        yield Document(name, read_text(pair[True]), mentions, str(pair[True]))
 
 
 def _iter_mentions(path: Path, counts: ReadCounts) -> Iterator[Mention]:

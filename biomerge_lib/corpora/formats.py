@@ -18,17 +18,12 @@ from biomerge_lib.corpora.documents import BOM, Document, ReadCounts
 Column = int | str | None
 TOKEN_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")
-DOCUMENT_COLUMNS = (
-    "document_id",
-    "doc_id",
-    "docid",
-    "pmid",
-    "sourceid",
-)  # "id" is a row number in most data sets
+# "id" is a row number in most data sets.
+DOCUMENT_COLUMNS = ("document_id", "doc_id", "docid", "pmid", "sourceid")
 SPLIT_WORDS = {
     "train": ("train", "training"),
-    "dev": ("dev", "devel", "develop", "development", "val", "valid", "validation"),
-    "test": ("test", "testing"),
+    "dev": ("dev", "devel", "develop", "development", "val", "valid", "validation", "testa"),
+    "test": ("test", "testing", "testb"),
 }
 _SPLIT_PATTERNS = {
     split: re.compile(r"(?<![a-z])(?:{0})(?![a-z])|(?:{0})set(?![a-z])".format("|".join(words)))
@@ -191,7 +186,9 @@ def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     lines = [(number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()]
     if ending_of(path) == ".jsonl" or (len(lines) > 1 and lines[0][1].rstrip().endswith("}")):
-        yield from ((f"{path}:{number}", parse_json(line, f"{path}:{number}", object)) for number, line in lines)
+        yield from (
+            (f"{path}:{number}", parse_json(line, f"{path}:{number}", object)) for number, line in lines
+        )
         return
     whole = parse_json(text.removeprefix(BOM), path, object)
     if isinstance(whole, dict):  # BioC's collection, or one object

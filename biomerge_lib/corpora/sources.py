@@ -54,13 +54,9 @@ _ABOUT = re.compile(r"readme|licen[cs]e|notice|source", re.IGNORECASE)
 FOREIGN = (
     (r"\.con", "", "i2b2 concepts: turn line and token numbers into offsets, and write BRAT"),
     ("", r"\S+\t[TA]\t\d+\t\d+\t", "CHEMDNER's annotations, apart from the texts: write PubTator"),
-    (
-        "",
-        r"P\d{8}[TA]\d{4}[ |]",
-        "BC2GM's raw sentences, with offsets that leave out blanks: take its IOB version",
-    ),
+    ("", r"P\d{8}[TA]\d{4}[ |]", "BC2GM's raw sentences, offsets without blanks: take its IOB version"),
     (r"\.csv", "", "a CSV table: write token and tag with a tab between, as .tsv"),
-    (r"\.(zip|tar|tgz|7z|rar)", "", "an archive: unpack it"),
+    (r"\.(zip|tar|tgz|7z|rar)(\.gz)?", "", "an archive: unpack it"),
     (r"\.(docx?|xlsx?|pdf|rtf)", "", "no text file: save it as UTF-8 text"),
 )
 
@@ -133,14 +129,10 @@ def _explain_files(folder: Path, places: Sequence[Path]) -> str:
         for name, line, what in FOREIGN:
             if re.search(f"{name}$", path.name.lower()) and re.match(line, first_line(path)):
                 return f"{path.name} is {what}."
-    inner = [path.relative_to(folder).as_posix() for path in places if path.is_dir()]
-    found = sorted({path.suffix for path in places if path.suffix}) or [
-        f"sub-folder {name}" for name in inner
-    ]
+    inner = [f"sub-folder {path.relative_to(folder)}" for path in places if path.is_dir()]
+    found = ", ".join(sorted({path.suffix for path in places if path.suffix}) or inner or ["no file"])
     read = "; ".join(f"{name}: {' '.join(form.endings)}" for name, form in FORMATS.items())
-    return (
-        f"Found: {', '.join(found) or 'no file'}. Read are {read} (also .gz). If it is one: FORMAT:{folder}."
-    )
+    return f"Found: {found}. Read are {read} (also .gz). If it is one: FORMAT:{folder}."
 
 
 def _format_of(path: Path) -> str | None:

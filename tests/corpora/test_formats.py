@@ -370,6 +370,7 @@ def test_a_lone_sub_folder_is_looked_into(tmp_path):
         ),
         ({"train.in": "P00001606T0076 Comparison\n"}, "BC2GM"),
         ({"train.csv": "token,tag\nIL,O\n"}, "train.csv is a CSV table: .* .tsv"),
+        ({"train.tar.gz": gzip.compress(b"x")}, "train.tar.gz is an archive"),
         ({"train.zip": "PK"}, "train.zip is an archive: unpack it"),
         ({"train.pdf": "x"}, "train.pdf is no text file"),
         ({"train.foo": "x"}, r"Found: .foo\. Read are brat: .txt .ann .a1; .*jsonl: .jsonl"),

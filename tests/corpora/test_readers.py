@@ -726,6 +726,8 @@ def test_counts_account_for_every_mention():
         ("validation-00000-of-00001.parquet", "dev"),
         ("CDR_TestSet.PubTator.txt", "test"),
         ("train_dev.tsv", None),  # two splits
+        ("eng.testa", "dev"),
+        ("eng.testb", "test"),
         ("latest.tsv", None),
         ("traindev.PubTator", None),
         ("strains.txt", None),
