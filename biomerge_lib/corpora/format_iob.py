@@ -18,6 +18,7 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.documents import ReadCounts
 from biomerge_lib.corpora.formats import (
     READ_ALL,
+    TAG_COLUMNS,
     Column,
     Format,
     Reading,
@@ -47,9 +48,7 @@ _DOCUMENT = re.compile(
     r"\s*(.*?)(?:; part \d+)?\s*",
     re.IGNORECASE,
 )
-_NAMES = frozenset(
-    ["tag", "tags", "label", "labels", "ner_tag", "ner_tags", "ner"]
-)  # a first line that has one
+_NAMES = frozenset([*TAG_COLUMNS, "tag", "label", "ner_tag"])  # of a column of tags
 _NO_ROW = ("#", "-DOCSTART-")
 # What a column of syntactic chunks holds (CoNLL-2000); such a column beside the entities' makes no doubt.
 _PHRASES = frozenset(["NP", "VP", "PP", "ADVP", "ADJP", "SBAR", "PRT", "CONJP", "INTJ", "LST", "UCP"])
@@ -74,7 +73,7 @@ def read_iob(
     that begin with ``#`` and are no token with its tag are comments (``other_lines``).
 
     A column is a number (from 0, or from -1 at the end) or a name, which the first line then has (one with ``tag`` or
-    ``label`` is taken for such a line). Without any, the tags
+    ``label`` in the tags' place is taken for such a line). Without any, the tags
     are the one column that holds tags, and the tokens the first column that can be text (no running numbers, say).
 
     Raises:
@@ -176,13 +175,15 @@ def _find_layout(lines: Sequence[str], how: Reading, path: Path) -> _Layout:
     if layout.width == 2:
         places = places[:LOOKED_AT]
     rows = [row for place in places if len(row := layout.split(lines[place])) == layout.width]
-    if str in (type(how.token_column), type(how.tag_column)) or not _NAMES.isdisjoint(map(str.lower, names)):
+    if str in (type(how.token_column), type(how.tag_column)):
         layout.names_line, rows = places[0] + 1, rows[1:]
     columns = [[row[at].strip() for row in rows] for at in range(layout.width)]
     kinds = {at: found for at, cells in enumerate(columns) if (found := _kinds_of(cells)) is not None}
     token_at = _place_of("token_column", how.token_column, names, where)
     tag_at = _place_of("tag_column", how.tag_column, names, where)
     layout.tag_at = _find_tags(kinds, layout.width, where) if tag_at is None else tag_at
+    if len(names) > 1 and names[layout.tag_at].lower() in _NAMES:
+        layout.names_line = places[0] + 1
     layout.has_types = bool(kinds.get(layout.tag_at, set()) - {""})
     if token_at is None:
         others = [at for at in range(layout.width) if at not in kinds and at != layout.tag_at]

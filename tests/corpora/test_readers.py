@@ -213,6 +213,13 @@ def test_tags_become_mentions(tmp_path, tags, expected, begun_by_inside):
     assert counts.begun_by_inside == begun_by_inside
 
 
+def test_a_first_line_of_names_is_no_sentence(tmp_path):
+    (record,), _ = read_lines(tmp_path, "token\tLabel\nIL-2\tB-Gene\n")
+    assert (record.text, record.spans) == ("IL-2", ((0, 4),))
+    (record,), _ = read_lines(tmp_path, "Label\tO\nIL-2\tB-Gene\n")  # a word of the text
+    assert (record.text, record.spans) == ("Label IL-2", ((6, 10),))
+
+
 def test_iob_offsets_are_code_points(tmp_path):
     rows = "e\u0301tude\tO\n😀\tO\n5\u00a0mg\tB-Dose\nIFN-γ\tB-Gene\nIFN-γ\tB-Gene\n"
     (record,), counts = read_lines(tmp_path, rows)
