@@ -25,7 +25,7 @@ from biomerge_lib.corpora.readers import read_corpus
 from biomerge_lib.experiment.runs import provenance, quiet_libraries
 from biomerge_lib.model.adapters import SHIPPED
 from biomerge_lib.report.display import markdown_table
-from biomerge_lib.scoring.ner_metrics import bootstrap_f1, score_spans
+from biomerge_lib.scoring.ner_metrics import bootstrap, count_units, score_spans
 
 OWN = "its own domain"
 BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"  # of the model card's place for the table
@@ -49,7 +49,8 @@ def measure(tagger: Tagger, records: list[Record], *, spaced: bool, name: str) -
         found = list(tagger.find_mentions(texts, spaced=spaced, note=lambda count: bar.update(count)))
         seconds = time.perf_counter() - start
     pairs = [(record.spans, spans) for record, spans in zip(records, found, strict=True)]
-    score, (low, high) = score_spans(pairs), bootstrap_f1(pairs)
+    _, units = count_units(pairs, [(record.dataset, record.doc_id) for record in records])
+    score, (low, high) = score_spans(pairs), bootstrap(units)
     counts = {"sentences": len(records), "gold": sum(len(record.spans) for record in records)}
     scores = {"precision": score.precision, "recall": score.recall, "f1": score.f1, "low": low, "high": high}
     return counts | {k: round(v, 4) for k, v in scores.items()} | {"seconds": round(seconds, 1)}

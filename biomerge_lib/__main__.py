@@ -13,6 +13,7 @@ from textwrap import fill
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.files import names_full_disk
 from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
 from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 
@@ -92,6 +93,15 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out", default="reports/report.html", help="the page to write (default: %(default)s)"
     )
+    compare = add(
+        _compare,
+        "say whether runs differ by more than chance, by a test paired over documents",
+        "runs/one runs/two",
+        "runs/one runs/two --split test --decoder vllm > comparison.md",
+    )
+    compare.add_argument("runs", nargs="+", help="run folders or predictions files; each against the first")
+    compare.add_argument("--split", choices=SPLITS, default="dev", help="of run folders (%(default)s)")
+    compare.add_argument("--decoder", choices=["greedy", "vllm"], default="greedy", help="(%(default)s)")
     publish = add(
         _publish,
         "copy finished runs to reports/ and rewrite the README's table",
@@ -247,6 +257,13 @@ def _report(options: argparse.Namespace) -> int:
     from biomerge_lib.report.page import write_report
 
     print(write_report(options.runs, options.out))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from biomerge_lib.report.comparison import compare_runs
+
+    print(compare_runs(options.runs, options.split, options.decoder))
     return 0
 
 

@@ -61,6 +61,8 @@ class Prediction:
 
     ``probabilities`` has one entry a predicted span: the product of its tokens' probabilities, the separator before
     it included (empty when the decoder gave none). ``logprobs`` and ``margins`` are the answers' (``RawAnswer``).
+    ``gold_types`` has one entry a gold span, ``Cell|Tissue`` for two types; empty where types are not known. Files of
+    earlier versions lack it.
     """
 
     index: int
@@ -79,6 +81,16 @@ class Prediction:
     probabilities: list[float] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     margins: list[list[float]] = field(default_factory=list)
+    gold_types: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.gold_types) not in (0, len(self.gold)):
+            raise ValueError(f"{len(self.gold_types)} gold_types for {len(self.gold)} gold spans")
+
+    @property
+    def document(self) -> tuple[str, str]:
+        """The record's document; one whose ``doc_id`` is empty is a document of its own."""
+        return self.dataset, self.doc_id or f"\0{self.index}"
 
 
 def build_prompts(
@@ -133,6 +145,7 @@ def collect_predictions(
             probabilities=[probabilities[span] for span in pred] if set(pred) <= set(probabilities) else [],
             logprobs=[answer.logprobs for _, answer in pairs],
             margins=[answer.margins for _, answer in pairs],
+            gold_types=list(record.types),
         )
         predictions.append(keep_probable(prediction, span_threshold))
     return predictions
@@ -209,3 +222,20 @@ def read_predictions(path: Path | str) -> list[Prediction]:
         raise DataError(f"{path}: no such file. 04_greedy_dev and 05_vllm_eval write predictions.")
     cure = " This is no prediction: run 04_greedy_dev or 05_vllm_eval again."
     return [parse_json(line, f"{path}:{number}", Prediction, cure=cure) for number, line in iter_lines(path)]
+
+
+def refuse_other_records(one: Sequence[Prediction], other: Sequence[Prediction], *, again: str) -> None:
+    """Check that two predictions files are about the same records, in the same order; ``again`` says what to do.
+
+    Raises:
+        DataError: they are not.
+    """
+    if len(one) != len(other):
+        sizes = f"{len(one)} and of {len(other)}"
+        raise DataError(f"predictions of {sizes} records cannot be compared. {again}")
+    for mine, its in zip(one, other, strict=True):
+        if (mine.text, sorted(mine.gold)) != (its.text, sorted(its.gold)):
+            raise DataError(
+                f"predictions of other records: number {mine.index} is {mine.dataset}/{mine.doc_id} {mine.text[:40]!r} "
+                f"in one file and {its.dataset}/{its.doc_id} {its.text[:40]!r} in the other. {again}"
+            )

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 from biomerge_lib.core.spans import Span, is_inside
 from biomerge_lib.decoding.predictions import Prediction
-from biomerge_lib.scoring.confidence import calibrate, calibration_error, score_thresholds
 from biomerge_lib.scoring.ner_metrics import SpanError, find_errors
 
 if TYPE_CHECKING:
     from IPython.display import HTML
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind-safe palette: blue, orange, vermilion, purple; the underline's shape repeats the colour.
 STYLE = """<style>
@@ -144,43 +142,3 @@ def show_html(parts: Sequence[str]) -> HTML:
     from IPython.display import HTML
 
     return HTML(STYLE + "".join(parts))
-
-
-def plot_curves(log_history: Sequence[dict], curves: dict[str, list[str]]) -> Figure:
-    """One panel for each title in ``curves``, with the named keys of the Trainer's log history against steps."""
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    log = pd.DataFrame(log_history)
-    figure, axes = plt.subplots(
-        1, len(curves), figsize=(5 * len(curves), 3.2), squeeze=False, layout="constrained"
-    )
-    for axis, (title, keys) in zip(axes[0], curves.items(), strict=True):
-        for key in [key for key in keys if key in log]:
-            axis.plot("step", key, data=log.dropna(subset=key), marker="o", markersize=3, label=key)
-        axis.set(title=title, xlabel="optimiser step")
-        axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(frameon=False)
-    return figure
-
-
-def plot_confidence(predictions: Sequence[Prediction]) -> Figure:
-    """Two panels: precision and recall against the share of spans kept, and precision against probability."""
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    rows, bins = pd.DataFrame(score_thresholds(predictions)), pd.DataFrame(calibrate(predictions))
-    figure, (curve, calibration) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-    for name in ("precision", "recall", "ner_f1"):
-        curve.plot("coverage", name, data=rows, label=name)
-    curve.set(title="the most probable spans only", xlabel="coverage: share of the predicted spans kept")
-    calibration.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
-    calibration.plot("probability", "precision", data=bins, marker="o", label="tenths")
-    error = calibration_error(predictions)
-    calibration.set(title=f"calibration error {error:.3f}", xlabel="mean probability", ylabel="precision")
-    for axis in (curve, calibration):
-        axis.set(xlim=(0, 1.02), ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="lower right")
-    return figure

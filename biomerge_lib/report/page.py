@@ -19,9 +19,12 @@ from biomerge_lib import __version__
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_text
 from biomerge_lib.core.markup import INERT
-from biomerge_lib.core.records import SPLITS
+from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.decoding.predictions import Prediction, read_predictions
+from biomerge_lib.experiment.provenance import PROJECT_DIR, data_hashes
 from biomerge_lib.experiment.stages import SCORING_STAGES, STAGES
+from biomerge_lib.prompts.ner_span import read_split
+from biomerge_lib.report.answer_figures import draw_confidence, draw_weaknesses
 from biomerge_lib.report.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
 from biomerge_lib.report.report_figures import (
     COMPARED,
@@ -41,9 +44,14 @@ from biomerge_lib.report.report_runs import (
     collect_runs,
     is_number,
     runs_table,
+    seeds_table,
+    split_runs,
     values_table,
 )
-from biomerge_lib.scoring.ner_metrics import length_bucket, score_spans
+from biomerge_lib.scoring.breakdown import find_weaknesses
+from biomerge_lib.scoring.confidence import calibrate
+from biomerge_lib.scoring.ner_metrics import score_spans
+from biomerge_lib.scoring.significance import compare_predictions
 
 
 def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> Path:
@@ -54,19 +62,22 @@ def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> P
 def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
     """Write the page about collected runs, atomically, as one HTML file that loads nothing else."""
     out = Path(out)
-    ranked = [run for run in runs if run.rank]
+    ranked, apart, others = split_runs(runs)
     answers = read_answers(ranked)
     figures = {"scores": draw_scores(ranked), "sweep": draw_sweep(ranked), "curves": draw_curves(ranked)}
+    figures |= {"confidence": answers["confidence"]}
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    page.filters |= {"show": show_value, "ranks": _ranges}
+    page.filters |= {"show": show_value}
     html = page.get_template("report.html.j2").render(
         ranked=ranked,
-        others=[run for run in runs if not run.rank],
+        finished=len(ranked) + len(apart),
+        others=others,
         command=_command(ranked[0]) if ranked else "",
         style=STYLE,
         colours=(LIGHT, DARK),
         legend=LEGEND,
         figures={name: list(map(as_svg, drawn)) for name, drawn in figures.items()},
+        weak={title: as_svg(figure) for title, figure in draw_weaknesses(answers["weaknesses"]).items()},
         tables=_tables(runs, link_notebooks(runs, out)),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
@@ -82,10 +93,11 @@ def _tables(
     runs: Sequence[ReportedRun], links: Mapping[ReportedRun, Sequence[tuple[str, str]]]
 ) -> dict[str, pd.DataFrame]:
     """What the page tabulates of the runs themselves; Markup, in columns of objects, may hold elements."""
-    ranked, others = [run for run in runs if run.rank], [run for run in runs if not run.rank]
+    ranked, apart, others = split_runs(runs)
     link, code = Markup('<a href="{}">{}</a>'), Markup('<code title="{}">{}</code>')
     linked = {run: Markup(" ").join(link.format(at, name) for name, at in links[run]) for run in runs}
     notebooks = {run: found or "none kept" for run, found in linked.items()}
+    kept_of = lambda part: {"executed notebooks": pd.Series([notebooks[run] for run in part], dtype=object)}  # noqa: E731
     agreement = values_table(ranked, AGREEMENT_COLUMNS)
     watched, greedy, again, vllm, _ = (agreement[name] for name in AGREEMENT_COLUMNS)
     agreement.insert(2, "watch metric", [run.watch_metric for run in ranked])
@@ -107,9 +119,9 @@ def _tables(
             row |= {name: fields.get(name) for name in ("status", "started")}
             stages.append(row | {"seconds": (fields.get("metrics") or {}).get("stage_seconds")})
     tables = {
-        "runs": runs_table(runs).assign(
-            **{"executed notebooks": pd.Series([notebooks[run] for run in ranked], dtype=object)}
-        ),
+        "runs": runs_table(ranked).assign(**kept_of(ranked)),
+        "apart": runs_table(apart).assign(**kept_of(apart)),
+        "seeds": seeds_table([*ranked, *apart]),
         "others": pd.DataFrame(
             [(run.name, run.status, run.reason, notebooks[run]) for run in others],
             columns=["run", "status", "reason", "executed notebooks"],
@@ -132,7 +144,9 @@ def _group(ranked: Sequence[ReportedRun], rows: Sequence[dict[str, Any]]) -> pd.
     groups: dict[str, dict[str, Any]] = {}
     for run, row in zip(ranked, rows, strict=True):
         groups.setdefault(str(row), {"runs": [], **row})["runs"].append(run.rank)
-    return pd.DataFrame([{**row, "runs": _ranges(row["runs"])} for row in groups.values()], dtype=object)
+    return pd.DataFrame(
+        [{**row, "runs": ", ".join(map(str, row["runs"]))} for row in groups.values()], dtype=object
+    )
 
 
 def show_value(value: Any, column: str = "") -> str:
@@ -149,11 +163,11 @@ def show_value(value: Any, column: str = "") -> str:
 
 
 def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
-    """Predictions of the best runs: per corpus, per length, and the errors of the best run that has any."""
+    """Predictions of the best runs: per corpus, and against the first of them; where that one fails."""
     compared: list[tuple[ReportedRun, list[Prediction]]] = []
     file: str | None = None
-    texts: list[str] | None = None
-    examples: dict[str, Any] = {}
+    differences: list[dict[str, Any]] = []
+    units = ""
     for run in ranked[:COMPARED]:
         decoders = [STAGES[stage].decoder for stage in SCORING_STAGES if stage not in run.outdated]
         current = [f"predictions-{split}-{decoder}.jsonl" for split in SPLITS[1:] for decoder in decoders]
@@ -163,62 +177,62 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
         name = names[0]
         try:
             predictions = read_predictions(run.folder / name)
-            found = highlight_errors(predictions)
-        except (DataError, ValueError, TypeError, AttributeError, OSError) as error:
+            against = compare_predictions(compared[0][1], predictions) if compared else None
+        except (DataError, OSError) as error:
             reason = str(error).replace(f"{run.folder}/", "").rstrip(".")
-            run.notes.append(f"{name} cannot be read and is left out ({reason})")
+            run.notes.append(f"{name} is left out ({reason})")
             continue
-        texts = texts or [prediction.text for prediction in predictions]
-        if texts != [prediction.text for prediction in predictions]:
-            run.notes.append(f"{name} holds other sentences than the best run's and is left out")
-            continue
-        file, examples = name, examples or found
+        file = name
         compared.append((run, predictions))
+        if against:
+            differences.append({"rank": run.rank, "run": run.name, **against.cells()})
+            units = against.units
     first = compared[0][1] if compared else []
-    datasets = [prediction.dataset for prediction in first]
-    lengths = [length_bucket(prediction.text) for prediction in first]
+    examples = highlight_errors(first) if first else {}
     kinds = [(kind, count, ERROR_KINDS[kind]) for kind, (count, _) in examples.items()]
     return {
         "compared": [run for run, _ in compared],
         "answers_file": file,
         "sentences": len(first),
-        "by_corpus": _score_groups("corpus", datasets if len(set(datasets)) > 1 else [], compared),
-        "by_length": _score_groups("words", lengths, compared),
+        "by_corpus": _score_corpora(compared) if len({p.dataset for p in first}) > 1 else pd.DataFrame(),
         "errors": pd.DataFrame(kinds, columns=["kind", "errors", "meaning"]),
         "examples": examples,
+        "differences": pd.DataFrame(differences),
+        "units": units,
+        "weaknesses": find_weaknesses(first, _read_train(compared[0][0])) if first else {},
+        "confidence": (confidence := draw_confidence(first)),
+        "calibration": pd.DataFrame(calibrate(first) if confidence else []),
     }
 
 
-def _score_groups(
-    title: str, keys: Sequence[str], compared: Sequence[tuple[ReportedRun, list[Prediction]]]
-) -> pd.DataFrame:
-    """F1 of the compared runs in each group of sentences."""
+def _read_train(run: ReportedRun) -> list[Record] | None:
+    """What a run was trained on; None, with a note, where that does not lie here any more."""
+    folder = PROJECT_DIR / str(run.parameters.get("data_dir"))
+    if run.data.get("train") and data_hashes(folder).get("train") == run.data["train"]:
+        options = {name: run.parameters[name] for name in ("subsample", "seed") if name in run.parameters}
+        return read_split(folder, "train", **options)
+    run.notes.append("its train.jsonl is not there, so that seen and unseen mentions are not told apart")
+    return None
+
+
+def _score_corpora(compared: Sequence[tuple[ReportedRun, list[Prediction]]]) -> pd.DataFrame:
+    """F1 of the compared runs on each corpus."""
     rows = []
-    for key in sorted(set(keys)):
-        parts = [[p for p, of in zip(found, keys, strict=True) if of == key] for _, found in compared]
-        gold = sum(len(p.gold) for p in parts[0])
+    for corpus in sorted({p.dataset for p in compared[0][1]}):
+        parts = {run.rank: [p for p in found if p.dataset == corpus] for run, found in compared}
+        first = next(iter(parts.values()))
+        row = {"corpus": corpus, "sentences": len(first), "gold mentions": sum(len(p.gold) for p in first)}
         scores = {
-            f"F1 of run {run.rank}": score_spans((p.gold, p.pred) for p in part).f1 if gold else None
-            for (run, _), part in zip(compared, parts, strict=True)
+            f"F1 of run {rank}": score_spans((p.gold, p.pred) for p in part).f1
+            for rank, part in parts.items()
         }
-        rows.append({title: key, "sentences": len(parts[0]), "gold mentions": gold, **scores})
+        rows.append(row | scores if row["gold mentions"] else row)
     return pd.DataFrame(rows)
 
 
 def _page_notes(ranked: Sequence[ReportedRun]) -> list[str]:
     """What a reader must know before comparing the runs' numbers."""
-    notes = []
-    if len({run.data.get("dev") for run in ranked}) > 1:
-        notes.append(
-            "The runs were scored on different dev files (see Provenance): do not compare their F1s."
-        )
-    if len({run.parameters.get("eval_limit") for run in ranked}) > 1:
-        notes.append("The runs scored different shares of dev (eval_limit): do not compare their F1s.")
-    if len({run.watch_metric for run in ranked}) > 1:
-        notes.append(
-            "The runs chose their checkpoints by different F1s (watch_metric); all are ranked by greedy F1."
-        )
-    notes += [f"Run {run.rank}: {note}." for run in ranked for note in run.notes]
+    notes = [f"Run {run.rank}: {note}." for run in ranked for note in run.notes]
     return list(dict.fromkeys(notes))  # a notebook that draws before it writes reads, and notes, twice
 
 
@@ -226,14 +240,3 @@ def _command(run: ReportedRun) -> str:
     """The command that trains the run."""
     words = changed_words(run.parameters | {"run_id": run.name}, leave_out={"existing_run"})
     return " \\\n  ".join(["python -m biomerge_lib run 03_train", *map(shlex.quote, words)])
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """``[1, 2, 3, 7]`` as ``1–3, 7``."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in parts)

@@ -34,6 +34,7 @@ CURVES = {
     "Answer F1 on dev (teacher-forced)": "eval_answer_ner_f1",
     "Token head F1 on dev": "eval_head_ner_f1",
     "Greedy F1 on dev": "greedy_dev_ner_f1",
+    "Learning rate": "learning_rate",
 }
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b8578c", "#b37400")  # a run's or a value's colour on light paper
 DARK = ("#56b4e9", "#f0803c", "#2cc295", "#e3a0c6", "#e69f00")
@@ -70,7 +71,7 @@ def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[
     logs = [(run, read_file(run.folder / "log_history.json", list, run.notes)) for run in shown]
     figures = []
     for title, key in CURVES.items():
-        figure, axis = _axes(4.5, 2.9, title)
+        figure, axis = new_axes(4.5, 2.9, title)
         ends = []
         for rank, (run, log) in reversed(list(enumerate(logs, start=1))):
             name = "eval_ner_f1" if (key, run.watch_metric) == ("eval_head_ner_f1", "token_head") else key
@@ -94,7 +95,7 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure
     if not shown:
         return []
     title = "F1 with 95 % interval"
-    figure, axis = _axes(4.8, 0.9 + 0.3 * len(shown), title, grid="x")
+    figure, axis = new_axes(4.8, 0.9 + 0.3 * len(shown), title, grid="x")
     table = values_table(shown, {name: F1_COLUMNS[name] for name in F1_COLUMNS if name not in READINGS})
     for number, name in enumerate(table.columns[2:]):
         if table[name].notna().any():  # each a little lower, so that equal values stay visible
@@ -104,7 +105,7 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure
         if edges := run.interval():
             axis.plot(edges, [row, row], marker="|", color="black", alpha=0.5, linewidth=1)
     names = [name if len(name) <= 20 else f"…{name[-18:]}" for name in table["run"]]  # their ends differ
-    labels = [f"{rank}  {_literal(name)}" for rank, name in zip(table["rank"], names, strict=True)]
+    labels = [f"{rank}  {literal(name)}" for rank, name in zip(table["rank"], names, strict=True)]
     axis.set_yticks(range(len(shown)), labels)
     axis.invert_yaxis()
     figure.legend(loc="outside lower left", ncols=2, frameon=False)
@@ -143,7 +144,7 @@ def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
     ys, xs = (sorted(table[name].unique()) for name in (y_name, x_name))
     low, high = scores["mean"].min(), scores["mean"].max()
     best_y, best_x = scores["mean"].idxmax()
-    figure, axis = _axes(1.3 + 0.85 * len(xs), 1 + 0.5 * len(ys), f"{SCORE}, mean of each cell", grid="")
+    figure, axis = new_axes(1.3 + 0.85 * len(xs), 1 + 0.5 * len(ys), f"{SCORE}, mean of each cell", grid="")
     for y, x, mean, count in scores.reset_index().itertuples(index=False):
         row, column = ys.index(y), xs.index(x)
         alpha = 0.06 + 0.6 * ((mean - low) / (high - low) if high > low else 1)
@@ -153,7 +154,7 @@ def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
     axis.barh(*best, fill=False, edgecolor="black", linewidth=2)
     axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
     axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-    axis.set(xlabel=_literal(x_name), ylabel=_literal(y_name))
+    axis.set(xlabel=literal(x_name), ylabel=literal(y_name))
     axis.spines[:].set_visible(False)
     where = f"at {x_name} {best_x:g} and {y_name} {best_y:g}"
     figure.set_label(f"Heat map: best mean {SCORE} {high:.3f} {where}.")
@@ -162,7 +163,7 @@ def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
 
 def _parallel_coordinates(table: pd.DataFrame) -> Figure:
     """A line a run, best first, through its parameters' values, evenly spaced in their order, to its score."""
-    figure, axis = _axes(max(4.5, 1.5 * len(table.columns)), 3.8, "", grid="")
+    figure, axis = new_axes(max(4.5, 1.5 * len(table.columns)), 3.8, "", grid="")
     fan = 0.05 * (0.618 * np.arange(len(table)) % 1 - 0.5)  # tells runs apart that share a value
     heights = []
     for number, name in enumerate(table):
@@ -175,9 +176,9 @@ def _parallel_coordinates(table: pd.DataFrame) -> Figure:
             ticks = [(tick - low) / span for tick in values]
         heights.append(places)
         axis.axvline(number, color="black", alpha=0.4, linewidth=0.8)
-        axis.text(number, 1.1 + 0.08 * (number % 2), _literal(name), ha="center", weight="bold")
+        axis.text(number, 1.1 + 0.08 * (number % 2), literal(name), ha="center", weight="bold")
         for place, value in list(zip(ticks, values, strict=True))[:: len(ticks) // 12 + 1]:
-            label = _literal(value[-14:]) if isinstance(value, str) else f"{value:g}"
+            label = literal(value[-14:]) if isinstance(value, str) else f"{value:g}"
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
             axis.text(number - 0.03, place, label, ha="right", va="center", bbox=box)
     for rank, line in reversed(list(enumerate(zip(*heights, strict=True), start=1))):
@@ -189,7 +190,7 @@ def _parallel_coordinates(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _axes(width: float, height: float, title: str, *, grid: Any = "y") -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float, title: str, *, grid: Any = "y") -> tuple[Figure, Axes]:
     # Without pyplot, which may look for a window system and keeps every figure until it is closed.
     figure = Figure(figsize=(width, height), layout="constrained")
     axis = figure.add_subplot()
@@ -217,6 +218,6 @@ def _name_ranks(axis: Axes) -> None:
         )
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     r"""A text in which matplotlib finds no formula: it takes ``\$`` for a dollar sign."""
     return text.replace("$", r"\$")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -85,6 +86,13 @@ class ReportedRun:
         return watch_metric_of(self.parameters)
 
     @property
+    def scored_on(self) -> str:
+        """The records behind the score and the F1 that chose the checkpoint."""
+        records = self.value(tuple((stage, "greedy_dev_records") for stage, _ in SCORE))
+        sentences = records or self.parameters.get("eval_limit") or "all"
+        return f"{sentences} of dev {str(self.data.get('dev'))[:12]}, watch_metric={self.watch_metric}"
+
+    @property
     def score(self) -> float | None:
         return self.value(SCORE)
 
@@ -108,8 +116,9 @@ class ReportedRun:
 def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
     """Read run folders, or folders of run folders: the finished runs first, best first, then the others.
 
-    A run is ranked by its greedy dev F1, if its 03_train finished. F1s come from the executed notebooks
-    (scrapbook), all else from ``metrics.json``; a disagreement between the two becomes one of the run's ``notes``.
+    A run is ranked by its greedy dev F1, if its 03_train finished, among those that were ``scored_on`` the same; the
+    largest such group comes first. F1s come from the executed notebooks (scrapbook), all else from ``metrics.json``; a
+    disagreement between the two becomes one of the run's ``notes``.
 
     Raises:
         DataError: a path does not exist, or there is no run in any of them.
@@ -125,18 +134,47 @@ def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
     if not runs:
         where = ", ".join(map(str, given))
         raise DataError(f"{where}: no run here. Train one first: python -m biomerge_lib run 03_train")
-    ranked = sorted(
+    finished = sorted(
         (run for run in runs if run.status == "finished"), key=lambda run: (-cast(float, run.score), run.name)
     )
-    for rank, run in enumerate(ranked, start=1):
-        run.rank = rank
-    return ranked + sorted((run for run in runs if run.rank is None), key=lambda run: (run.status, run.name))
+    groups: dict[str, list[ReportedRun]] = {}
+    for run in finished:
+        groups.setdefault(run.scored_on, []).append(run)
+        run.rank = len(groups[run.scored_on])
+    ranked = chain(*sorted(groups.values(), key=len, reverse=True))
+    others = sorted((run for run in runs if run.rank is None), key=lambda run: (run.status, run.name))
+    return [*ranked, *others]
+
+
+def split_runs(runs: Sequence[ReportedRun]) -> tuple[list[ReportedRun], ...]:
+    """Of :func:`collect_runs`: the first ranking, the runs of other rankings, and those that have no rank."""
+    ranked = [run for run in runs if run.rank]
+    first = [run for run in ranked if run.scored_on == ranked[0].scored_on]
+    return first, ranked[len(first) :], list(runs[len(ranked) :])
+
+
+def seeds_table(ranked: Sequence[ReportedRun]) -> pd.DataFrame:
+    """Ranked runs that differ by their seed alone: mean and standard deviation of their greedy dev F1."""
+    groups: dict[str, list[ReportedRun]] = {}
+    for run in ranked:
+        shared = sorted(item for item in run.parameters.items() if item[0] not in HIDDEN | {"seed"})
+        groups.setdefault(str(shared), []).append(run)
+    rows = []
+    for group in groups.values():
+        scores = pd.Series(
+            [run.score for run in group], [run.parameters.get("seed") for run in group], dtype=float
+        )
+        if scores.index.nunique() > 1:
+            seeds, ranks = (", ".join(map(str, of)) for of in (scores.index, [run.rank for run in group]))
+            spread = f"{scores.mean():.3f} ± {scores.std():.3f}"
+            rows.append({"runs": ranks, "seeds": seeds, "greedy dev F1, mean ± SD": spread})
+    return pd.DataFrame(rows, dtype=object)
 
 
 def runs_table(runs: Sequence[ReportedRun]) -> pd.DataFrame:
-    """The ranked runs as a pandas table: their F1, the parameters that vary, then every other F1 that some run has."""
+    """Ranked runs as a pandas table: their F1, the parameters that vary, then every other F1 that some run has."""
     ranked = [run for run in runs if run.rank]
-    table = values_table(ranked, F1_COLUMNS)
+    table = values_table(ranked, F1_COLUMNS).assign(**{"scored on": [run.scored_on for run in ranked]})
     edges = [run.interval() for run in ranked]
     between = [f"{pair[0]:.3f}–{pair[1]:.3f}" if pair else None for pair in edges]
     for place, (name, values) in enumerate(

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import numpy as np
+import pandas as pd
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.decoding.predictions import Prediction, keep_probable
 from biomerge_lib.scoring.ner_metrics import score_spans
 
 
-def rank_spans(predictions: Sequence[Prediction]) -> list[tuple[float, bool]]:
-    """Each predicted span's probability and whether gold has it, the most probable first.
+def rank_spans(predictions: Sequence[Prediction]) -> pd.DataFrame:
+    """The predicted spans, the most probable first: ``probability``, and whether gold has it (``hit``).
 
     Raises:
         DataError: no probabilities (predictions of an earlier version, or of a server that gives none).
     """
-    ranked = []
+    ranked: list[tuple[float, bool]] = []
     for prediction in predictions:
         if len(prediction.probabilities) != len(prediction.pred):
             raise DataError(f"prediction {prediction.index} carries no probabilities: decode again.")
-        gold = set(prediction.gold)
-        ranked += [
-            (p, span in gold) for span, p in zip(prediction.pred, prediction.probabilities, strict=True)
-        ]
-    return sorted(ranked, key=lambda pair: -pair[0])
+        hits = [span in prediction.gold for span in prediction.pred]
+        ranked += zip(prediction.probabilities, hits, strict=True)
+    table = pd.DataFrame(ranked, columns=["probability", "hit"], dtype=float)
+    return table.sort_values("probability", ascending=False, kind="stable", ignore_index=True)
 
 
 def score_thresholds(predictions: Sequence[Prediction]) -> list[dict[str, float]]:
@@ -35,21 +34,13 @@ def score_thresholds(predictions: Sequence[Prediction]) -> list[dict[str, float]
     ``coverage`` is the share of the predicted spans kept; ``precision``, ``recall`` and ``ner_f1`` are of those.
     """
     ranked = rank_spans(predictions)
-    gold_count = sum(len(prediction.gold) for prediction in predictions)
-    rows, kept, right = [], 0, 0
-    for probability, group in groupby(ranked, key=lambda pair: pair[0]):
-        hits = [hit for _, hit in group]
-        kept, right = kept + len(hits), right + sum(hits)
-        rows.append(
-            {
-                "threshold": probability,
-                "coverage": kept / len(ranked),
-                "precision": right / kept,
-                "recall": right / gold_count if gold_count else 0.0,
-                "ner_f1": 2 * right / (kept + gold_count),
-            }
-        )
-    return rows
+    gold = sum(len(prediction.gold) for prediction in predictions)
+    table = ranked.assign(kept=ranked.index + 1, right=ranked["hit"].cumsum())
+    table = table.drop_duplicates("probability", keep="last")
+    kept, right = table["kept"], table["right"]
+    scores = {"coverage": kept / len(ranked), "precision": right / kept, "recall": right / max(gold, 1)}
+    scores |= {"threshold": table["probability"], "ner_f1": 2 * right / (kept + gold)}
+    return pd.DataFrame(scores).to_dict("records")
 
 
 def choose_threshold(predictions: Sequence[Prediction]) -> float | None:
@@ -78,11 +69,10 @@ def score_threshold(predictions: Sequence[Prediction], threshold: float | None) 
 
 def calibrate(predictions: Sequence[Prediction], *, bins: int = 10) -> list[dict[str, float]]:
     """Bins of equally many spans, the least probable first: mean ``probability``, ``precision`` and ``spans``."""
-    ranked = rank_spans(predictions)[::-1]
-    parts = np.array_split(np.array(ranked, dtype=float).reshape(-1, 2), min(bins, len(ranked)) or 1)
+    ranked = rank_spans(predictions)[::-1].to_numpy()
     return [
         {"probability": float(part[:, 0].mean()), "precision": float(part[:, 1].mean()), "spans": len(part)}
-        for part in parts
+        for part in np.array_split(ranked, min(bins, len(ranked)) or 1)
         if len(part)
     ]
 

@@ -5,15 +5,13 @@ The headline is exact-span micro F1: a predicted span counts when start and end 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass
-from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
 from biomerge_lib.core.prompt_format import find_words
-from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span, snap_to_words
 from biomerge_lib.decoding.predictions import Prediction
 
@@ -59,13 +57,15 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
     ``ner_f1`` (with ``ner_precision``, ``ner_recall``): exact offsets. ``ner_f1_snapped``: predicted offsets
     widened to the words they touch. ``ner_f1_overlap``: any overlap with a gold span counts; ``ner_f1_partial``: an
     inexact overlap counts one half (nervaluate's ``ent_type`` and ``partial``, SemEval-2013 task 9.1).
-    ``ner_f1_low``, ``ner_f1_high``: 95 % bootstrap interval over sentences.
+    ``ner_f1_low``, ``ner_f1_high``: 95 % bootstrap interval over ``documents``, of which 0 are known where it is over
+    sentences (:func:`count_units`).
     ``unreadable_rate``, ``out_of_text_rate``, ``unsorted_rate``, ``truncated_rate``: share of records whose
     answer had such a fault. ``dataset/NAME/ner_f1``: per corpus, when there are several.
     """
     pairs = [(p.gold, p.pred) for p in predictions]
     exact = score_spans(pairs)
-    low, high = bootstrap_f1(pairs)
+    unit, counts = count_units(pairs, [p.document for p in predictions])
+    low, high = bootstrap(counts)
     count = max(len(predictions), 1)
     scores = {
         "ner_f1": exact.f1,
@@ -79,6 +79,7 @@ def score_predictions(predictions: Sequence[Prediction]) -> dict[str, float]:
         "out_of_text_rate": sum(p.out_of_text > 0 for p in predictions) / count,
         "unsorted_rate": sum(p.unsorted > 0 for p in predictions) / count,
         "truncated_rate": sum("length" in p.finish for p in predictions) / count,
+        "documents": len(counts) if unit == "documents" else 0,
         "records": len(predictions),
         "gold_spans": sum(len(p.gold) for p in predictions),
         "pred_spans": sum(len(p.pred) for p in predictions),
@@ -105,65 +106,52 @@ def score_overlaps(pairs: Sequence[tuple[Sequence[Span], Sequence[Span]]]) -> di
     return {"ner_f1_overlap": overall["ent_type"].f1, "ner_f1_partial": overall["partial"].f1}
 
 
-def score_seen(
-    predictions: Sequence[Prediction], train: Iterable[Record]
-) -> list[dict[str, float | int | str]]:
-    """Exact-span scores of mentions whose string is a mention in ``train`` (lower case), and of all others.
-
-    Gold and predicted spans are sorted by their own strings: an exact hit has the same one on both sides.
-    """
-    known = {record.text[start:end].lower() for record in train for start, end in record.spans}
-    rows: list[dict[str, float | int | str]] = []
-    for name, wanted in (("seen", True), ("unseen", False)):
-
-        def chosen(prediction: Prediction, spans: Iterable[Span], wanted: bool = wanted) -> list[Span]:
-            return [(s, e) for s, e in spans if (prediction.text[s:e].lower() in known) == wanted]
-
-        score = score_spans((chosen(p, p.gold), chosen(p, p.pred)) for p in predictions)
-        gold = score.true_positives + score.false_negatives
-        scores = {"ner_f1": score.f1, "ner_precision": score.precision, "ner_recall": score.recall}
-        rows.append({"mentions": name, "gold": gold, **scores})
-    return rows
-
-
-def length_bucket(text: str, edges: Sequence[int] = (10, 20, 30, 40, 60)) -> str:
-    """How many words a sentence has, as ``11-20`` or ``>60``; sorted as texts, buckets stand in their order."""
-    words = len(find_words(text))
-    return next(
-        (f"{low + 1}-{high}" for low, high in pairwise((0, *edges)) if words <= high), f">{edges[-1]}"
-    )
-
-
-def score_by_length(predictions: Sequence[Prediction]) -> list[dict[str, float | int | str]]:
-    """Exact-span F1 by the number of words in the sentence."""
-    buckets: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        buckets[length_bucket(prediction.text)].append(prediction)
-    return [
-        {"words": words, "records": len(members), "ner_f1": score_spans((p.gold, p.pred) for p in members).f1}
-        for words, members in sorted(buckets.items())
-    ]
-
-
 def snap_prediction(prediction: Prediction) -> list[Span]:
     """The predicted spans, each widened to the words that it touches."""
     words = find_words(prediction.text)
     return sorted({snap_to_words(span, words) for span in prediction.pred})
 
 
-def bootstrap_f1(
-    pairs: Sequence[tuple[Sequence[Span], Sequence[Span]]], *, samples: int = 1000, seed: int = 0
+def count_units(
+    pairs: Sequence[tuple[Sequence[Span], Sequence[Span]]], documents: Sequence[tuple[str, str]]
+) -> tuple[Literal["documents", "sentences"], np.ndarray]:
+    """What statistics resample: each document's counts, shape (units, 3): found, spurious, missed.
+
+    A document's sentences depend on each other (its terms recur), so that they are drawn together. Where no document
+    has two of the sentences, or all stand in one, the units are the sentences.
+    """
+    counts = np.array([astuple(score_spans([pair])) for pair in pairs], dtype=np.int64).reshape(-1, 3)
+    numbers = {document: number for number, document in enumerate(dict.fromkeys(documents))}
+    if not 1 < len(numbers) < len(counts):
+        return "sentences", counts
+    summed = np.zeros((len(numbers), 3), dtype=np.int64)
+    np.add.at(summed, [numbers[document] for document in documents], counts)
+    return "documents", summed
+
+
+def f1_of(counts: np.ndarray) -> np.ndarray:
+    """F1 of found, spurious and missed in the last axis; 0 where there is nothing."""
+    found, spurious, missed = np.moveaxis(counts, -1, 0)
+    total = 2 * found + spurious + missed
+    return np.divide(2 * found, total, out=np.zeros(np.shape(total)), where=total > 0)
+
+
+def bootstrap(
+    counts: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray] = f1_of,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the micro F1, resampling sentences (Efron and Tibshirani 1993)."""
-    if not pairs:
+    """95 % percentile bootstrap interval (Efron and Tibshirani 1993) of a score of summed counts.
+
+    Rows of ``counts`` are drawn with replacement; ``score`` takes their sums, shape (samples, columns).
+    """
+    if not len(counts):
         return 0.0, 0.0
-    counts = np.array([astuple(score_spans([pair])) for pair in pairs])
-    shares = np.full(len(pairs), 1 / len(pairs))
-    weights = np.random.default_rng(seed).multinomial(len(pairs), shares, size=samples)
-    true_positives, false_positives, false_negatives = (weights @ counts).T
-    denominator = 2 * true_positives + false_positives + false_negatives
-    f1 = np.divide(2 * true_positives, denominator, out=np.zeros(samples), where=denominator > 0)
-    low, high = np.percentile(f1, [2.5, 97.5])
+    rng, shares = np.random.default_rng(seed), np.full(len(counts), 1 / len(counts))
+    sums = [rng.multinomial(len(counts), shares, size=100) @ counts for _ in range(samples // 100)]
+    low, high = np.percentile(score(np.concatenate(sums)), [2.5, 97.5])
     return float(low), float(high)
 
 

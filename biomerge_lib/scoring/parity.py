@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, cast
 
-from biomerge_lib.core.errors import DataError
-from biomerge_lib.decoding.predictions import Prediction
+from biomerge_lib.decoding.predictions import Prediction, refuse_other_records
 from biomerge_lib.scoring.ner_metrics import SpanScore, score_spans
 
 if TYPE_CHECKING:
@@ -140,17 +139,10 @@ def check_parity(
         DataError: they are not predictions of the same records.
     """
     again = "Score the same split and eval_limit with 04_greedy_dev and 05_vllm_eval."
-    if len(reference) != len(served):
-        sizes = f"{len(reference)} and of {len(served)}"
-        raise DataError(f"predictions of {sizes} records cannot be compared. {again}")
+    refuse_other_records(reference, served, again=again)
     both_float32 = reference_dtype == served_dtype == "float32"
     differences = []
     for one, other in zip(reference, served, strict=True):
-        if (one.text, one.gold) != (other.text, other.gold):
-            raise DataError(
-                f"predictions of other records: number {one.index} is {one.dataset}/{one.doc_id} {one.text[:40]!r} in "
-                f"one file and {other.dataset}/{other.doc_id} {other.text[:40]!r} in the other. {again}"
-            )
         difference = _find_difference(one, other, tokenizer, both_float32=both_float32)
         if difference is not None:
             differences.append(difference)

@@ -2,10 +2,8 @@
 
 import json
 
-import pandas as pd
 import pytest
 
-from biomerge_lib.decoding.predictions import Prediction
 from biomerge_lib.experiment.stages import STAGES
 from tests.conftest import ROOT
 
@@ -36,23 +34,3 @@ def test_a_notebook_keeps_the_house_rules(path):
     assert "run.finish(" in "".join(code[-1]["source"])
     assert notebook["cells"][0]["cell_type"] == "markdown"
     assert notebook["cells"][0]["source"][0].startswith(f"# {path.stem[:2]} ")
-
-
-def test_an_f1_of_zero_is_seen_in_the_plot_over_length(monkeypatch):
-    """A bar of no height is not: each says its number."""
-    from matplotlib import pyplot as plt
-
-    monkeypatch.setattr(plt, "show", lambda: None)
-    notebook = json.loads(NOTEBOOKS[3].read_text(encoding="utf-8"))
-    (source,) = (s for cell in notebook["cells"] if "by_length[" in (s := "".join(cell["source"])))
-    missed = Prediction(0, "Aspirin .", "d", "x", [(0, 7)], [], [""], [[]], ["eos"], 0, 0, 0)
-    found = Prediction(1, "Aspirin can " * 6, "d", "x", [(0, 7)], [(0, 7)], [""], [[]], ["eos"], 0, 0, 0)
-    namespace = {"pd": pd, "predictions": [missed, found]}
-    exec(source, namespace)
-    axis = namespace["axis"]
-    bars = [
-        (tick.get_text(), bar.get_text())
-        for tick, bar in zip(axis.get_xticklabels(), axis.texts, strict=True)
-    ]
-    plt.close(namespace["figure"])
-    assert bars == [("1-10", "0.00"), ("11-20", "1.00")]

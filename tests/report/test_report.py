@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -15,13 +16,15 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import parse_spans
-from biomerge_lib.decoding.predictions import Prediction, write_predictions
+from biomerge_lib.decoding.predictions import Prediction, read_predictions, write_predictions
 from biomerge_lib.report import report_notebooks
+from biomerge_lib.report.answer_figures import draw_weaknesses
 from biomerge_lib.report.display import highlight, highlight_errors
 from biomerge_lib.report.page import read_answers, write_page, write_report
 from biomerge_lib.report.report_figures import as_svg, draw_scores, draw_sweep
 from biomerge_lib.report.report_notebooks import link_notebooks
-from biomerge_lib.report.report_runs import collect_runs, runs_table
+from biomerge_lib.report.report_runs import collect_runs, runs_table, seeds_table, split_runs
+from biomerge_lib.scoring.breakdown import find_weaknesses
 from tests.conftest import ROOT
 
 ASPIRIN = "Aspirin can trigger asthma attacks in sensitive patients ."
@@ -71,8 +74,91 @@ def glue(path, scraps):
     nbformat.write(new_notebook(cells=[new_code_cell("run.finish(metrics)", outputs=outputs)]), path)
 
 
-def prediction(index, text, gold, pred, dataset="bc5cdr"):
-    return Prediction(index, text, f"{dataset}_{index}", dataset, gold, pred, [""], [[]], ["eos"], 0, 0, 0)
+def prediction(index, text, gold, pred, dataset="bc5cdr", **fields):
+    doc_id = fields.pop("doc_id", f"{dataset}_{index}")
+    return Prediction(index, text, doc_id, dataset, gold, pred, [""], [[]], ["eos"], 0, 0, 0, **fields)
+
+
+FILE = "predictions-dev-greedy.jsonl"
+GOLD = [(0, 7), (20, 34)]
+
+
+def make_pair(runs_dir):
+    """Two runs with predictions of six documents of two sentences; the second one misses a mention of each."""
+    for name, f1, pred in (("best", 0.8, GOLD), ("second", 0.6, GOLD[:1])):
+        found = [
+            prediction(
+                n,
+                ASPIRIN,
+                GOLD,
+                pred,
+                doc_id=f"d{n // 2}",
+                probabilities=[0.9] * len(pred),
+                gold_types=["Chemical", "Disease"],
+            )
+            for n in range(12)
+        ]
+        write_predictions(make_run(runs_dir, name, f1) / FILE, found)
+    return [runs_dir / "best", runs_dir / "second"]
+
+
+def test_the_page_says_whether_runs_differ_by_more_than_chance_and_where_the_best_fails(tmp_path):
+    make_pair(tmp_path / "runs")
+    page = page_of(tmp_path / "runs", tmp_path / "report.html")
+    assert "paired over 6 documents" in page
+    # All 24 found, and 12 of 24: F1 1 and 2/3. Six documents differ in one direction: p = 2 / 2**6.
+    assert "<td>0.6667</td><td>-0.3333</td><td>-0.3333 to -0.3333</td><td>0.0312</td>" in page.replace(
+        "\n", ""
+    )
+    assert 'aria-label="Gold type: Chemical 1.000 of 12, Disease 1.000 of 12."' in page
+    assert 'aria-label="Boundary errors: left 0, right 0, both 0."' in page
+    assert "calibration error 0.100" in page
+    assert "seen and unseen mentions are not told apart" in page and "string in training:" not in page
+
+
+def test_a_recall_of_zero_is_seen_and_a_types_name_is_no_formula():
+    """A bar of no height is not: each says its number."""
+    found = [prediction(0, ASPIRIN, GOLD, GOLD[:1], gold_types=["Chemical", "Di$ea_$e"])]
+    figure = draw_weaknesses(find_weaknesses(found))["Gold type"]
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", as_svg(figure))
+    assert {"Chemical", "1.000 of 1", "Di$ea_$e", "0.000 of 1"} <= set(texts)
+
+
+def test_compare_reads_run_folders_and_files(tmp_path, capsys):
+    best, second = make_pair(tmp_path)
+    assert (
+        main(
+            [
+                "compare",
+                str(second),
+                str(best / FILE),
+            ]
+        )
+        == 0
+    )
+    page = capsys.readouterr().out
+    assert "| 1.0000 | +0.3333 | +0.3333 to +0.3333 | 0.0312 |" in page
+    assert (
+        "Exact-span micro F1 of 12 records; differences from the first line, paired over 6 documents." in page
+    )
+    found = [replace(one, doc_id="") for one in read_predictions(best / FILE)]
+    write_predictions(tmp_path / "old.jsonl", found)
+    assert main(["compare", str(tmp_path / "old.jsonl"), str(tmp_path / "old.jsonl")]) == 0
+    assert "paired over 12 sentences (documents are not known)." in capsys.readouterr().out
+
+
+def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
+    best, second = make_pair(tmp_path)
+    write_predictions(tmp_path / "few.jsonl", read_predictions(best / FILE)[:3])
+    (second / FILE).rename(second / "predictions-test-vllm.jsonl")
+    for places, why in (
+        ([best, tmp_path / "nowhere"], "nowhere: no such file."),
+        ([best, second], f"second/{FILE}: no such file. 04_greedy_dev and 05_vllm_eval write predictions."),
+        ([best, tmp_path / "few.jsonl"], "predictions of 12 and of 3 records cannot be compared."),
+        ([best], "compare takes two runs or more"),
+    ):
+        assert main(["compare", *map(str, places)]) == 2
+        assert why in capsys.readouterr().err
 
 
 def page_of(paths, out):
@@ -138,7 +224,7 @@ def test_the_best_runs_errors_stand_highlighted_and_escaped_in_the_page(tmp_path
     assert (
         '<th scope="row">bc5cdr</th><td class="n">2</td><td class="n">3</td><td class="n">0.400</td>' in page
     )
-    assert '<th scope="row">1-10</th><td class="n">3</td><td class="n">3</td>' in page
+    assert "Words in the sentence: 1-10 0.333 of 3." in page
 
 
 def test_the_page_loads_nothing_and_its_links_lead_to_files(tmp_path):
@@ -275,7 +361,7 @@ def test_unreadable_predictions_are_named_and_left_out(tmp_path):
     runs = collect_runs(tmp_path)
     read_answers(runs)
     page = write_page(runs, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("predictions-dev-greedy.jsonl cannot be read and is left out") == 1
+    assert page.count("predictions-dev-greedy.jsonl is left out") == 1
     assert "<h2>Errors of run 2</h2>" in page
 
 
@@ -287,13 +373,37 @@ def test_parameters_come_from_the_training_not_from_a_later_notebook(tmp_path):
     assert collect_runs(folder)[0].parameters["lora_rank"] == 32
 
 
-def test_runs_on_different_dev_files_are_not_compared_silently(tmp_path):
+def test_only_runs_that_were_scored_on_the_same_are_ranked_against_each_other(tmp_path):
     make_run(tmp_path, "a", 0.70)
-    folder = make_run(tmp_path, "b", 0.60)
+    make_run(tmp_path, "b", 0.60)
+    make_run(tmp_path, "half", 0.99, eval_limit=800)
+    folder = make_run(tmp_path, "other", 0.98)
     recorded = json.loads((folder / "metrics.json").read_text())
     recorded["data"]["dev"] = "cd" * 32
     (folder / "metrics.json").write_text(json.dumps(recorded))
-    assert "scored on different dev files" in page_of(tmp_path, tmp_path / "report.html")
+    runs = collect_runs(tmp_path)
+    assert [(run.rank, run.name) for run in runs] == [(1, "a"), (2, "b"), (1, "half"), (1, "other")]
+    assert [[run.name for run in part] for part in split_runs(runs)] == [["a", "b"], ["half", "other"], []]
+    assert runs[2].scored_on == "800 of dev abababababab, watch_metric=token_head"
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert "These were scored on different dev files" in page
+    assert "4 finished, 0 failed" in page and "<h1>a</h1>" in page
+    first, apart = re.findall(r'aria-label="(?:Finished runs|Ranked apart)">(.*?)</table>', page, re.S)
+    assert all((name in first) != (name in apart) for name in (">a<", ">b<", ">half<", ">other<"))
+    assert '<td class="wrap">all of dev cdcdcdcdcdcd, watch_metric=token_head</td>' in apart
+
+
+def test_runs_that_differ_by_their_seed_alone_have_a_mean_and_a_deviation(tmp_path):
+    for seed, f1 in ((42, 0.70), (43, 0.72), (44, 0.77)):
+        make_run(tmp_path, f"seed{seed}", f1, seed=seed)
+    make_run(tmp_path, "other", 0.75, seed=42, lora_rank=16)
+    runs = collect_runs(tmp_path)
+    # Mean 0.73; deviations -0.03, -0.01, 0.04: the root of 0.0026 / 2.
+    assert seeds_table(runs).to_dict("records") == [
+        {"runs": "1, 3, 4", "seeds": "44, 43, 42", "greedy dev F1, mean ± SD": "0.730 ± 0.036"}
+    ]
+    assert "0.730 ± 0.036" in page_of(tmp_path, tmp_path / "report.html")
+    assert seeds_table(runs[:2]).empty
 
 
 def test_what_different_watch_metrics_say_stands_in_different_columns(tmp_path):
@@ -307,7 +417,8 @@ def test_what_different_watch_metrics_say_stands_in_different_columns(tmp_path):
     assert table.loc["new", "answer F1"] == 0.604 and table["answer F1"].count() == 1
     assert list(table["token head F1"]) == [pytest.approx(0.704), 0.55]
     page = page_of(tmp_path, tmp_path / "report.html")
-    assert "<td>answer</td>" in page and "<td>token_head</td>" in page and "(watch_metric)" in page
+    assert "watch_metric=answer" in page and "<td>token_head</td>" in page and "(watch_metric)" in page
+    assert "<h3>Ranked apart</h3>" in page
 
 
 @pytest.mark.slow

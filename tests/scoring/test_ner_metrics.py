@@ -1,17 +1,20 @@
 """Scores of hand-made answers, to four digits."""
 
+import json
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from biomerge_lib.core.records import Record
+from biomerge_lib.core.errors import DataError
 from biomerge_lib.decoding.predictions import Prediction, read_predictions, write_predictions
 from biomerge_lib.scoring.ner_metrics import (
-    bootstrap_f1,
+    bootstrap,
+    count_units,
     find_errors,
-    score_by_length,
     score_forced_answers,
     score_overlaps,
     score_predictions,
-    score_seen,
     score_spans,
     score_word_labels,
 )
@@ -63,26 +66,41 @@ def test_spans_that_only_touch_do_not_overlap():
     assert scores == {"ner_f1_overlap": pytest.approx(0.5), "ner_f1_partial": pytest.approx(0.25)}
 
 
-def test_seen_mentions_are_scored_apart_from_unseen_ones():
-    train = [Record("aspirin and asthma", ((0, 7),), "t", "x")]
-    text = "Aspirin can trigger asthma attacks ."
-    predictions = [
-        prediction(0, [(0, 7), (20, 34)], [(0, 7), (20, 26)], text=text),  # "asthma" is no mention in train
-        prediction(1, [(0, 7), (20, 34)], [(20, 34)], text=text),
-    ]
-    seen, unseen = score_seen(predictions, train)
-    assert (seen["mentions"], seen["gold"], unseen["gold"]) == ("seen", 2, 2)
-    assert (seen["ner_precision"], seen["ner_recall"], seen["ner_f1"]) == (1.0, 0.5, pytest.approx(2 / 3))
-    assert (unseen["ner_precision"], unseen["ner_recall"], unseen["ner_f1"]) == (0.5, 0.5, 0.5)
-
-
 def test_the_bootstrap_is_certain_of_what_never_varies_and_reproducible():
-    perfect = [([(0, 7)], [(0, 7)])] * 30
-    assert bootstrap_f1(perfect) == (1.0, 1.0)
-    mixed = perfect + [([(0, 7)], [(1, 7)])] * 30
-    low, high = bootstrap_f1(mixed)
-    assert (low, high) == bootstrap_f1(mixed)
+    perfect = np.array([[1, 0, 0]] * 30)
+    assert bootstrap(perfect) == (1.0, 1.0)
+    mixed = np.array([[1, 0, 0]] * 30 + [[0, 1, 1]] * 30)
+    low, high = bootstrap(mixed)
+    assert (low, high) == bootstrap(mixed)
     assert 0.35 < low < 0.5 < high < 0.65
+    # Four units, three of them right: F1 is k/4, k binomial (4, 3/4); P(k = 0) = 0.004, P(k <= 1) = 0.051.
+    assert bootstrap(np.array([[1, 0, 0]] * 3 + [[0, 1, 1]])) == (0.25, 1.0)
+    assert bootstrap(np.zeros((0, 3))) == (0.0, 0.0)
+
+
+def test_a_documents_sentences_are_counted_together():
+    pairs = [([(0, 7)], [(0, 7)]), ([(0, 7)], [(1, 7)]), ([(3, 9)], []), ([], [(1, 2)])]
+    unit, counts = count_units(pairs, [("x", "a"), ("x", "b"), ("x", "a"), ("y", "a")])
+    assert (unit, counts.tolist()) == ("documents", [[1, 0, 1], [0, 1, 1], [0, 1, 0]])
+    for documents in ([("x", "a")] * 4, [("x", str(number)) for number in range(4)]):
+        unit, counts = count_units(pairs, documents)
+        assert (unit, counts.tolist()) == ("sentences", [[1, 0, 0], [0, 1, 1], [0, 0, 1], [0, 1, 0]])
+
+
+def test_the_interval_is_over_documents_where_they_are_known():
+    """Ten documents of five sentences that are all right or all wrong say no more than ten sentences."""
+    text = "Aspirin can trigger asthma attacks ."
+    sentences = [
+        prediction(n, [(0, 7)], [(0, 7)] if n % 10 < 5 else [], text=text, doc_id=str(n // 5))
+        for n in range(50)
+    ]
+    known, alone = (
+        score_predictions(part) for part in (sentences, [replace(one, doc_id="") for one in sentences])
+    )
+    assert (known["documents"], alone["documents"]) == (10, 0)
+    assert known["ner_f1"] == alone["ner_f1"] == pytest.approx(2 / 3)
+    wide, narrow = (scores["ner_f1_high"] - scores["ner_f1_low"] for scores in (known, alone))
+    assert 1.8 < wide / narrow < 2.8  # the square root of five
 
 
 def test_word_labels_are_scored_by_entity():
@@ -156,16 +174,34 @@ def test_errors_are_named_by_what_overlaps():
     assert found == [(0, "boundary"), (1, "missed"), (1, "spurious"), (2, "merged"), (3, "split")]
 
 
-def test_length_buckets_count_words():
-    long = " ".join(["word"] * 61)
-    rows = score_by_length([prediction(0, [(0, 7)], [(0, 7)]), prediction(1, [(0, 4)], [], text=long)])
-    assert rows == [
-        {"words": "1-10", "records": 1, "ner_f1": 1.0},
-        {"words": ">60", "records": 1, "ner_f1": 0.0},
-    ]
-
-
 def test_predictions_survive_writing_and_reading(tmp_path):
     predictions = [prediction(0, [(0, 7)], [(20, 34)], text="α β"), prediction(1, [], [])]
     write_predictions(tmp_path / "p.jsonl", predictions)
     assert read_predictions(tmp_path / "p.jsonl") == predictions
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"gold": [[0, "x"]]}, "gold.0.1: Input should be a valid integer"),
+        ({"pred": None}, "pred: Input should be a valid array"),
+        ({"gold_types": ["Chemical", "Disease"]}, "Value error, 2 gold_types for 1 gold spans"),
+    ],
+)
+def test_a_line_that_is_no_prediction_is_named(tmp_path, change, why):
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, [prediction(0, [], []), prediction(1, [(0, 7)], [])])
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{json.dumps(json.loads(second) | change)}\n")
+    with pytest.raises(DataError, match=rf"p.jsonl:2: {why}"):
+        read_predictions(path)
+
+
+def test_predictions_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, [prediction(0, [(0, 7)], [])])
+    fields = json.loads(path.read_text())
+    for name in ("gold_types", "probabilities", "logprobs", "margins", "prompt_hashes"):
+        del fields[name]
+    path.write_text(json.dumps(fields))
+    assert read_predictions(path) == [prediction(0, [(0, 7)], [])]

@@ -1,0 +1,51 @@
+"""Knows the page that compares predictions, of runs or files, with the first of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.markup import code_in_markdown, in_markdown
+from biomerge_lib.decoding.predictions import read_predictions
+from biomerge_lib.experiment.provenance import provenance
+from biomerge_lib.experiment.runs import outdated_stages, read_metrics
+from biomerge_lib.experiment.stages import STAGES
+from biomerge_lib.report.display import markdown_table
+from biomerge_lib.scoring.significance import PERMUTATIONS, compare_predictions
+
+
+def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
+    """A Markdown page; a place is a predictions file, or a run folder, of which ``split`` and ``decoder`` name one.
+
+    Raises:
+        ParameterError: fewer than two places.
+        DataError: no such file, or it is out of date, cannot be read, or is about other records than the first one.
+    """
+    if len(places) < 2:
+        raise ParameterError("compare takes two runs or more: the first one, and what is compared with it.")
+    name = f"predictions-{split}-{decoder}.jsonl"
+    stage = next(stage for stage, of in STAGES.items() if of.decoder == decoder)
+    paths = [Path(place) / name if Path(place).is_dir() else Path(place) for place in places]
+    for path in paths:
+        if path.name == name and (why := outdated_stages(read_metrics(path.parent), path.parent).get(stage)):
+            raise DataError(f"{path} is out of date ({why}). Run {stage} again.")
+    first, *others = [read_predictions(path) for path in paths]
+    compared = [compare_predictions(first, other) for other in others]
+    rows = [{"F1": f"{compared[0].first_f1:.4f}"}, *(comparison.cells() for comparison in compared)]
+    header = ["predictions", *rows[1], "SHA-256"]
+    cells = [
+        [in_markdown(path), *map(row.get, header[1:-1]), file_sha256(path)[:12]]
+        for path, row in zip(paths, rows, strict=True)
+    ]
+    command = shlex.join(["python", "-m", "biomerge_lib", "compare", *map(str, paths)])
+    units = compared[0].units
+    return (
+        f"{markdown_table(header, cells)}\n\n"
+        f"Exact-span micro F1 of {len(first):,} records; differences from the first line, paired over {units}"
+        f"{' (documents are not known)' if units.endswith('sentences') else ''}. p is two-sided, by approximate "
+        f"randomisation ({PERMUTATIONS:,} permutations), and not corrected for the number of lines; the interval is a "
+        f"bootstrap's.\n\n{code_in_markdown(command)}, commit {provenance()['commit']}."
+    )
