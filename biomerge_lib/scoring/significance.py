@@ -81,9 +81,10 @@ def randomisation_p(
     rng = np.random.default_rng(seed)
     as_large = 0
     for begin in range(0, total, 1000):  # a thousand at a time, so that memory stays small
-        swaps = np.arange(begin, min(begin + 1000, total))[:, None] >> np.arange(min(len(changes), 60)) & 1
+        numbers = np.arange(begin, min(begin + 1000, total))
+        swaps = numbers[:, None] >> np.arange(len(changes)) & 1
         if not is_exact:
-            swaps = rng.integers(2, size=(len(swaps), len(changes)), dtype=np.int8)
+            swaps = rng.integers(2, size=swaps.shape)
         moved = swaps.astype(float) @ changes
         as_large += int((abs(f1_of(sums[0] + moved) - f1_of(sums[1] - moved)) >= observed).sum())
     return as_large / total if is_exact else (as_large + 1) / (total + 1)
