@@ -16,6 +16,7 @@ from biomerge_lib.core.files import OBJECT, read_values, whole_folder, write_tex
 from biomerge_lib.core.markup import in_markdown
 from biomerge_lib.experiment.runs import PROJECT_DIR, current_stages, outdated_stages, read_metrics
 from biomerge_lib.report.display import markdown_table
+from biomerge_lib.report.report_runs import collect_runs, seeds_table
 
 REPORTS_DIR = PROJECT_DIR / "reports"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -109,17 +110,18 @@ def _machine_places(paths: Iterable[Path]) -> list[str]:
 
 
 def results_table(reports_dir: Path = REPORTS_DIR) -> str:
-    """A Markdown table of the runs published in a folder, best first; every figure comes from a ``metrics.json``."""
-    recorded = {folder: read_metrics(folder) for folder in sorted(reports_dir.glob("*")) if folder.is_dir()}
-    runs = [folder for folder, metrics in recorded.items() if "03_train" in metrics.get("stages", {})]
-    runs.sort(
-        key=lambda run: recorded[run]["stages"]["03_train"].get("metrics", {}).get("greedy_dev_ner_f1", 0.0),
-        reverse=True,
-    )
+    """Markdown of the runs published in a folder; every figure comes from a ``metrics.json``.
+
+    Runs that were scored on the same stand together, best first; those that differ by their seed alone have a mean.
+    """
+    folders = list(reports_dir.glob("*/metrics.json"))
+    ranked = [run for run in (collect_runs(reports_dir) if folders else []) if run.rank]
     header = ["run", "data", "training", "device, seconds"]
     header += ["dev F1, Trainer", "dev F1, 04 greedy", "dev F1, 05 vLLM"]
     above = "" if reports_dir != REPORTS_DIR else f"{REPORTS_DIR.name}/"
-    return markdown_table(header, [_cells(run, recorded[run], above) for run in runs]) + "\n"
+    table = markdown_table(header, [_cells(run.folder, read_metrics(run.folder), above) for run in ranked])
+    seeds = seeds_table(ranked).map(in_markdown)
+    return table + (f"\n\n{markdown_table(seeds.columns, seeds.to_numpy())}\n" if len(seeds) else "\n")
 
 
 def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:

@@ -154,20 +154,21 @@ def split_runs(runs: Sequence[ReportedRun]) -> tuple[list[ReportedRun], ...]:
 
 
 def seeds_table(ranked: Sequence[ReportedRun]) -> pd.DataFrame:
-    """Ranked runs that differ by their seed alone: mean and standard deviation of their greedy dev F1."""
+    """Runs of one ranking that differ by their seed alone: mean and standard deviation of their greedy dev F1."""
     groups: dict[str, list[ReportedRun]] = {}
     for run in ranked:
         shared = sorted(item for item in run.parameters.items() if item[0] not in HIDDEN | {"seed"})
-        groups.setdefault(str(shared), []).append(run)
+        groups.setdefault(f"{run.scored_on} {shared}", []).append(run)
     rows = []
     for group in groups.values():
         scores = pd.Series(
             [run.score for run in group], [run.parameters.get("seed") for run in group], dtype=float
         )
         if scores.index.nunique() > 1:
-            seeds, ranks = (", ".join(map(str, of)) for of in (scores.index, [run.rank for run in group]))
             spread = f"{scores.mean():.3f} ± {scores.std():.3f}"
-            rows.append({"runs": ranks, "seeds": seeds, "greedy dev F1, mean ± SD": spread})
+            seeds = ", ".join(map(str, scores.index))
+            names = ", ".join(run.name for run in group)
+            rows.append({"runs": names, "seeds": seeds, "greedy dev F1, mean ± SD": spread})
     return pd.DataFrame(rows, dtype=object)
 
 

@@ -190,6 +190,7 @@ def test_the_table_holds_what_metrics_json_says(tmp_path):
         "stages": {
             "02_data": {"metrics": {"train_sentences": 4560}},
             "03_train": {
+                "status": "finished",
                 "metrics": {f"greedy_dev_{name}": value for name, value in f1.items()}
                 | {"train_seconds": 61.5},
                 "provenance": {"device": "1 x NVIDIA H200"},
@@ -206,6 +207,10 @@ def test_the_table_holds_what_metrics_json_says(tmp_path):
     metrics["parameters"] |= {"trainable": "all", "learning_rate": 3e-4}
     (tmp_path / "mine/metrics.json").write_text(json.dumps(metrics))
     assert "smollm2-135m, all weights, learning rate 0.0003" in (table := results_table(tmp_path))
+    (tmp_path / "again").mkdir()
+    metrics["parameters"]["seed"], metrics["stages"]["03_train"]["metrics"]["greedy_dev_ner_f1"] = 7, 0.7
+    (tmp_path / "again/metrics.json").write_text(json.dumps(metrics))
+    assert "| again, mine | 7, 42 | 0.600 ± 0.141 |" in (table := results_table(tmp_path))
     readme = tmp_path / "README.md"
     readme.write_text(f"a\n{BEGIN}\nold\n{END}\nz")
     write_results(readme, tmp_path)

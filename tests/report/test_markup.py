@@ -104,7 +104,8 @@ def test_a_page_shows_the_notebook_that_lies_there_now(tmp_path):
 def test_the_results_table_has_a_row_a_run_whatever_it_is_called(tmp_path):
     name = EVIL.replace("/", "")
     (tmp_path / name).mkdir()
-    stage = {"metrics": {"train_seconds": 1.0}, "provenance": {"device": EVIL}}
+    scores = {f"greedy_dev_ner_f1{end}": 0.5 for end in ("", "_low", "_high")}
+    stage = {"status": "finished", "metrics": scores | {"train_seconds": 1.0}, "provenance": {"device": EVIL}}
     parameters = compose_parameters([]).model_dump() | {"backbone": EVIL}
     metrics = {"run_id": name, "parameters": parameters, "stages": {"03_train": stage}}
     (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))

@@ -400,7 +400,7 @@ def test_runs_that_differ_by_their_seed_alone_have_a_mean_and_a_deviation(tmp_pa
     runs = collect_runs(tmp_path)
     # Mean 0.73; deviations -0.03, -0.01, 0.04: the root of 0.0026 / 2.
     assert seeds_table(runs).to_dict("records") == [
-        {"runs": "1, 3, 4", "seeds": "44, 43, 42", "greedy dev F1, mean ± SD": "0.730 ± 0.036"}
+        {"runs": "seed44, seed43, seed42", "seeds": "44, 43, 42", "greedy dev F1, mean ± SD": "0.730 ± 0.036"}
     ]
     assert "0.730 ± 0.036" in page_of(tmp_path, tmp_path / "report.html")
     assert seeds_table(runs[:2]).empty
