@@ -12,6 +12,8 @@ from biomerge_lib.report.report_figures import DASHES, LIGHT, literal, new_axes
 from biomerge_lib.scoring.breakdown import BOUNDARIES
 from biomerge_lib.scoring.confidence import calibrate, calibration_error, score_thresholds
 
+WHOLE = (-0.04, 1.04)  # of an axis of shares
+
 
 def draw_weaknesses(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
     """A figure of bars for each table of :func:`find_weaknesses`."""
@@ -52,13 +54,13 @@ def draw_confidence(predictions: Sequence[Prediction]) -> list[Figure]:
     for name, colour, dashes in zip(("precision", "recall", "ner_f1"), LIGHT, DASHES, strict=False):
         label = name.replace("ner_f1", "F1")
         curve.plot(rows["coverage"], rows[name], label=label, color=colour, linestyle=dashes)
-    curve.set(xlabel="share of the predicted spans kept", ylim=(0, 1.02), xlim=(0, 1.02))
+    curve.set(xlabel="share of the predicted spans kept", ylim=WHOLE, xlim=WHOLE)
     curve.legend(frameon=False, loc="lower right")
     error = calibration_error(predictions)
     calibration, axis = new_axes(4.5, 2.9, f"Calibration (error {error:.3f})")
     axis.plot([0, 1], [0, 1], color="black", alpha=0.4, linestyle=DASHES[2], linewidth=1, label="perfect")
     axis.plot(bins["probability"], bins["precision"], "o-", ms=4, color=LIGHT[0], label="tenths of the spans")
-    axis.set(xlabel="mean probability", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    axis.set(xlabel="mean probability", ylabel="precision", xlim=WHOLE, ylim=WHOLE)
     axis.legend(frameon=False, loc="upper left")
     coverage.set_label(
         "Precision, recall and F1 against the share of the spans kept, the most probable first."

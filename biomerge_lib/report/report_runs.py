@@ -90,7 +90,9 @@ class ReportedRun:
         """The records behind the score and the F1 that chose the checkpoint."""
         records = self.value(tuple((stage, "greedy_dev_records") for stage, _ in SCORE))
         sentences = records or self.parameters.get("eval_limit") or "all"
-        return f"{sentences} of dev {str(self.data.get('dev'))[:12]}, watch_metric={self.watch_metric}"
+        return (
+            f"{sentences} sentences of dev {str(self.data.get('dev'))[:12]}, watch_metric={self.watch_metric}"
+        )
 
     @property
     def score(self) -> float | None:

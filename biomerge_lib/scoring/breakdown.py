@@ -36,12 +36,13 @@ def find_weaknesses(
         sentence_words = len(prediction.text.split())
         kinds = prediction.gold_types or [""] * len(own)
         for span, string, kind in zip(prediction.gold, own, kinds, strict=True):
+            words = len(string.split())
             others = "in other sentences" if in_documents[prediction.document, string] > 1 else "once"
             rows.append(
                 {
                     "found": span in prediction.pred,
                     TYPE: kind.split("|") if kind else None,
-                    "Words in the mention": min(f"{len(string.split())}", "3 or more"),
+                    "Words in the mention": str(words) if words < 3 else "3 or more",
                     SEEN: None if train is None else "seen" if string in known else "unseen",
                     "The string is a mention": "again in the sentence" if in_sentence[string] > 1 else others,
                     "Words in the sentence": next(

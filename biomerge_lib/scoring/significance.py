@@ -38,7 +38,7 @@ class Comparison:
         cells = {
             "F1": f"{self.second_f1:.4f}",
             "difference": f"{self.difference:+.4f}",
-            "95 % interval": interval,
+            "its 95 % interval": interval,
         }
         return cells | {"p": f"{self.p:.4f}" if self.p >= 0.001 else f"{self.p:.1e}"}
 

@@ -384,13 +384,13 @@ def test_only_runs_that_were_scored_on_the_same_are_ranked_against_each_other(tm
     runs = collect_runs(tmp_path)
     assert [(run.rank, run.name) for run in runs] == [(1, "a"), (2, "b"), (1, "half"), (1, "other")]
     assert [[run.name for run in part] for part in split_runs(runs)] == [["a", "b"], ["half", "other"], []]
-    assert runs[2].scored_on == "800 of dev abababababab, watch_metric=token_head"
+    assert runs[2].scored_on == "800 sentences of dev abababababab, watch_metric=token_head"
     page = page_of(tmp_path, tmp_path / "report.html")
     assert "These were scored on different dev files" in page
     assert "4 finished, 0 failed" in page and "<h1>a</h1>" in page
     first, apart = re.findall(r'aria-label="(?:Finished runs|Ranked apart)">(.*?)</table>', page, re.S)
     assert all((name in first) != (name in apart) for name in (">a<", ">b<", ">half<", ">other<"))
-    assert '<td class="wrap">all of dev cdcdcdcdcdcd, watch_metric=token_head</td>' in apart
+    assert '<td class="wrap">all sentences of dev cdcdcdcdcdcd, watch_metric=token_head</td>' in apart
 
 
 def test_runs_that_differ_by_their_seed_alone_have_a_mean_and_a_deviation(tmp_path):

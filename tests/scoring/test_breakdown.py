@@ -53,7 +53,9 @@ def test_recall_by_what_mentions_are():
     }
 
 
-def test_sentences_are_sorted_by_their_words():
+def test_mentions_and_sentences_are_sorted_by_their_words():
+    found = [prediction(n, [(0, 5 * n - 1)], [], text=" ".join(["word"] * n)) for n in (1, 2, 3, 4, 10)]
+    assert counts(found, WORDS) == {"1": (1, 0), "2": (1, 0), "3 or more": (3, 0)}
     found = [prediction(n, [(0, 4)], [], text=" ".join(["word"] * n)) for n in (1, 10, 11, 60, 61)]
     assert counts(found, SENTENCE) == {"1-10": (2, 0), "11-20": (1, 0), "41-60": (1, 0), ">60": (1, 0)}
 
