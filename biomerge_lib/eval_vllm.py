@@ -264,7 +264,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     scores = score_predictions(evaluation.predictions)
     low, high = scores["ner_f1_low"], scores["ner_f1_high"]
-    margin = f"± {(high - low) / 2:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    unit = f"{scores['documents']} documents" if scores["documents"] else "sentences"
+    margin = f"± {(high - low) / 2:.4f} (95 % interval {low:.4f} to {high:.4f}, over {unit})"
     print(f"Span F1 = {scores['ner_f1']:.4f} {margin}")
     print(f"precision = {scores['ner_precision']:.4f}, recall = {scores['ner_recall']:.4f}")
     print(
