@@ -225,12 +225,12 @@ def read_predictions(path: Path | str) -> list[Prediction]:
 
 
 def refuse_other_records(one: Sequence[Prediction], other: Sequence[Prediction], *, again: str) -> None:
-    """Check that two predictions files are about the same records, in the same order; ``again`` says what to do.
+    """Check that predictions are of the same records, in the same order; ``again`` says what to do.
 
     Raises:
-        DataError: they are not.
+        DataError: they are not, or there are none.
     """
-    if len(one) != len(other):
+    if not 0 < len(one) == len(other):
         sizes = f"{len(one)} and of {len(other)}"
         raise DataError(f"predictions of {sizes} records cannot be compared. {again}")
     for mine, its in zip(one, other, strict=True):

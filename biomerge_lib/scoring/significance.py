@@ -34,22 +34,19 @@ class Comparison:
 
     def cells(self) -> dict[str, str]:
         """A table's row about the second system."""
-        interval = f"{self.low:+.4f} to {self.high:+.4f}"
-        cells = {
+        return {
             "F1": f"{self.second_f1:.4f}",
             "difference": f"{self.difference:+.4f}",
-            "its 95 % interval": interval,
+            "its 95 % interval": f"{self.low:+.4f} to {self.high:+.4f}",
+            "p": f"{self.p:.4f}" if self.p >= 0.001 else f"{self.p:.1e}",
         }
-        return cells | {"p": f"{self.p:.4f}" if self.p >= 0.001 else f"{self.p:.1e}"}
 
 
-def compare_predictions(
-    first: Sequence[Prediction], second: Sequence[Prediction], *, seed: int = 0
-) -> Comparison:
+def compare_predictions(first: Sequence[Prediction], second: Sequence[Prediction]) -> Comparison:
     """Compare two systems' predictions of the same records.
 
     Raises:
-        DataError: they are predictions of other records.
+        DataError: they are predictions of other records, or there are none.
     """
     refuse_other_records(first, second, again="Score the same records: the same split, data and eval_limit.")
     documents = [p.document if p.doc_id else q.document for p, q in zip(first, second, strict=True)]
@@ -57,9 +54,9 @@ def compare_predictions(
         count_units([(p.gold, p.pred) for p in side], documents) for side in (first, second)
     )
     both = np.hstack([mine, its])
-    low, high = bootstrap(both, lambda sums: f1_of(sums[:, 3:]) - f1_of(sums[:, :3]), samples=2000, seed=seed)
+    low, high = bootstrap(both, lambda sums: f1_of(sums[:, 3:]) - f1_of(sums[:, :3]), samples=2000)
     first_f1, second_f1 = (float(f1_of(counts.sum(axis=0))) for counts in (mine, its))
-    p = randomisation_p(mine, its, seed=seed)
+    p = randomisation_p(mine, its)
     return Comparison(first_f1, second_f1, low, high, p, f"{len(mine):,} {unit}")
 
 

@@ -15,7 +15,7 @@ from biomerge_lib.prompts.ner_span import SpanCollator, encode_example
 from tests.conftest import START
 
 RECORDS = [
-    Record("Aspirin can trigger asthma attacks .", ((0, 7), (20, 34)), "d1", "x"),
+    Record("Aspirin can trigger asthma attacks .", ((0, 7), (20, 34)), "d1", "x", types=("Drug", "Sign")),
     Record("Nausea followed .", ((0, 6),), "d2", "x"),
     Record("Nothing was found .", (), "d3", "x"),
 ]
@@ -61,6 +61,11 @@ def test_a_trained_model_writes_its_sentences_spans(trained, tokenizer, batch_si
     predictions = collect_predictions(RECORDS, prompts, answers)
     assert [format_spans(p.pred) for p in predictions] == [record.target for record in RECORDS]
     assert [parse_spans(record.target) for record in RECORDS] == [p.pred for p in predictions]
+    assert [(p.doc_id, p.gold_types) for p in predictions] == [
+        ("d1", ["Drug", "Sign"]),
+        ("d2", []),
+        ("d3", []),
+    ]
 
 
 def test_decoding_leaves_the_model_in_training_mode(trained, tokenizer):

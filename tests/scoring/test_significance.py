@@ -99,3 +99,5 @@ def test_predictions_of_other_records_are_refused():
         DataError, match="predictions of other records: number 0 is x/d0 'Aspirin can trigger"
     ):
         compare_predictions(some, other)
+    with pytest.raises(DataError, match="predictions of 0 and of 0 records"):
+        compare_predictions([], [])
