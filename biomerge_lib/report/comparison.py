@@ -45,7 +45,7 @@ def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
     return (
         f"{markdown_table(header, cells)}\n\n"
         f"Exact-span micro F1 of {len(first):,} records; differences from the first line, paired over {units}"
-        f"{' (documents are not known)' if units.endswith('sentences') else ''}. p is two-sided, by approximate "
+        f"{' (documents are not known, or have one each)' if units.endswith('sentences') else ''}. p is two-sided, by approximate "
         f"randomisation ({PERMUTATIONS:,} permutations), and not corrected for the number of lines; the interval is a "
         f"bootstrap's.\n\n{code_in_markdown(command)}, commit {provenance()['commit']}."
     )
