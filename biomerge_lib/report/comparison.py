@@ -42,10 +42,11 @@ def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
     ]
     command = shlex.join(["python", "-m", "biomerge_lib", "compare", *map(str, paths)])
     units = compared[0].units
+    if units.endswith("sentences"):
+        units += " (documents are not known, or have one each)"
     return (
         f"{markdown_table(header, cells)}\n\n"
-        f"Exact-span micro F1 of {len(first):,} records; differences from the first line, paired over {units}"
-        f"{' (documents are not known, or have one each)' if units.endswith('sentences') else ''}. p is two-sided, by approximate "
-        f"randomisation ({PERMUTATIONS:,} permutations), and not corrected for the number of lines; the interval is a "
-        f"bootstrap's.\n\n{code_in_markdown(command)}, commit {provenance()['commit']}."
+        f"Exact-span micro F1 of {len(first):,} records; differences from the first line, paired over {units}. p is "
+        f"two-sided, by approximate randomisation ({PERMUTATIONS:,} permutations), and not corrected for the number of "
+        f"lines; the interval is a bootstrap's.\n\n{code_in_markdown(command)}, commit {provenance()['commit']}."
     )
