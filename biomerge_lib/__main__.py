@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         _compare,
         "say whether runs differ by more than chance, by a test paired over documents",
         "runs/one runs/two",
-        "runs/one runs/two --split test --decoder vllm > comparison.md",
+        "runs/one runs/two --split test --decoder vllm",
     )
     compare.add_argument("runs", nargs="+", help="run folders or predictions files; each against the first")
     compare.add_argument("--split", choices=SPLITS, default="dev", help="of run folders (%(default)s)")
