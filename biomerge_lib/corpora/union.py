@@ -117,8 +117,11 @@ def build_union(
     removed = ", ".join(f"{step['step']} {sum(step['removed'].values()):,}" for step in union.steps[1:])
     for split, items in union.splits.items():
         if not items and any(corpus[split] for corpus in corpora.values()):
-            said = f"set drop_leaks={drop_leaks} to another value (train lost {removed or 'nothing'})"
-            raise DataError(f"nothing is left of {split}: {said}.")
+            raise DataError(
+                f"nothing is left of {split} (training sentences taken out: {removed or 'none'}). "
+                f"drop_leaks={drop_leaks} takes out what also stands in another split: set drop_leaks=none, or "
+                "check that the splits' files differ."
+            )
     leaking = find_leaking(_describe(union, "after"))
     if leaking and drop_leaks == "train":
         listed = ", ".join(
