@@ -13,9 +13,7 @@ from biomerge_lib.corpora.formats import Format, Reading, Source, json_keys
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:
     if how.types:
-        raise DataError(
-            f"{source.location}: entity_types is for corpora that become records, not for records."
-        )
+        raise DataError(f"{source.location}: records are not filtered by entity_types; name their corpora.")
     for path in source.files[split]:
         for record in iter_records(path):
             counts.sentences += 1

@@ -902,7 +902,7 @@ def test_the_projects_jsonl_comes_back_as_it_was(tmp_path):
         "annotated": 1,
         "spans": 1,
     }
-    with pytest.raises(DataError, match="entity_types is for corpora that become records"):
+    with pytest.raises(DataError, match="records are not filtered by entity_types"):
         read_corpus(tmp_path, types=["Chemical"])
 
 
