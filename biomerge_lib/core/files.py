@@ -242,13 +242,14 @@ def remember(read: Callable[[Path], T]) -> Callable[[Path], T]:
 
 
 def fingerprint_weights(model_dir: Path | str) -> str | None:
-    """A hash of a folder's weights, from samples (reading 16 GB whole would take longer than scoring); None without.
+    """A hash of a folder's weights (or a file), from samples: reading 16 GB would take longer than scoring.
 
-    A single file of weights may be named, too.
+    None without.
     """
-    digest, paths = hashlib.sha256(), [Path(model_dir)]
-    if not paths[0].is_file():
-        paths = sorted(Path(model_dir).glob("*.safetensors")) or sorted(Path(model_dir).glob("*.bin"))
+    digest, folder = hashlib.sha256(), Path(model_dir)
+    paths = (
+        [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    )
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

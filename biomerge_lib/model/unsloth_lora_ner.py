@@ -221,7 +221,9 @@ def choose_lora_layers(model: CausalLM, *, backend: str) -> list[str]:
 
     decoder = model.get_decoder()
     # Mamba reads these two weights past their modules: an adapter there would be merged and never be trained.
-    mamba = [name for name, module in decoder.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")]
+    mamba = [
+        name for name, module in decoder.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")
+    ]
     uncalled = {f"{name}.{part}" for name in mamba for part in ("out_proj", "dt_proj")}
     linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
     layers = list(dict.fromkeys(name.rpartition(".")[2] for name in linear if name not in uncalled))

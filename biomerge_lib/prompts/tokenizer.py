@@ -17,12 +17,7 @@ ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
 # All of such a tokenizer is in tokenizer.json.
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 # Spaces, digits and characters of several bytes, which kinds of tokenizers write differently.
-COMPARED_TEXTS = (
-    "Aspirin 20 mg",
-    " two  spaces\tand\nlines ",
-    "1234567890; 0-7 ; 20-34",
-    "TNF-α, naïve, 肺炎 😀",
-)
+COMPARED_TEXTS = ("Aspirin 20 mg", " two  spaces\tand\nlines ", "1234567890; 0-7 ;", "TNF-α, naïve, 肺炎 😀")
 log = logging.getLogger(__name__)
 NOT_NEEDED = ("sklearn", "torchao")
 
@@ -96,19 +91,6 @@ def as_in_file(tokenizer: Any, folder: Path) -> Any:
             "Add it to the post_processor there, or set add_bos_token to false if the model was trained without."
         )
     return tokenizer
-
-
-def refuse_small_embedding(tokenizer: PreTrainedTokenizerFast, rows: int | None) -> None:
-    """Raise ModelError for words (not special tokens, which no text needs) beyond the ``rows`` of the embedding."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    vocabulary = tokenizer.get_vocab()
-    if beyond := [
-        word for word, index in vocabulary.items() if index >= (rows or 1e9) and index not in special
-    ]:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: {len(beyond):,} tokens, as {beyond[0]!r}, are beyond the {rows:,} rows of the "
-            "model's embedding. Fetch the tokenizer of this model."
-        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:

@@ -127,7 +127,7 @@ def test_a_shard_that_is_missing_is_named(copy):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)\. Take the unquantised"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\)\. Take the unquantised model"),
         ({"quantization_config": {"bits": 4}}, r"quantised \(an unnamed method\)"),
         ({"architectures": ["BertForMaskedLM"]}, r"BertForMaskedLM is no causal LM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is no causal LM"),
@@ -135,7 +135,10 @@ def test_a_shard_that_is_missing_is_named(copy):
             {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
             "is an encoder-decoder",
         ),
-        ({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}, "reads images or sound"),
+        (
+            {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"depth": 2}},
+            "reads images or sound",
+        ),
         ({"architectures": ["GPT2LMHeadModel"]}, r"has no `\.model` and `\.lm_head`"),
         ({"architectures": ["GPTNeoXForCausalLM"]}, r"has no `\.model` and `\.lm_head`"),
         (
@@ -251,5 +254,5 @@ def test_words_beyond_the_embedding_are_refused_and_special_tokens_are_not(copy)
     tokenizer.save_pretrained(copy)
     prepare(copy)
     edit_json(copy / "config.json", vocab_size=590)
-    with pytest.raises(ModelError, match=r"10 tokens, as '.*', are beyond the 590 rows"):
+    with pytest.raises(ModelError, match=r"10 words of the tokenizer, as '.*', are beyond the 590 rows"):
         build_tokenizer(str(copy), copy.parent / "other")
