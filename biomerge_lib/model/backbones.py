@@ -251,8 +251,8 @@ def read_causal_lm(source: Path | str, **options: Any) -> CausalLM:
     if any(wrong.values()):
         said = "; ".join(f"{len(names)} {what}, as {min(names)}" for what, names in wrong.items() if names)
         raise ModelError(
-            f"{source}: these are not the weights of a {type(model).__name__} ({said}), which would train with random "
-            "ones. Fetch the model again, or name the folder of the causal LM itself."
+            f"{source}: these are not the weights of a {type(model).__name__} ({said}). "
+            "Fetch the model again, or name the folder of the causal LM itself."
         )
     return model
 
@@ -264,15 +264,10 @@ def _reading(source: str) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         problem = str(error).strip().partition("\n")[0]
-        if source.endswith(GGUF):
-            says = f"transformers cannot read this GGUF file ({problem}). Take the model's own folder."
-        elif Path(source).exists():
-            says = f"transformers cannot read this folder ({problem}). Fetch its files again, or take another backbone "
-            says += "(docs/backbones.md)."
-        else:
-            says = f"not loadable as a folder or from the hub ({problem}). Without internet, download it elsewhere, "
-            says += "copy the folder, and set backbone=/path/to/folder."
-        raise ModelError(f"{source}: {says}") from error
+        cure = "Without internet, download it elsewhere, copy the folder, and set backbone=/path/to/folder."
+        if Path(source).exists():
+            cure = "Fetch its files again, or take another backbone (docs/backbones.md)."
+        raise ModelError(f"{source}: transformers cannot read it ({problem}). {cure}") from error
 
 
 def _open_source(backbone: str) -> tuple[Configuration, Path | str, dict[str, str]]:

@@ -72,17 +72,14 @@ def as_in_file(tokenizer: Any, folder: Path) -> Any:
     Raises:
         ModelError: ``tokenizer_config.json`` asks for a BOS token that the file does not write.
     """
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").is_file():
         return tokenizer
-    in_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    in_file.no_padding()
-    in_file.no_truncation()
-    if any(tokenizer(text)["input_ids"] != in_file.encode(text).ids for text in COMPARED_TEXTS):
+    in_file = PreTrainedTokenizerFast.from_pretrained(folder)  # of no class of its own: just the file
+    if any(tokenizer(text)["input_ids"] != in_file(text)["input_ids"] for text in COMPARED_TEXTS):
         log.warning("%s: not a %s as it says; its file is taken.", folder, type(tokenizer).__name__)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = in_file
     config = folder / "tokenizer_config.json"
     wants_bos = config.is_file() and read_values(config, OBJECT, raises=ModelError).get("add_bos_token")
     if wants_bos and tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id:

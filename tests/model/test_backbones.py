@@ -100,7 +100,9 @@ def test_wrong_folders_are_named(tiny_backbone, tmp_path):
         load_tokenizer(without_tokens)
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         load_causal_lm(tmp_path, dtype="float32")
-    with pytest.raises(ModelError, match="not loadable as a folder or from the hub"):
+    with pytest.raises(
+        ModelError, match=r"no-such/backbone: transformers cannot read it \(.*Without internet"
+    ):
         build_tokenizer("no-such/backbone", tmp_path / "tok2")
 
 
@@ -269,6 +271,8 @@ def test_any_gguf_file_is_a_backbone_and_what_cannot_be_read_is_named(plain_toke
     with pytest.raises(ModelError, match=r"broken\.gguf: no such GGUF file"):
         build_tokenizer(str(broken), tmp_path / "tok")
     broken.write_bytes(b"no GGUF at all, but long enough for a header")
-    with pytest.raises(ModelError, match=r"broken\.gguf: transformers cannot read this GGUF file"):
+    with pytest.raises(
+        ModelError, match=r"broken\.gguf: transformers cannot read it \(.*take another backbone"
+    ):
         build_tokenizer(str(broken), tmp_path / "tok")
     assert re.fullmatch(r"broken-[0-9a-f]{6}", backbones.backbone_name(str(broken)))

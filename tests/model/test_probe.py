@@ -53,6 +53,16 @@ def test_a_family_is_what_the_table_says(family: Family):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_a_family_answers_in_a_batch_as_alone(family: Family):
+    model, padding = build(family.model_type), len(IDS[0]) - len(IDS[1])
+    batch = torch.tensor([IDS[0], [0] * padding + IDS[1]])
+    mask = torch.tensor([[1] * len(IDS[0]), [0] * padding + [1] * len(IDS[1])])
+    alone = model.generate(torch.tensor([IDS[1]]), max_new_tokens=4, do_sample=False)
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert together[1, len(IDS[0]) :].tolist() == alone[0, len(IDS[1]) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_what_lora_trains_of_a_family_is_what_is_merged(family: Family):
     model = build(family.model_type)
     layers = choose_lora_layers(model, backend="peft")
