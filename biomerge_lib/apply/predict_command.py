@@ -107,7 +107,7 @@ def _open_out(path: str | None) -> Iterator[TextIO]:
         return
     partial = partial_of(path)
     try:
-        with whole_file(path, keep_partial=True) as out:
+        with whole_file(path) as out:
             yield out
     except BaseException:  # interrupted, or a server that died
         if partial.is_file() and partial.stat().st_size:

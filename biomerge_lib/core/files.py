@@ -28,11 +28,12 @@ from biomerge_lib.core.errors import BioMergeError, DataError, DiskFull
 
 T = TypeVar("T")
 OBJECT = dict[str, Any]
+Raised = type[BioMergeError]
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times faster
 DEEPEST = 100  # levels of a YAML file
 # How safetensors and PyTorch's archive writer wrap the system's error into text.
 _FULL = re.compile(
-    r"os error (28|122)\b|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos", re.I | re.S
+    r"os error (28|122)\b|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos", re.S
 )
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a weights file: what training changes, it changes in every layer
 
@@ -61,27 +62,23 @@ def raise_full_disk(path: Path | str, error: BaseException) -> None:
 
 
 @contextmanager
-def whole_file(path: Path | str, mode: str = "w", *, keep_partial: bool = False) -> Iterator[Any]:
+def whole_file(path: Path | str, mode: str = "w") -> Iterator[Any]:
     """A file to write (text: UTF-8) that gets its name when the block ends; after an error the old one is still there.
 
-    The folder is made. What is no file (``/dev/null``, a pipe) is written to as it is. On a full disk the partial
-    file is removed, unless ``keep_partial``.
+    The folder is made. What is no file (``/dev/null``, a pipe) is written to as it is.
 
     Raises:
         DiskFull: there is no room for it.
     """
-    path, partial = Path(path), partial_of(path)
-    is_place = not path.exists() or path.is_file()
+    path = Path(path)
+    partial = partial_of(path) if path.is_file() or not path.exists() else path
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with (partial if is_place else path).open(mode, encoding=encoding, newline=newline) as out:
+        with partial.open(mode, encoding=encoding, newline=newline) as out:
             yield out
-        if is_place:
-            os.replace(partial, path)
-    except BaseException as error:
-        if is_place and not keep_partial and names_full_disk(error):
-            partial.unlink(missing_ok=True)
+        os.replace(partial, path)
+    except OSError as error:
         raise_full_disk(path, error)
         raise
 
@@ -131,9 +128,7 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_values(
-    path: Path | str, shape: type[T], *, cure: str = "", raises: type[BioMergeError] = DataError
-) -> T:
+def read_values(path: Path | str, shape: type[T], *, cure: str = "", raises: Raised = DataError) -> T:
     """What a JSON (by its ending) or YAML file holds, as a ``shape`` that pydantic knows: ``OBJECT``, a model, ...
 
     ``cure`` ends the error: what to do with a broken file.
@@ -168,12 +163,7 @@ def read_values(
 
 
 def parse_json(
-    content: str | bytes,
-    where: Path | str,
-    shape: type[T],
-    *,
-    cure: str = "",
-    raises: type[BioMergeError] = DataError,
+    content: str | bytes, where: Path | str, shape: type[T], *, cure: str = "", raises: Raised = DataError
 ) -> T:
     """:func:`read_values` of JSON: a file's content (``where`` is its path) or a line of it (``file:line``).
 

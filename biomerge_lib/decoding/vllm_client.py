@@ -63,8 +63,6 @@ class _Choice(BaseModel):
 
 
 class _Completion(BaseModel):
-    """Of an answer from ``/v1/completions``, what is read."""
-
     choices: Annotated[list[_Choice], Field(min_length=1)]
 
 

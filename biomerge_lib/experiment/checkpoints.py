@@ -28,8 +28,7 @@ def find_resumable_checkpoint(folder: Path) -> Path | None:
 
 def seal_checkpoint(checkpoint: Path) -> None:
     """Write the SHA-256 of each of a checkpoint's files beside them, by which :func:`find_damage` knows them again."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SUMS)
-    write_json(checkpoint / SUMS, {str(path.relative_to(checkpoint)): file_sha256(path) for path in files})
+    write_json(checkpoint / SUMS, {name: file_sha256(path) for name, path in _files(checkpoint).items()})
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -67,10 +66,16 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def _find_change(checkpoint: Path, pattern: str) -> str | None:
     """The first file of a sealed checkpoint that is not as it was written, among those whose names match."""
+    there = _files(checkpoint)
     for name, digest in read_values(checkpoint / SUMS, dict[str, str]).items():
-        if Path(name).match(pattern) and file_sha256(checkpoint / name) != digest:
-            return f"{name} is not as it was written"
+        if Path(name).match(pattern) and (name not in there or file_sha256(there[name]) != digest):
+            return f"{name} is missing or not as it was written"
     return None
+
+
+def _files(checkpoint: Path) -> dict[str, Path]:
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SUMS)
+    return {str(path.relative_to(checkpoint)): path for path in paths}
 
 
 def best_checkpoint(run_folder: Path, metrics: dict[str, Any], *, must_exist: bool = True) -> Path:

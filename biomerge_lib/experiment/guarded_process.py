@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from platform import node
 from typing import IO, cast
 
 STOP_SECONDS = 15
@@ -87,13 +88,19 @@ class GuardedProcess:
 
 def find_group_members(group: int) -> list[int]:
     """Ids of a process group's members that are no zombies (which nobody may reap in a container)."""
-    members = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # After the command's closing bracket: state, parent, group.
-            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(process_group) == group and state != "Z":
-            members.append(int(path.parent.name))
-    return members
+    numbers = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [pid for pid in numbers if (stat := _read_stat(pid)) and int(stat[2]) == group]
+
+
+def name_process(pid: int) -> tuple[str, int, str]:
+    """Machine, number and the clock tick at which it began, as numbers come again; "" of one that has ended."""
+    stat = _read_stat(pid)
+    return node(), pid, stat[19] if stat else ""
+
+
+def _read_stat(pid: int) -> list[str]:
+    """What /proc says of a process after the command's closing bracket: state, parent, group, ...; [] of a zombie."""
+    with suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return stat if stat[0] != "Z" else []
+    return []

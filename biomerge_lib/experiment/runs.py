@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from platform import node
@@ -37,6 +37,7 @@ from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment import jobs
 from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
 from biomerge_lib.experiment.execution import UNWATCHED, NotebookFailed, execute_notebook
+from biomerge_lib.experiment.guarded_process import name_process
 from biomerge_lib.experiment.provenance import (
     PROJECT_DIR,
     changed_splits,
@@ -58,31 +59,14 @@ class _Scored(BaseModel, extra="allow"):
     data: dict[str, str] = {}
 
 
-class _Process(BaseModel):
-    host: str
-    pid: int
-    began: str | None
-
-
-def _began(pid: int) -> str | None:
-    """When a process of this machine began, in clock ticks (numbers come again); None of one that has ended."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[19] if fields[0] != "Z" else None
-    return None
-
-
 class _Provenance(BaseModel, extra="allow"):
-    commit: str | None = None
-    python: str | None = None
     versions: dict[str, str] = {}
-    device: str | None = None
 
 
 class _Stage(_Scored):
     status: str = ""
     started: str = ""
-    process: _Process | None = None
+    process: tuple[str, int, str] | None = None
     error: str = ""
     metrics: OBJECT = {}
     provenance: _Provenance = _Provenance()
@@ -91,7 +75,7 @@ class _Stage(_Scored):
     @model_validator(mode="after")
     def _see_whether_it_runs(self) -> _Stage:
         by = self.process
-        if self.status == "running" and by and by.host == node() and by.began != _began(by.pid):
+        if self.status == "running" and by and by[0] == node() and by != name_process(by[1]):
             self.status, self.error = "killed", KILLED
         return self
 
@@ -134,7 +118,7 @@ class Run:
             split = self.parameters.split
             data = {name: value for name, value in self._data().items() if name == split}
             read = {"input": {"model": fingerprint_weights(self.merged), "data": data}}
-        process = {"host": node(), "pid": os.getpid(), "began": _began(os.getpid())}
+        process = name_process(os.getpid())
         self._write(status="running", metrics={}, provenance=provenance(), process=process, **read)
         _watch_cells(self)
 

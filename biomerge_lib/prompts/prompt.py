@@ -14,7 +14,6 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -53,28 +52,19 @@ class Encoding:
 
 def find_control(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Finds where in a text something begins that the tokenizer takes for one of its added tokens (``<TAG>``, EOS)."""
-    return _starts_of(frozenset(tokenizer.get_added_vocab()))
+    tokens = (
+        token for token in sorted(tokenizer.get_added_vocab()) if len(token) > 1 and not token.isspace()
+    )
+    return re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens))
 
 
-@cache
-def _starts_of(tokens: frozenset[str]) -> re.Pattern[str]:
-    rests: dict[str, list[str]] = {}
-    for token in sorted(tokens):
-        if len(token) > 1 and not token.isspace():
-            rests.setdefault(token[0], []).append(re.escape(token[1:]))
-    starts = (f"{re.escape(first)}(?={'|'.join(found)})" for first, found in rests.items())
-    return re.compile("|".join(starts) or "(?!)")
+def render(record: Record, prompt_format: PromptFormat, control: re.Pattern[str]) -> Rendering:
+    """The record as the model sees it. A text is data: what :func:`find_control` finds in it is broken up by a space.
 
-
-def render(record: Record, tokenizer: Tokenizer, prompt_format: PromptFormat) -> Rendering:
-    """The record as the model sees it. A text is data: what would be a token of control is broken up by a space.
-
-    >>> render(Record("see <TAG>", (), "doc", "corpus"), tokenizer, plain).prompt  # doctest: +SKIP
-    '<NER> see < TAG>'
+    ``see <TAG>`` becomes ``<NER> see < TAG>``.
     """
     said = prompt_format.render(record)
-    found = find_control(tokenizer).finditer(said.prompt, len(NER_PREFIX))
-    if not (breaks := [match.end() for match in found]):
+    if not (breaks := [match.end() for match in control.finditer(said.prompt, len(NER_PREFIX))]):
         return said
     pieces = [said.prompt[start:end] for start, end in pairwise([0, *breaks, len(said.prompt)])]
     moved = [
@@ -89,11 +79,10 @@ def count_tokens(
 ) -> list[tuple[int, int]]:
     """The lengths of each record's prompt and completion in token ids, in half the time of :func:`encode_many`."""
     lengths: list[tuple[int, int]] = []
+    control = find_control(tokenizer)
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
-        prompts = tokenizer([render(record, tokenizer, prompt_format).prompt for record in batch])[
-            "input_ids"
-        ]
+        prompts = tokenizer([render(record, prompt_format, control).prompt for record in batch])["input_ids"]
         completions = _tokenise_completions(batch, tokenizer)
         lengths += [(len(p) + 1, len(c) + 1) for p, c in zip(prompts, completions, strict=True)]
     return lengths
@@ -117,7 +106,8 @@ def encode_many(
     """What :func:`encode` gives for each record, in two calls of the tokenizer."""
     if not records:
         return []
-    renderings = [render(record, tokenizer, prompt_format) for record in records]
+    control = find_control(tokenizer)
+    renderings = [render(record, prompt_format, control) for record in records]
     prompts = tokenizer([rendering.prompt for rendering in renderings], return_offsets_mapping=True)
     completions = _tokenise_completions(records, tokenizer)
     tag: Any = tokenizer.convert_tokens_to_ids(TAG)

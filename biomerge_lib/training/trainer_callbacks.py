@@ -10,7 +10,6 @@ which a sweep ranks, and sends every argument.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +19,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from biomerge_lib.core.files import OBJECT, read_values, write_text
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment import jobs, tracking
-from biomerge_lib.experiment.checkpoints import SUMS, seal_checkpoint
+from biomerge_lib.experiment.checkpoints import seal_checkpoint
 
 if TYPE_CHECKING:
     import wandb
@@ -72,22 +70,17 @@ class EpochEndEvaluation(TrainerCallback):
         here = (entry for entry in state.log_history if entry["step"] == state.global_step)
         evaluated = any(WATCH_METRIC in entry for entry in here)
         control.should_evaluate = control.should_save = not evaluated
-        self._greedy_pass(args, state)
+        self._greedy_pass()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        """Make up for the pass of an epoch whose run was killed between its checkpoint and its pass."""
+        """Make up for the pass of an epoch whose run ended between its checkpoint and that of the next steps."""
         here = (entry for entry in state.log_history if entry["step"] == state.global_step)
-        if (
-            state.global_step
-            and float(state.epoch or 0).is_integer()
-            and not any(GREEDY_METRIC in e for e in here)
-        ):
-            self._greedy_pass(args, state)
+        if float(state.epoch or 0.5).is_integer() and not any(GREEDY_METRIC in entry for entry in here):
+            self._greedy_pass()
 
-    def _greedy_pass(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _greedy_pass(self) -> None:
         if self.evaluate_greedily is not None:
             self.evaluate_greedily()
-            _keep_log(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}", state)
 
 
 class Seal(TrainerCallback):
@@ -98,16 +91,6 @@ class Seal(TrainerCallback):
             torch.distributed.barrier()  # each process has written its own state
         if state.is_world_process_zero:
             seal_checkpoint(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}")
-
-
-def _keep_log(checkpoint: Path, state: TrainerState) -> None:
-    """Write the log as it stands now into a checkpoint that was saved before its epoch's greedy pass, atomically."""
-    saved = checkpoint / "trainer_state.json"
-    if state.is_world_process_zero and saved.is_file():
-        history = read_values(saved, OBJECT) | {"log_history": state.log_history}
-        (checkpoint / SUMS).unlink(missing_ok=True)  # a kill in between leaves it unsealed, not damaged
-        write_text(saved, json.dumps(history, indent=2) + "\n")
-        seal_checkpoint(checkpoint)
 
 
 class TrackingCallback(TrainerCallback):

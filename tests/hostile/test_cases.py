@@ -71,10 +71,11 @@ def test_a_full_disk_is_recognised_however_it_shows_and_leaves_nothing(tmp_path,
     ):
         made.mkdir()
         raise RuntimeError("while saving") from error
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(DiskFull), whole_file(tmp_path / "f") as out:
         out.write("x")
-        raise error
-    assert list(tmp_path.iterdir()) == []
+        raise FULL
+    assert not (tmp_path / "f").exists()
 
 
 def test_another_error_is_none_of_a_full_disk(tmp_path):
@@ -164,15 +165,15 @@ def test_xml_that_would_lose_text_is_refused(tmp_path, head, problem):
 
 
 def test_a_killed_run_does_not_say_that_it_runs(tmp_path):
-    def status_of(**process):
+    def status_of(*process):
         (tmp_path / "metrics.json").write_text(
             json.dumps({"stages": {"03_train": {"status": "running", "process": process}}})
         )
         return read_metrics(tmp_path)["stages"]["03_train"]["status"]
 
-    assert status_of(host=node(), pid=os.getpid(), began="0") == "killed"  # another process had this number
-    assert status_of(host=node(), pid=2**22 + 1, began="5") == "killed"
-    assert status_of(host="elsewhere", pid=1, began="5") == "running"
+    assert status_of(node(), os.getpid(), "0") == "killed"  # another process had this number
+    assert status_of(node(), 2**22 + 1, "5") == "killed"
+    assert status_of("elsewhere", 1, "5") == "running"
 
 
 @pytest.mark.integration

@@ -10,7 +10,7 @@ import pytest
 from biomerge_lib.core.prompt_format import ANCHOR_STYLES, find_words
 from biomerge_lib.core.records import Record
 from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
-from biomerge_lib.prompts.prompt import count_tokens, encode, render
+from biomerge_lib.prompts.prompt import count_tokens, encode, find_control, render
 from tests.conftest import START
 
 TEXTS = [
@@ -40,7 +40,7 @@ def test_a_text_holds_no_token_of_control(tokenizer, tiny_prepared, text, style)
 @pytest.mark.parametrize("style", ANCHOR_STYLES)
 @pytest.mark.parametrize("text", TEXTS)
 def test_words_keep_their_offsets_and_their_place_in_the_prompt(tokenizer, text, style):
-    said = render(Record(text, (), "doc", "c"), tokenizer, replace(START, offset_anchors=style))
+    said = render(Record(text, (), "doc", "c"), replace(START, offset_anchors=style), find_control(tokenizer))
     assert said.words == find_words(text)
     for (start, end), (first, last) in zip(said.words, said.rendered_words, strict=True):
         assert re.sub(" ", "", said.prompt[first:last]) == text[start:end]
@@ -48,5 +48,8 @@ def test_words_keep_their_offsets_and_their_place_in_the_prompt(tokenizer, text,
 
 def test_a_text_without_them_is_rendered_as_it_was(tokenizer):
     record = Record("p < 0.05 <sup>2</sup> <T AG> a<b>c", (), "doc", "corpus")
-    assert render(record, tokenizer, START) == START.render(record)
-    assert render(replace(record, text="a <TAG> b"), tokenizer, START).prompt == "<NER> 0 a 2 < TAG> 8 b"
+    assert render(record, START, find_control(tokenizer)) == START.render(record)
+    assert (
+        render(replace(record, text="a <TAG> b"), START, find_control(tokenizer)).prompt
+        == "<NER> 0 a 2 < TAG> 8 b"
+    )

@@ -64,7 +64,7 @@ def write(path: Path, content: bytes | str) -> Path:
 # --- spans, records, prompts
 
 
-@inputs(300)
+@inputs(260)
 @given(spans, hostile_text, st.integers(0, 100))
 def test_spans(pairs, answer, length):
     TRIED["span strings"] += 1
@@ -192,7 +192,7 @@ DEFAULTS = compose_parameters([]).model_dump()
 LINES = yaml.safe_dump(DEFAULTS | {"run_id": "r"}, sort_keys=False)
 
 
-@inputs(300)
+@inputs(250)
 @given(distorted(DEFAULTS))
 def test_parameters(values):
     TRIED["parameters"] += 1
@@ -204,7 +204,7 @@ def test_parameters(values):
         assert not isinstance(values, dict)
 
 
-@inputs(40)
+@inputs(20)
 @given(st.sampled_from(sorted(DEFAULTS)), hostile_text | hostile_value)
 def test_overrides(name, value):
     TRIED["overrides"] += 1
@@ -246,7 +246,7 @@ WANDB = {"id": "a", "online": False, "project": "p", "entity": None, "name": "n"
 SWEEP = (ROOT / "parameters" / "sweep" / "lora_ner_span.yaml").read_bytes()
 
 
-@inputs(200)
+@inputs(150)
 @given(st.data())
 def test_run_folders(place, data):
     TRIED["run folders"] += 1
@@ -276,7 +276,7 @@ def test_run_folders(place, data):
         assert str(error)
 
 
-@inputs(40)
+@inputs(10)
 @given(damaged(SWEEP))
 def test_sweep_files(place, content):
     TRIED["sweep files"] += 1
@@ -287,7 +287,7 @@ def test_sweep_files(place, content):
         assert str(error)
 
 
-@inputs(100)
+@inputs(90)
 @given(
     damaged_json(
         {
@@ -331,7 +331,7 @@ def make_answers(tokenizer) -> list[RawAnswer]:
     ]
 
 
-@inputs(100)
+@inputs(90)
 @given(st.data())
 def test_predictions(place, tiny_tokenizer, data):
     TRIED["predictions"] += 1
@@ -351,7 +351,7 @@ def test_predictions(place, tiny_tokenizer, data):
         assert str(error).startswith(str(path))
 
 
-@inputs(100)
+@inputs(80)
 @given(st.data())
 def test_partial_answers_are_as_they_were_written_or_refused(place, tiny_tokenizer, data):
     TRIED["partial answers"] += 1
@@ -413,7 +413,7 @@ def test_lists_of_models(content):
 # --- checkpoints
 
 
-@inputs(100)
+@inputs(90)
 @given(
     st.data(),
     st.sampled_from(["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"]),

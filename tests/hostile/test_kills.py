@@ -32,7 +32,6 @@ MOMENTS = {
     "after a checkpoint's seal": f"{CALLBACKS}:seal_checkpoint:2:after",
     "before the first epoch's greedy pass": f"{CALLBACKS}:EpochEndEvaluation._greedy_pass:1",
     "after the first epoch's greedy pass": f"{OURS}.evaluate_greedily:1:after",
-    "before the log is kept in a checkpoint": f"{CALLBACKS}:write_text:1",
     "before the last epoch's greedy pass": f"{CALLBACKS}:EpochEndEvaluation._greedy_pass:2",
     "before the best checkpoint is loaded again": f"{TRAINER}._load_best_model:1",
     "before the metrics are written": f"{RUN}:write_json:2",

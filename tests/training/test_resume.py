@@ -106,7 +106,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_with_a_warning(make_run):
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     output = train(folder)
-    assert "checkpoint-6 is damaged (optimizer.pt is not as it was written)" in output
+    assert "checkpoint-6 is damaged (optimizer.pt is missing or not as it was written)" in output
     assert re.search(r"going on from \S+checkpoint-[24]\n", output)  # the last two and the best are kept
     assert json.loads((folder / "training.json").read_text())["steps"] == 12
 
@@ -198,7 +198,7 @@ def test_every_way_a_checkpoint_can_be_damaged_is_seen(tmp_path):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        assert find_damage(path.parent) == f"{name} is not as it was written"
+        assert find_damage(path.parent) == f"{name} is missing or not as it was written"
     assert find_resumable_checkpoint(tmp_path) == good
     assert find_resumable_checkpoint(tmp_path / "none") is None
 
