@@ -243,10 +243,8 @@ class Parameters(BaseModel):
         values = self.model_dump()
         numbers = [name for name, value in values.items() if isinstance(value, int) and abs(value) >= 2**32]
         yield from (f"{name} is too large" for name in numbers)
-        for name, place in (
-            *((name, values[name]) for name in PLACES),
-            *(("corpora", c) for c in self.corpora),
-        ):
+        places = [(name, values[name]) for name in PLACES] + [("corpora", corpus) for corpus in self.corpora]
+        for name, place in places:
             if place and (problem := find_path_problem(place)):
                 yield f"{name}={place[:60]!r} can be no path ({problem})"
         if self.base_url and (secret := find_secret(self.base_url)):
@@ -454,7 +452,7 @@ def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
         for name, value in cast(Mapping[str, Any], OmegaConf.to_container(merged)).items():
             if re.search(r"\$\{[^}]*:", str(value)):
                 raise ParameterError(
-                    f"{name}: what ${{...:...}} gives would be stored with the run; write the value."
+                    f"{name}: what ${{...:...}} gives would be stored with the run; write it out."
                 )
         return cast(Mapping[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:

@@ -13,16 +13,28 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import OBJECT, open_bytes, parse_json, whole_file
+from biomerge_lib.core.files import open_bytes, parse_json, whole_file
 from biomerge_lib.core.spans import Span, format_spans, is_inside, parse_answer
 
 NER_PREFIX = "<NER> "
 SPLITS = ("train", "dev", "test")
 # The last key of a line; inside a string its quotes would be escaped.
 _TYPES = re.compile(rb', "types": \[.*\]}$')
+
+
+class _Line(BaseModel):
+    input: str
+    target: str
+    doc_id: str
+    dataset: str
+    task: Literal["NER"] = "NER"
+    cue: str | None = Field(None, pattern=r"\S")  # a name; without the key it is the data set's
+    types: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +85,13 @@ def parse_record(line: str, where: str) -> Record:
         DataError: not JSON, a key missing or of the wrong type, a span string that cannot be read,
             an offset outside the text, or ``start >= end``.
     """
-    fields = parse_json(line, where, OBJECT)
-    for key in ("input", "target", "doc_id", "dataset"):
-        if not isinstance(fields.get(key), str):
-            problem = "is missing" if key not in fields else "must be a string"
-            raise DataError(
-                f"{where}: key {key!r} {problem}. A record has task, input, target, doc_id, dataset."
-            )
-    cue = fields.get("cue")
-    if cue is not None and not (isinstance(cue, str) and cue.strip()):
-        raise DataError(f"{where}: cue must be a name; leave the key out to use the data set's.")
-    if fields.get("task", "NER") != "NER":
-        raise DataError(f"{where}: task {fields['task']!r} is not 'NER'.")
-    if not fields["input"].startswith(NER_PREFIX):
-        raise DataError(f"{where}: input must begin with '<NER> '; it begins {fields['input'][:12]!r}.")
-    text = fields["input"][len(NER_PREFIX) :]
+    fields = parse_json(line, where, _Line, cure=" A record has task, input, target, doc_id, dataset.")
+    if not fields.input.startswith(NER_PREFIX):
+        raise DataError(f"{where}: input must begin with '<NER> '; it begins {fields.input[:12]!r}.")
+    text = fields.input[len(NER_PREFIX) :]
     if not text.strip():
         raise DataError(f"{where}: the text after '<NER> ' is empty.")
-    answer = parse_answer(fields["target"], len(text))
+    answer = parse_answer(fields.target, len(text))
     if answer.unreadable:
         raise DataError(
             f"{where}: cannot read {answer.unreadable[0]!r} in target; spans look like '0-7 ; 20-34'."
@@ -98,14 +99,11 @@ def parse_record(line: str, where: str) -> Record:
     if answer.out_of_text:
         start, end = answer.out_of_text[0]
         raise DataError(f"{where}: span {start}-{end} is not inside the text of {len(text)} characters.")
-    types = fields.get("types", [])
-    if not (
-        isinstance(types, list) and len(types) in (0, len(answer.spans)) and set(map(type, types)) <= {str}
-    ):
-        raise DataError(
-            f"{where}: types must be {len(answer.spans)} names, one for each span; or leave the key out."
-        )
-    return Record(text, tuple(answer.spans), fields["doc_id"], fields["dataset"], cue, tuple(types))
+    if len(fields.types) not in (0, len(answer.spans)):
+        names = f"{len(answer.spans)} names, one for each span"
+        raise DataError(f"{where}: types must be {names}; or leave the key out.")
+    spans, types = tuple(answer.spans), tuple(fields.types)
+    return Record(text, spans, fields.doc_id, fields.dataset, fields.cue, types)
 
 
 def iter_records(path: Path | str) -> Iterator[Record]:

@@ -243,13 +243,9 @@ def _sweep_point() -> str | None:
     return " ".join(f"{name}={found['value']}" for name, found in point.items() if isinstance(found, dict))
 
 
-class _Identity(BaseModel):
+class _Identity(BaseModel, extra="allow"):
     id: str
     online: bool
-    project: str | None = None
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
 
 
 def _identity(folder: Path) -> dict[str, Any]:
