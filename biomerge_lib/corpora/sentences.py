@@ -22,6 +22,7 @@ from biomerge_lib.corpora.documents import Document, ReadCounts, trim
 
 # Of a line, what segtok sees at a time: its time grows with the square of a sentence. Also the longest sentence.
 WINDOW = 4000
+_SPACE = re.compile(r"\s")
 
 
 def split_document(
@@ -82,9 +83,8 @@ def iter_sentences(text: str) -> Iterator[Span]:
     """:func:`find_sentences` one at a time: megabytes take seconds."""
     for position, line_end in find_lines(text):
         while position < line_end:
-            seen = min(position + WINDOW, line_end)
-            if seen < line_end:
-                seen = text.rfind(" ", position + 1, seen) + 1 or seen
+            space = _SPACE.search(text, min(position + WINDOW, line_end), line_end)
+            seen = space.end() if space else line_end
             found = [sentence for sentence in split_multi(text[position:seen]) if sentence]
             if (
                 seen < line_end

@@ -77,7 +77,7 @@ def test_a_records_cue_comes_from_its_line_or_its_corpus():
     named = parse_record(line, "here:1")
     assert PROMPTS.cue(named) == "bc5cdr" and named.dataset == "example"
     assert json.loads(named.to_json())["cue"] == "bc5cdr" and "cue" not in ASPIRIN.to_json()
-    with pytest.raises(DataError, match="here:1: cue: String should match"):
+    with pytest.raises(DataError, match="here:1: cue: Input should be a valid string"):
         parse_record(line.replace('"bc5cdr"', "7"), "here:1")
 
 
