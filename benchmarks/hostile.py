@@ -43,6 +43,8 @@ FOUND = [
     ("corpora: offsets of 5,000 digits, XML encodings, external entities", "5", "refused with file and line"),
     ("`--out /dev/null` replaced the device", "1", "what is no file is written to"),
     ("metrics of a run: texts where tables are expected", "2", "part of the typed reading"),
+    ("`deepspeed=` and a tab, a quote or a control character", "3 of 514 overrides", "taken as it stands"),
+    ("a seal that names no file", "1 of 462", "only files that are there are compared"),
     ("`a.b. a.b. ...`, 8,000 spans, 60,000 characters: minutes", "3", "linear time"),
 ]
 

@@ -448,13 +448,14 @@ def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
             if value.is_sweep_override():
                 raise ParameterError(f"{value.input_line}: one value is wanted. A list is written [a,b].")
             config[value.key_or_group] = value.value()
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(named_as_group))
-        for name, value in cast(Mapping[str, Any], OmegaConf.to_container(merged)).items():
+        for name, _, value in (word.partition("=") for word in named_as_group):
+            config[name] = None if value == "null" else value
+        for name, value in cast(Mapping[str, Any], OmegaConf.to_container(config)).items():
             if re.search(r"\$\{[^}]*:", str(value)):
                 raise ParameterError(
                     f"{name}: what ${{...:...}} gives would be stored with the run; write it out."
                 )
-        return cast(Mapping[str, Any], OmegaConf.to_container(merged, resolve=True))
+        return cast(Mapping[str, Any], OmegaConf.to_container(config, resolve=True))
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ParameterError(str(error).strip().splitlines()[0][:200]) from None
 
