@@ -53,6 +53,7 @@ class Configuration(BaseModel, protected_namespaces=()):
     is_encoder_decoder: bool = False
     vision_config: Any = None
     audio_config: Any = None
+    add_bos_token: bool = False  # the tokenizer's, which has a file of its own
 
     def find_problem(self) -> str | None:
         """Why it cannot be trained here, and what to take; None where nothing speaks against it."""
@@ -111,15 +112,17 @@ def read_source(source: Path) -> Configuration:
         except SafetensorError as error:
             raise ModelError(f"{path}: {error}.{cure}") from None
     files = [source / name for name in ("tokenizer.json", "tokenizer_config.json", SHARDS, "config.json")]
+    said: dict[str, Any] = {}
     for path in filter(Path.is_file, files):
-        shards = read_values(path, OBJECT, cure=cure, raises=ModelError).get("weight_map", {}).values()
-        if missing := [name for name in shards if not (source / name).is_file()]:
-            raise ModelError(f"{path} names {missing[0]}, which is missing.{cure}")
+        said |= read_values(path, OBJECT, cure=cure, raises=ModelError)
+    if missing := [name for name in said.get("weight_map", {}).values() if not (source / name).is_file()]:
+        raise ModelError(f"{source / SHARDS} names {missing[0]}, which is missing.{cure}")
     if source.is_dir() and not any(path.is_file() for path in files):
         raise ModelError(f"{source}: the model folder has no config.json, nor a tokenizer.")
     if not files[-1].is_file():
         return Configuration()
     config = read_values(files[-1], Configuration, cure=cure, raises=ModelError)
+    config.add_bos_token = bool(said.get("add_bos_token"))
     if problem := config.find_problem():
         raise ModelError(f"{files[-1]}: {problem} (docs/backbones.md)")
     return config

@@ -22,7 +22,6 @@ from biomerge_lib.model.admission import GGUF, SMOLLM2, Configuration, find_sour
 from biomerge_lib.prompts.manifest import read_manifest, write_manifest
 from biomerge_lib.prompts.tokenizer import (
     add_biomerge_tokens,
-    as_in_file,
     import_transformers,
     load_tokenizer,
     save_tokenizer,
@@ -78,23 +77,29 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
             reached.
     """
     import_transformers()
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     config, source, gguf = _open_source(backbone)
     with _reading(backbone):
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **gguf, trust_remote_code=False)
-        if not gguf:
-            tokenizer = as_in_file(tokenizer, cast(Path, find_source(backbone)))
+        if not gguf and (cast(Path, find_source(backbone)) / "tokenizer.json").is_file():
+            # A LlamaTokenizer is built anew from the vocabulary: of a byte-level file it would lose every space.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     if gguf and CHAT_END in tokenizer.get_vocab():
         tokenizer.eos_token = CHAT_END
-    special = {
-        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }  # no text needs them
-    ids = {index: word for word, index in tokenizer.get_vocab().items() if index not in special}
-    if beyond := [word for index, word in ids.items() if config.vocab_size and index >= config.vocab_size]:
+    if config.add_bos_token and tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id:
         raise ModelError(
-            f"{backbone}: {len(beyond):,} words of the tokenizer, as {beyond[0]!r}, are beyond the {config.vocab_size} "
-            "rows of the model's embedding. Fetch the tokenizer of this model."
+            f"{backbone}: tokenizer_config.json has add_bos_token=true, and tokenizer.json puts no BOS before a text. "
+            "Add it to the post_processor there, or set add_bos_token to false if the model was trained without."
+        )
+    special = [
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    ]  # in no text
+    rows, vocabulary = config.vocab_size or len(tokenizer), tokenizer.get_vocab()
+    if beyond := [word for word, index in vocabulary.items() if index >= rows and index not in special]:
+        raise ModelError(
+            f"{backbone}: {len(beyond):,} words of the tokenizer, as {beyond[0]!r}, are beyond the {rows:,} rows of "
+            "the model's embedding. Fetch the tokenizer of this model."
         )
     return tokenizer
 

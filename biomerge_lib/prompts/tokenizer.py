@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
 ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
 # All of such a tokenizer is in tokenizer.json.
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-# Spaces, digits and characters of several bytes, which kinds of tokenizers write differently.
-COMPARED_TEXTS = ("Aspirin 20 mg", " two  spaces\tand\nlines ", "1234567890; 0-7 ;", "TNF-α, naïve, 肺炎 😀")
-log = logging.getLogger(__name__)
 NOT_NEEDED = ("sklearn", "torchao")
 
 
@@ -62,32 +58,6 @@ def add_biomerge_tokens(tokenizer: PreTrainedTokenizerFast) -> int:
     tokenizer.padding_side = "right"
     tokenizer.clean_up_tokenization_spaces = False
     return added
-
-
-def as_in_file(tokenizer: Any, folder: Path) -> Any:
-    """The tokenizer, or that of the folder's ``tokenizer.json`` where the class that was chosen writes other ids.
-
-    transformers builds a ``LlamaTokenizer`` anew from the vocabulary: of a byte-level file it loses every space.
-
-    Raises:
-        ModelError: ``tokenizer_config.json`` asks for a BOS token that the file does not write.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    if not (folder / "tokenizer.json").is_file():
-        return tokenizer
-    in_file = PreTrainedTokenizerFast.from_pretrained(folder)  # of no class of its own: just the file
-    if any(tokenizer(text)["input_ids"] != in_file(text)["input_ids"] for text in COMPARED_TEXTS):
-        log.warning("%s: not a %s as it says; its file is taken.", folder, type(tokenizer).__name__)
-        tokenizer = in_file
-    config = folder / "tokenizer_config.json"
-    wants_bos = config.is_file() and read_values(config, OBJECT, raises=ModelError).get("add_bos_token")
-    if wants_bos and tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id:
-        raise ModelError(
-            f"{folder}: tokenizer_config.json has add_bos_token=true, and tokenizer.json puts no BOS before a text. "
-            "Add it to the post_processor there, or set add_bos_token to false if the model was trained without."
-        )
-    return tokenizer
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> None:
