@@ -61,21 +61,17 @@ class Configuration(BaseModel, protected_namespaces=()):
         family, part = kind.removesuffix("ForCausalLM"), self.model_type.removesuffix("_text")
         method = (self.quantization_config or {}).get("quant_method", "an unnamed method")
         own_code = "AutoModelForCausalLM" in (self.auto_map or {}) and self.model_type not in TRIED
+        own_code = own_code and not find_spec(f"transformers.models.{part}")
+        other_parts = "LMHead" in kind or family in BUILT_OTHERWISE
         problems = [
             (self.quantization_config, f"its weights are quantised ({method}). Take the unquantised model."),
-            (
-                own_code and not find_spec(f"transformers.models.{part}"),
-                f"{kind} brings its own code (trust_remote_code), which is not run. Take one of transformers.",
-            ),
+            (own_code, f"{kind} brings its own code (trust_remote_code), which is not run. Take another."),
             (self.is_encoder_decoder, f"{kind} is an encoder-decoder. Take a causal LM."),
             (
                 self.vision_config or self.audio_config,
                 f"{kind} reads images or sound. Take one of text alone.",
             ),
-            (
-                "LMHead" in kind or family in BUILT_OTHERWISE,
-                f"{kind} has no `.model` and `.lm_head`, which is what is trained here. Take one as Llama.",
-            ),
+            (other_parts, f"{kind} has no `.model` and `.lm_head`, which are trained. Take one that has."),
             (kind and family == kind, f"{kind} is no causal LM. Take one whose name ends in ForCausalLM."),
         ]
         return next((says for holds, says in problems if holds), None)
