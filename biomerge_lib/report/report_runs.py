@@ -22,6 +22,7 @@ from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
 
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
 HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
+FEW_STEPS = 50  # of an optimiser: fewer check that everything works together, and teach little
 Sources = tuple[tuple[str, str], ...]  # (stage, metric)
 SCORE = (TRAIN, "greedy_dev_ner_f1"), (GREEDY, "greedy_dev_ner_f1")
 READINGS = {  # of one forward pass
@@ -285,6 +286,11 @@ def _read_metrics(run: ReportedRun) -> None:
             run.notes.append(f"{stage} did not finish: {fields.get('error', 'no reason recorded')}")
     if run.watch_metric == "token_head":  # all that runs older than the parameter have
         run.metrics[TRAIN].setdefault("eval_head_ner_f1", run.metrics[TRAIN].get("eval_ner_f1"))
+    steps, records = (run.metrics[TRAIN].get(name) for name in ("steps", "greedy_dev_records"))
+    if is_number(steps) and steps < FEW_STEPS:
+        begun = run.parameters.get("init_adapter")
+        says = f"a check of the wiring, {steps} optimiser steps scored on {records} dev sentences"
+        run.notes.append(says + (f": its F1 is that of the adapter it began with ({begun})" if begun else ""))
     if run.score is None:
         run.reason = "03_train finished, but no greedy dev F1 was recorded"
     else:

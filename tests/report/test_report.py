@@ -310,6 +310,18 @@ def test_a_broken_or_unfinished_run_is_listed_with_its_reason(tmp_path):
     assert not found
 
 
+def test_a_run_of_a_few_steps_is_called_a_check_of_the_wiring(tmp_path):
+    folder = make_run(tmp_path, "debug", 0.968, notebook=False, init_adapter="shipped")
+    recorded = json.loads((folder / "metrics.json").read_text())
+    recorded["stages"]["03_train"]["metrics"] |= {"steps": 6, "greedy_dev_records": 8}
+    (folder / "metrics.json").write_text(json.dumps(recorded))
+    page = page_of(tmp_path, tmp_path / "report.html")
+    assert (
+        "a check of the wiring, 6 optimiser steps scored on 8 dev sentences: its F1 is that of the adapter it"
+        in page
+    )
+
+
 def test_without_any_finished_run_the_page_says_so(tmp_path):
     make_run(tmp_path, "going", 0.5, status="running", notebook=False)
     assert "No finished run yet" in page_of(tmp_path, tmp_path / "report.html")
