@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.experiment.runs import PROJECT_DIR
+from biomerge_lib.model.backbones import backbone_name
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -39,7 +40,7 @@ def find_backbone(shape: str) -> Path:
         return Path(shape)
     if not (TOKENIZER_DIR / "biomerge.json").is_file():
         build_tokenizer(f"random/llama3-{shape}")
-    folder = PROJECT_DIR / "backbones" / f"llama3-{shape}"
+    folder = PROJECT_DIR / "backbones" / backbone_name(f"random/llama3-{shape}")
     if not (folder / "config.json").is_file():
         command = [sys.executable, "-m", "benchmarks.random_llama", str(folder), shape]
         subprocess.run(command, cwd=PROJECT_DIR, check=True)

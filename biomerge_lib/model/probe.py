@@ -30,7 +30,7 @@ WAYS: dict[str, tuple[type, str]] = {
 }
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
-States = list[tuple[torch.Tensor, torch.Tensor]]  # of each sentence: hidden states (T, H), logits (T - 1, V)
+States = list[torch.Tensor]  # of each sentence two: hidden states (T, H), logits (T - 1, V)
 
 
 def probe_training(
@@ -64,9 +64,9 @@ def probe_training(
             torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
         ):
             set_attention(base, "eager")
-            alone = [_own_states(base, ids) for ids in sentences]
-            hidden, logits = _own_states(base, [*sentences[0], *sentences[1]])
-            found["leak"] = _difference([(hidden[first:], logits[first:])], alone[1:])
+            alone = [state for ids in sentences for state in _own_states(base, ids)]
+            joined = _own_states(base, [*sentences[0], *sentences[1]])
+            found["leak"] = _difference([state[first:] for state in joined], alone[2:])
             for way in WAYS if packing else ["padded"]:
                 found[way] = _compare(base, way, examples, alone, found["tolerance"])
     finally:
@@ -89,22 +89,21 @@ def _compare(model: CausalLM, way: str, examples: list[Any], alone: States, tole
     raise ModelError(f"{type(model).__name__}: its {way} forward {problem}. {advice}")
 
 
-def _own_states(model: CausalLM, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_states(model: CausalLM, ids: Sequence[int]) -> States:
     row = torch.tensor([ids], device=model.device)
     hidden, logits = model.model(row, use_cache=False)[0], model(row, use_cache=False).logits
-    return hidden[0].float(), logits[0, :-1].float()
+    return [hidden[0].float(), logits[0, :-1].float()]
 
 
 def _trained_states(model: CausalLM, batch: dict[str, torch.Tensor]) -> States:
-    states: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
     lengths = batch.pop("lengths").tolist()
-    model(**{name: values.to(model.device) for name, values in batch.items()}, states=states)
-    rows = states[0][0].split(lengths) if "cu_seq_lens" in batch else states[0]
-    pairs = zip(rows, states[1].split([length - 1 for length in lengths]), lengths, strict=True)
-    return [(row[:length].float(), logits) for row, logits, length in pairs]
+    model(**{name: values.to(model.device) for name, values in batch.items()}, states=found)
+    rows = found[0][0].split(lengths) if "cu_seq_lens" in batch else found[0]
+    of_rows = zip(rows, found[1].split([length - 1 for length in lengths]), lengths, strict=True)
+    return [state for row, logits, length in of_rows for state in (row[:length].float(), logits)]
 
 
 def _difference(found: States, expected: States) -> float:
-    pairs = [pair for of_one in zip(found, expected, strict=True) for pair in zip(*of_one, strict=True)]
-    of_tokens = [(x - y).norm(dim=-1) / y.norm(dim=-1) for x, y in pairs]
+    of_tokens = [(x - y).norm(dim=-1) / y.norm(dim=-1) for x, y in zip(found, expected, strict=True)]
     return max(float(part.median()) for tokens in of_tokens for part in (tokens, tokens[:3]))
