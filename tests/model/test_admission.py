@@ -192,6 +192,26 @@ def test_a_hub_name_is_kept_whole_and_an_earlier_folder_is_taken_over(tiny_backb
     assert not earlier.exists()
 
 
+def test_a_hub_name_is_read_from_what_was_downloaded_of_it(untied, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for owner in ("one", "other"):
+        place = tmp_path / f"hub/models--{owner}--llama"
+        shutil.copytree(untied, place / "snapshots/0123abc")
+        (place / "refs").mkdir()
+        (place / "refs/main").write_text("0123abc")
+    edit_json(place / "snapshots/0123abc/config.json", quantization_config={"quant_method": "awq"})
+    build_tokenizer("one/llama", tmp_path / "tok")
+    prepared = prepare_backbone("one/llama", tmp_path / "tok", tmp_path / "backbones")
+    assert prepared.name == "one--llama" and json.loads((prepared / "biomerge.json").read_text())["source"]
+    with pytest.raises(ModelError, match=r"set another tokenizer_dir"):
+        build_tokenizer("other/llama", tmp_path / "tok")
+    with pytest.raises(ModelError, match=r"config\.json: its weights are quantised \(awq\)"):
+        build_tokenizer("other/llama", tmp_path / "other_tok")
+    shutil.rmtree(tmp_path / "hub")  # a prepared backbone and a built tokenizer need it no longer
+    assert build_tokenizer("one/llama", tmp_path / "tok")[1] == 0
+    assert prepare_backbone("one/llama", tmp_path / "tok", tmp_path / "backbones") == prepared
+
+
 def test_spellings_of_one_folder_are_one_source(copy, monkeypatch):
     monkeypatch.chdir(copy.parent)
     spellings = ["copy", "copy/", "./copy", str(copy)]
