@@ -448,10 +448,10 @@ def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
             if value.is_sweep_override():
                 raise ParameterError(f"{value.input_line}: one value is wanted. A list is written [a,b].")
             config[value.key_or_group] = value.value()
-        for name, _, value in (word.partition("=") for word in named_as_group):
-            config[name] = None if value == "null" else value
-        for name, value in cast(Mapping[str, Any], OmegaConf.to_container(config)).items():
-            if re.search(r"\$\{[^}]*:", str(value)):
+        for name, _, file in (word.partition("=") for word in named_as_group):
+            config[name] = None if file == "null" else file
+        for name, given in cast(Mapping[str, Any], OmegaConf.to_container(config)).items():
+            if re.search(r"\$\{[^}]*:", str(given)):
                 raise ParameterError(
                     f"{name}: what ${{...:...}} gives would be stored with the run; write it out."
                 )

@@ -287,7 +287,7 @@ def _read_metrics(run: ReportedRun) -> None:
     if run.watch_metric == "token_head":  # all that runs older than the parameter have
         run.metrics[TRAIN].setdefault("eval_head_ner_f1", run.metrics[TRAIN].get("eval_ner_f1"))
     steps, records = (run.metrics[TRAIN].get(name) for name in ("steps", "greedy_dev_records"))
-    if is_number(steps) and steps < FEW_STEPS:
+    if steps is not None and is_number(steps) and steps < FEW_STEPS:
         begun = run.parameters.get("init_adapter")
         says = f"a check of the wiring, {steps} optimiser steps scored on {records} dev sentences"
         run.notes.append(says + (f": its F1 is that of the adapter it began with ({begun})" if begun else ""))
