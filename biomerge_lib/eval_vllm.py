@@ -31,6 +31,7 @@ from biomerge_lib.decoding.predictions import (
     write_predictions,
 )
 from biomerge_lib.decoding.vllm_client import API_KEY, GreedyClient, RunningServer, find_served_model
+from biomerge_lib.experiment.provenance import log_test_scoring
 from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.prompts.ner_span import cue_record, read_split
 from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
@@ -253,6 +254,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         concurrency=options.concurrency,
         constrained_decoding=options.constrained_decoding,
     )
+    if options.split == "test":
+        log_test_scoring(
+            run_folder if run_folder.name else out.parent, "eval_vllm", options.data_dir, limit=options.limit
+        )
     evaluation = evaluate_split(
         records,
         client,

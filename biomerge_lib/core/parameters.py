@@ -48,6 +48,8 @@ OTHER_NAMES = {
     "training.output_dir": "runs_dir",
 }
 PLACES = ("data_dir", "runs_dir", "backbones_dir", "tokenizer_dir", "cache_dir", "backbone", "init_adapter")
+# Younger than the names of many runs: such a value is no part of a name.
+YOUNGER = {"init_adapter": None, "train_on": "train", "keep_checkpoint": "best"}
 # A parameter without one of these marks changes what is trained, and so the run's name.
 T = TypeVar("T")
 Scoring = Annotated[
@@ -115,6 +117,9 @@ class Parameters(BaseModel):
         description="One training sentence with different gold: keep all, or only the first corpus's (see corpora)"
     )
     data_dir: str = Field(min_length=1, description="Folder of train.jsonl, dev.jsonl and test.jsonl")
+    train_on: Literal["train", "train_dev"] = Field(
+        description="train, or dev as well (but for its sentences that test has too): then nothing is chosen on dev"
+    )
     subsample: float = Field(gt=0, le=1, description="Share of the training documents, drawn with the seed")
     eval_limit: Scoring[int | None] = Field(
         gt=0, description="Score at most this many records of a split; null = all"
@@ -148,7 +153,10 @@ class Parameters(BaseModel):
         "head's, or greedy decoding's"
     )
     head_loss_weight: float = Field(ge=0, description="Weight of the token head's loss")
-    run_test_eval: bool = Field(description="Score the test split with the best checkpoint after training")
+    keep_checkpoint: Literal["best", "last"] = Field(
+        description="best: the one that watch_metric chooses, with early stopping; last: that of the last step"
+    )
+    run_test_eval: bool = Field(description="Score the test split with the kept checkpoint after training")
     split: Scoring[Literal["train", "dev", "test"]] = Field(description="The split that 04 and 05 score")
     early_stopping_patience: int = Field(ge=1, description="Evaluations without improvement before stopping")
     early_stopping_threshold: float = Field(ge=0, description="Smallest F1 gain that counts as improvement")
@@ -262,6 +270,8 @@ class Parameters(BaseModel):
             yield "fast_metrics=true with head_loss_weight=0 would score an untrained token head"
         if self.watch_metric == "token_head" and not self.fast_metrics:
             yield "watch_metric=token_head needs fast_metrics=true (there is no token head without)"
+        if self.train_on == "train_dev" and self.keep_checkpoint == "best":
+            yield "train_on=train_dev leaves no dev to choose a checkpoint by: set keep_checkpoint=last"
         if self.save_steps % self.eval_steps:
             odd = f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}"
             yield f"{odd}: the best checkpoint could not be kept"
@@ -292,8 +302,7 @@ class Parameters(BaseModel):
         if self.run_id:
             return self.run_id
         identity = {name: value for name, value in self.model_dump().items() if name not in NOT_IDENTITY}
-        if self.init_adapter is None:  # younger than the names of many runs
-            del identity["init_adapter"]
+        identity = {name: value for name, value in identity.items() if (name, value) not in YOUNGER.items()}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         data = Path(self.data_dir)
         data_name = data.parent.name if data.name == "ner" else data.name

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from biomerge_lib.core.files import remember
 from biomerge_lib.core.records import SPLITS, records_sha256
 
 PROJECT_DIR = Path(__file__).resolve().parents[2]
+TEST_LOG = "test_scorings.jsonl"
 PACKAGES = (
     "torch",
     "transformers",
@@ -64,6 +67,26 @@ def data_hashes(data_dir: Path | str) -> dict[str, str]:
 
 
 _hash_of = remember(records_sha256)  # the runs of a sweep have one data set
+
+
+def log_test_scoring(folder: Path, by: str, data_dir: Path | str, *, limit: int | None = None) -> None:
+    """Note in a run's ``test_scorings.jsonl`` that test is about to be scored; the log stays when 03 trains anew.
+
+    ``limit`` is the number of records where not all are scored.
+    """
+    path = folder / TEST_LOG
+    before = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+    line = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "by": by,
+        "commit": _git_commit(),
+        "data_dir": str(data_dir),
+        "test_sha256": data_hashes(data_dir).get("test"),
+        "limit": limit,
+    }
+    with path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+    print(f"{by} scores test, for the {before + 1}. time in this run ({path})")
 
 
 def changed_splits(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -40,9 +40,11 @@ from biomerge_lib.experiment.execution import UNWATCHED, NotebookFailed, execute
 from biomerge_lib.experiment.guarded_process import name_process
 from biomerge_lib.experiment.provenance import (
     PROJECT_DIR,
+    TEST_LOG,
     changed_splits,
     data_hashes,
     device_name,
+    log_test_scoring,
     provenance,
 )
 from biomerge_lib.experiment.replaced import place_aside
@@ -118,6 +120,10 @@ class Run:
             split = self.parameters.split
             data = {name: value for name, value in self._data().items() if name == split}
             read = {"input": {"model": fingerprint_weights(self.merged), "data": data}}
+            if split == "test":
+                log_test_scoring(
+                    self.folder, self.stage, self.parameters.data_dir, limit=self.parameters.eval_limit
+                )
         process = name_process(os.getpid())
         self._write(status="running", metrics={}, provenance=provenance(), process=process, **read)
         _watch_cells(self)
@@ -229,11 +235,11 @@ def prepare_run_folder(run: Run) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Move a run to a hidden folder beside it, with all that came after it; what 01 and 02 left is copied there."""
+    """Move a run to a hidden folder beside it; what 01 and 02 left, and the log of test scorings, is copied there."""
     aside, stages = place_aside(folder), read_metrics(folder).get("stages", {})
     aside.mkdir()
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".ipynb" and path.stem in BEFORE_TRAINING:
+        if path.name == TEST_LOG or (path.suffix == ".ipynb" and path.stem in BEFORE_TRAINING):
             shutil.copy2(path, aside)
         elif path.name != jobs.LOCK:
             shutil.move(path, aside / path.name)
@@ -449,7 +455,12 @@ def _scoring_parameters(folder: Path, parameters: Parameters, given: frozenset[s
         raise ParameterError(
             f"run {folder.name} was trained with {changed}. Leave these out, or name another run_id."
         )
-    return stored.model_copy(update={name: getattr(parameters, name) for name in given & SCORING})
+    chosen = stored.model_copy(update={name: getattr(parameters, name) for name in given & SCORING})
+    if (chosen.train_on, chosen.split) == ("train_dev", "dev"):
+        raise ParameterError(
+            f"run {folder.name} was trained on dev, which says nothing of it: set split=test."
+        )
+    return chosen
 
 
 def _differences(stored: Parameters, parameters: Parameters, names: frozenset[str]) -> str:

@@ -110,6 +110,10 @@ def read_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
             f"{path}: eval_ner_f1 means another F1 for each watch_metric, so its points cannot be ranked by it: "
             "set metric: {name: greedy_dev_ner_f1}."
         )
+    if config.metric.name.startswith("test_"):
+        raise ParameterError(
+            f"{path}: metric={config.metric.name}: points are chosen on dev; test is scored once."
+        )
     sweep = Sweep(
         name=config.name or path.stem,
         metric=config.metric.name,
@@ -118,7 +122,8 @@ def read_sweep(path: Path | str, overrides: Sequence[str] = ()) -> Sweep:
         grid=grid,
     )
     for number in range(len(sweep.points)):
-        sweep.parameters(number)
+        if sweep.parameters(number).train_on == "train_dev":
+            raise ParameterError(f"{path}: train_on=train_dev leaves no dev to rank points by.")
     return sweep
 
 

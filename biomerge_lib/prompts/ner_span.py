@@ -23,6 +23,7 @@ from biomerge_lib.core.files import OBJECT, file_sha256, read_values, remember
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, iter_records
 from biomerge_lib.corpora.draws import document_of, draw_share, place_in_draw
+from biomerge_lib.corpora.leakage import normalise
 from biomerge_lib.prompts.manifest import Manifest
 from biomerge_lib.prompts.prompt import BATCH, IGNORE, Encoding, encode, encode_chunks, word_labels
 
@@ -84,6 +85,21 @@ def _parse(path: Path) -> tuple[Record, ...]:
 @remember
 def _parsed(path: Path) -> tuple[Record, ...]:
     return tuple(iter_records(path))
+
+
+def read_training_records(parameters: Parameters) -> list[Record]:
+    """The records that a run trains on: train's, and with ``train_on=train_dev`` dev's that test does not have too.
+
+    Raises:
+        DataError: as :func:`read_split`.
+    """
+    options = training_options(parameters)
+    records = read_split(parameters.data_dir, "train", **options)
+    if parameters.train_on == "train_dev":
+        test = {normalise(record.text) for record in _parse(Path(parameters.data_dir) / "test.jsonl")}
+        dev = read_split(parameters.data_dir, "dev", **options)
+        records += [record for record in dev if normalise(record.text) not in test]
+    return records
 
 
 def training_options(parameters: Parameters) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import OBJECT, read_values, whole_folder, write_text
 from biomerge_lib.core.markup import in_markdown
+from biomerge_lib.experiment.provenance import TEST_LOG
 from biomerge_lib.experiment.runs import PROJECT_DIR, current_stages, outdated_stages, read_metrics
 from biomerge_lib.report.display import markdown_table
 from biomerge_lib.report.report_runs import collect_runs, seeds_table
@@ -22,7 +23,7 @@ REPORTS_DIR = PROJECT_DIR / "reports"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Numbers, parameters and executed notebooks; no weights and no corpus text beyond what the notebooks show.
 NOTEBOOKS = "0*.ipynb"
-PUBLISHED = ("metrics.json", "parameters.yaml", "log_history.json", "report.html")
+PUBLISHED = ("metrics.json", "parameters.yaml", "log_history.json", "report.html", TEST_LOG)
 
 
 def publish_run(folder: Path, reports_dir: Path = REPORTS_DIR) -> Path:

@@ -292,7 +292,10 @@ def _read_metrics(run: ReportedRun) -> None:
         says = f"a check of the wiring, {steps} optimiser steps scored on {records} dev sentences"
         run.notes.append(says + (f": its F1 is that of the adapter it began with ({begun})" if begun else ""))
     if run.score is None:
-        run.reason = "03_train finished, but no greedy dev F1 was recorded"
+        trained_on = run.parameters.get("train_on") == "train_dev"
+        run.reason = (
+            "dev was trained on" if trained_on else "03_train finished, but no greedy dev F1 was recorded"
+        )
     else:
         run.status = "finished"
 

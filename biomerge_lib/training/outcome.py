@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
     from biomerge_lib.training.trainer import NerTrainer
 
-READINGS = ("eval_answer_ner_f1", "eval_head_ner_f1")  # both of one forward pass
+# The watched one, and the two of one forward pass.
+READINGS = (WATCH_METRIC, "eval_answer_ner_f1", "eval_head_ner_f1")
 
 
 def collect_metrics(trainer: NerTrainer, best: str, seconds: float) -> dict[str, Any]:
-    """The metrics of a training that took ``seconds``, its ``best`` checkpoint's weights being loaded.
+    """The metrics of a training that took ``seconds``, the weights of the checkpoint it keeps (``best``) being loaded.
 
-    Dev is scored greedily, unless it was with just these weights.
+    Dev, where it is watched, is scored greedily, unless it was with just these weights.
     """
     state, processes = trainer.state, trainer.args.world_size
     step, greedy = trainer.last_greedy
-    if f"checkpoint-{step}" != best:
+    if "dev" in trainer.records and f"checkpoint-{step}" != best:
         greedy = trainer.evaluate_greedily()
     at_best = [entry for entry in state.log_history if f"checkpoint-{entry['step']}" == best]
     metrics: dict[str, Any] = {
         "watch_metric": trainer.parameters.watch_metric,
-        WATCH_METRIC: state.best_metric,
         **{name: entry[name] for entry in at_best for name in READINGS if name in entry},
         "train_loss": next(entry["loss"] for entry in reversed(state.log_history) if "loss" in entry),
         **greedy,
@@ -71,6 +71,8 @@ def explain_early_stop(parameters: Parameters, state: TrainerState) -> str:
 
 def explain_gap(metrics: dict[str, Any]) -> str:
     """Say whether the watched and the greedy F1 agree within 0.01, and if not, what the greedy answers show."""
+    if WATCH_METRIC not in metrics:
+        return "dev was trained on: there is nothing to compare."
     fast, greedy = metrics[WATCH_METRIC], metrics["greedy_dev_ner_f1"]
     watched = metrics.get("watch_metric", "token_head")  # a run older than the parameter
     if fast == greedy == 0:

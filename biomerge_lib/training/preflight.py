@@ -23,7 +23,7 @@ from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.admission import TRIED, Configuration, find_source, read_source
 from biomerge_lib.model.backbones import backbone_name
 from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
-from biomerge_lib.prompts.ner_span import read_split, scoring_options, training_options
+from biomerge_lib.prompts.ner_span import read_split, read_training_records, scoring_options
 from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompts.prompt import encode_completion
 
@@ -98,19 +98,20 @@ def check_training(parameters: Parameters) -> Preflight:
 
 def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str, Scan]:
     """train as it is trained on, dev and test as they are scored; an unscored test is read for its leaks alone."""
-    options = {"train": training_options(parameters), "dev": scoring_options(parameters)}
-    if parameters.run_test_eval:
-        options["test"] = options["dev"]
+    used = {"train": read_training_records(parameters)}
+    scored = {"dev": parameters.train_on == "train", "test": parameters.run_test_eval}
+    for split in [split for split in scored if scored[split]]:
+        used[split] = read_split(parameters.data_dir, split, **scoring_options(parameters))
     scans = {
         split: scan_records(
-            read_split(parameters.data_dir, split, **chosen),
+            records,
             tokenizer,
             parameters.prompt_format,
             # What limits an answer in evaluation is how long the model may write.
             max_target_tokens=parameters.max_target_tokens if split == "train" else parameters.max_new_tokens,
             for_training=split == "train",
         )
-        for split, chosen in options.items()
+        for split, records in used.items()
     }
     if "test" not in scans and (Path(parameters.data_dir) / "test.jsonl").is_file():
         scans["test"] = Scan()
@@ -249,7 +250,6 @@ def _report_backbone(found: Preflight, parameters: Parameters) -> None:
 
 
 def _report_steps(found: Preflight, parameters: Parameters) -> None:
-    dev = found.scans["dev"]
     steps, evaluations, greedy = count_steps(
         found.scans["train"].examples,
         batch_size=parameters.per_device_train_batch_size * parameters.num_processes,
@@ -257,6 +257,9 @@ def _report_steps(found: Preflight, parameters: Parameters) -> None:
         epochs=parameters.num_train_epochs,
         eval_steps=parameters.eval_steps,
     )
+    if (dev := found.scans.get("dev")) is None:
+        found.add(OK, "steps", f"{steps:,} optimiser steps on train and dev, the last of which is kept")
+        return
     says = f"{steps:,} optimiser steps, {evaluations:,} evaluations, {greedy:,} greedy passes over "
     found.add(OK, "steps", f"{says}{dev.records:,} dev records ({dev.examples:,} prompts)")
     if steps < parameters.eval_steps:

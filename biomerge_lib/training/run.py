@@ -22,6 +22,8 @@ from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import Record
 from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
+from biomerge_lib.experiment.provenance import log_test_scoring
+from biomerge_lib.experiment.stages import TRAIN
 from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.backbones import refuse_other_backbone
 from biomerge_lib.model.packing import PackedCollator, RowCollator
@@ -35,6 +37,7 @@ from biomerge_lib.training.trainer import NerTrainer, OneGpuArguments, choose_la
 from biomerge_lib.training.trainer_callbacks import WATCH_METRIC
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
 
@@ -80,20 +83,23 @@ def build_trainer(
     parameters: Parameters,
     *,
     checkpoints: Path | str,
+    examples: dict[str, Dataset] | None = None,
 ) -> NerTrainer:
     """Wire model, data and parameters into a Trainer.
 
     Args:
-        records: the splits ``train`` and ``dev`` (and ``test`` when ``run_test_eval``).
+        records: the splits ``train`` and ``dev`` (and ``test`` when ``run_test_eval``); nothing is watched without dev.
         checkpoints: folder of ``checkpoint-<step>`` folders.
+        examples: data sets in place of those that ``records`` would give.
 
     Raises:
         DataError: dev has no records or no entity (no metric could be computed).
         ModelError: the training would not compute what the model itself does.
     """
-    if not any(record.spans for record in records["dev"]):
+    watched = "dev" in records
+    if watched and not any(record.spans for record in records["dev"]):
         raise DataError("the dev records hold no entity: nothing to measure. Check dev.jsonl or eval_limit.")
-    datasets = {
+    datasets = examples or {
         split: build_dataset(
             records[split],
             tokenizer,
@@ -102,6 +108,7 @@ def build_trainer(
             cache_dir=parameters.cache_dir,
         )
         for split in ("train", "dev")
+        if split in records
     }
     probed = [tokenizer(sentence)["input_ids"] for sentence in SENTENCES]
     probe = probe_training(model, probed, packing=parameters.packing, dtype=parameters.dtype)
@@ -129,17 +136,20 @@ def build_trainer(
         launch=launch,
         row_tokens=row_tokens,
         model=model,
-        args=training_arguments(parameters, checkpoints),
+        args=training_arguments(parameters, checkpoints, watched=watched),
         train_dataset=datasets["train"],
-        eval_dataset=datasets["dev"],
+        eval_dataset=datasets.get("dev"),
         data_collator=collator,
         train_collator=train_collator,
         processing_class=tokenizer,
     )
 
 
-def training_arguments(parameters: Parameters, checkpoints: Path | str) -> OneGpuArguments:
-    """The Trainer's arguments for a set of parameters."""
+def training_arguments(
+    parameters: Parameters, checkpoints: Path | str, *, watched: bool = True
+) -> OneGpuArguments:
+    """The Trainer's arguments for a set of parameters; ``watched``: there is a dev set to evaluate."""
+    choosing = watched and parameters.keep_checkpoint == "best"
     on_cpu = not torch.cuda.is_available()
     batch, parts = parameters.per_device_train_batch_size, parameters.gradient_accumulation_steps
     if folds(parameters):
@@ -156,13 +166,13 @@ def training_arguments(parameters: Parameters, checkpoints: Path | str) -> OneGp
         bf16=parameters.dtype == "bfloat16",
         gradient_checkpointing=False,  # the model has it already, or not
         logging_steps=parameters.logging_steps,
-        eval_strategy="steps",
+        eval_strategy="steps" if watched else "no",
         eval_steps=parameters.eval_steps,
         save_strategy="steps",
         save_steps=parameters.save_steps,
         save_total_limit=parameters.save_total_limit,
-        load_best_model_at_end=True,
-        metric_for_best_model=WATCH_METRIC,
+        load_best_model_at_end=choosing,
+        metric_for_best_model=WATCH_METRIC if choosing else None,
         greater_is_better=True,
         dataloader_num_workers=parameters.num_workers,
         dataloader_pin_memory=parameters.pin_memory and not on_cpu,
@@ -180,6 +190,8 @@ def training_arguments(parameters: Parameters, checkpoints: Path | str) -> OneGp
 
 def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     """Train (or go on from the newest checkpoint), reload the best checkpoint, score dev greedily, keep it all.
+
+    With ``keep_checkpoint=last`` the model stays as the last step left it.
 
     Writes ``training.json`` (the returned metrics) and ``log_history.json`` to the run folder.
 
@@ -206,6 +218,9 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     best = trainer.state.best_model_checkpoint or cast(Path, find_resumable_checkpoint(checkpoints))
     metrics = collect_metrics(trainer, Path(best).name, seconds)
     if trainer.parameters.run_test_eval:
+        if trainer.is_world_process_zero():
+            given = trainer.parameters
+            log_test_scoring(run_folder, TRAIN, given.data_dir, limit=given.eval_limit)
         metrics |= {f"test_{name}": value for name, value in trainer.score_greedily("test").items()}
     if trainer.is_world_process_zero():
         write_json(run_folder / "log_history.json", trainer.state.log_history)

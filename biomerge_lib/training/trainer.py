@@ -66,7 +66,7 @@ class OneGpuArguments(TrainingArguments):
 class NerTrainer(Trainer):
     """A Trainer whose evaluations score spans in one forward pass: teacher-forced answers and the token head.
 
-    With ``watch_metric=greedy`` each evaluation also decodes greedily.
+    With ``watch_metric=greedy`` each evaluation also decodes greedily. Without records of dev nothing is evaluated.
     """
 
     args: OneGpuArguments
@@ -87,15 +87,17 @@ class NerTrainer(Trainer):
     ):
         checkpoints = Path(cast(str, args.output_dir))
         self.stop, self.speed = StopOnRequest(), SteadySpeed(self.count_work)
-        in_each_evaluation = parameters.watch_metric == "greedy"
+        watched = "dev" in records
+        greedy_pass = self.evaluate_greedily if watched and parameters.watch_metric != "greedy" else None
+        patience = parameters.early_stopping_patience, parameters.early_stopping_threshold
         callbacks = [
-            EarlyStoppingCallback(parameters.early_stopping_patience, parameters.early_stopping_threshold),
+            *([EarlyStoppingCallback(*patience)] if args.load_best_model_at_end else []),
             self.stop,
             TrackingCallback(parameters, checkpoints.parent, self.stop, lambda: int(self.tokens_seen)),
             self.speed,
             ProgressBar(),
             # After those that tell of its numbers.
-            EpochEndEvaluation(self.stop, None if in_each_evaluation else self.evaluate_greedily),
+            EpochEndEvaluation(self.stop, greedy_pass, watched=watched),
             Seal(),
         ]
         super().__init__(args=args, callbacks=callbacks, **kwargs)

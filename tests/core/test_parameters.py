@@ -173,6 +173,7 @@ def test_names_made_by_later_cells_are_no_parameters():
             ["watch_metric=token_head", "fast_metrics=false"],
             "watch_metric=token_head needs fast_metrics=true",
         ),
+        (["train_on=train_dev"], "leaves no dev to choose a checkpoint by: set keep_checkpoint=last"),
         (["deepspeed=none.json", "backend=peft"], "deepspeed=none.json: no such file"),
         (["num_processes=2", "backend=unsloth"], "num_processes > 1 needs backend=peft"),
         (["run_id=../../etc"], "run_id"),
@@ -212,6 +213,7 @@ def test_the_run_name_changes_with_what_is_trained_and_with_nothing_else():
     a100 = compose_parameters(["model=lora_ner_unsloth", "runtime=a100"])
     assert a100.run_name == "Llama3-OpenBioLLM-8B-union_span-echo_start-7acd44dc"
     assert compose_parameters(["learning_rate=1e-3"]).run_name != base
+    assert compose_parameters(["keep_checkpoint=last"]).run_name != base
     assert compose_parameters(["num_workers=4", "wandb_mode=offline", "split=test"]).run_name == base
     assert compose_parameters(["run_id=mine"]).run_name == "mine"
 

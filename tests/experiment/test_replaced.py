@@ -9,8 +9,9 @@ from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.experiment.provenance import TEST_LOG, data_hashes
 from biomerge_lib.experiment.replaced import list_replaced, remove_replaced
-from biomerge_lib.experiment.runs import Run, current_stages, prepare_run_folder, read_metrics
+from biomerge_lib.experiment.runs import Run, current_stages, open_run, prepare_run_folder, read_metrics
 from biomerge_lib.report.page import read_answers, write_page
 from biomerge_lib.report.published import results_table
 from biomerge_lib.report.report_runs import collect_runs
@@ -46,6 +47,28 @@ def score(parameters, stage, decoder):
     run.predictions("dev", decoder).write_text("")
     (run.folder / f"{stage}.ipynb").write_text("{}")
     run.finish({name.replace("greedy", decoder): value + 0.1 for name, value in SCORES.items()})
+
+
+def test_each_scoring_of_test_is_logged_and_training_anew_does_not_forget_it(parameters, capsys):
+    folder = train(parameters(), b"old")
+    score(parameters(), "04_greedy_dev", "greedy")
+    assert not (folder / TEST_LOG).exists()
+    score(parameters(split="test"), "04_greedy_dev", "greedy")
+    prepare_run_folder(Run(folder, "03_train", parameters(existing_run="replace", seed=7)))
+    train(parameters(seed=7), b"new")
+    score(parameters(split="test", seed=7, eval_limit=1), "05_vllm_eval", "vllm")
+    assert "05_vllm_eval scores test, for the 2. time in this run" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (folder / TEST_LOG).read_text().splitlines()]
+    assert [(line["by"], line["limit"]) for line in lines] == [("04_greedy_dev", 8), ("05_vllm_eval", 1)]
+    assert {line["test_sha256"] for line in lines} == {data_hashes(parameters().data_dir)["test"]}
+
+
+def test_dev_is_not_scored_with_a_model_that_was_trained_on_it(parameters):
+    folder = train(parameters(train_on="train_dev", keep_checkpoint="last"), b"weights")
+    names = {"run_id": "mine", "runs_dir": str(folder.parent)}
+    names["In"] = ["\n".join(["# Parameters (mine)", *(f"{name} = {names[name]!r}" for name in names)])]
+    with pytest.raises(ParameterError, match=r"run mine was trained on dev, .*set split=test"):
+        open_run("04_greedy_dev", names)
 
 
 def test_a_replaced_run_goes_with_all_that_was_made_of_it(parameters):

@@ -122,6 +122,10 @@ def test_what_cannot_be_enumerated_is_refused(tiny_sweep):
         tiny_sweep(parameters={"learning_rate": {"min": 1e-4, "max": 1e-3}})
     with pytest.raises(ParameterError, match="learning_rate=1: the sweep sets that"):
         tiny_sweep(["learning_rate=1"])
+    with pytest.raises(ParameterError, match="points are chosen on dev; test is scored once"):
+        tiny_sweep(metric={"name": "test_ner_f1"})
+    with pytest.raises(ParameterError, match="train_on=train_dev leaves no dev to rank points by"):
+        tiny_sweep(["train_on=train_dev", "keep_checkpoint=last"])
     with pytest.raises(ParameterError, match="run_id=x: the sweep sets that"):
         tiny_sweep(["run_id=x"])
     with pytest.raises(

@@ -294,6 +294,12 @@ def configured(tiny_backbone, tmp_path):
     return make
 
 
+def test_dev_that_is_trained_on_is_counted_in_train_and_not_scored(check):
+    found = check(train_on="train_dev", keep_checkpoint="last")
+    assert says(found, "train").startswith("ok: 2 records of 2 documents") and not says(found, "dev")
+    assert "steps on train and dev, the last of which is kept" in says(found, "steps")
+
+
 def test_a_backbone_that_cannot_be_trained_is_refused_by_its_configuration(check, configured):
     with pytest.raises(PreflightError, match=r"backbone: .*config\.json: its weights are quantised \(gptq\)"):
         check(backbone=configured(quantization_config={"quant_method": "gptq", "bits": 4}))

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import TrainerState
 
 from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.experiment.provenance import TEST_LOG
 from biomerge_lib.model.backbones import backbone_sha256
-from biomerge_lib.training.launch import train_run
+from biomerge_lib.training.launch import read_training_splits, train_run
 from biomerge_lib.training.outcome import explain_early_stop, explain_gap
 from biomerge_lib.training.run import build_model, build_trainer, train
 from biomerge_lib.training.trainer import NerTrainer
@@ -85,6 +89,50 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(make_trainer, monke
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter, weights[2][name], msg=name)
+
+
+def test_the_last_checkpoint_is_kept_however_dev_falls(make_trainer, monkeypatch, tmp_path):
+    scores = iter([0.3, 0.2, 0.1])
+
+    def falling(self, *args, metric_key_prefix="eval", **kwargs):
+        metrics = {f"{metric_key_prefix}_ner_f1": next(scores)}
+        self.log(metrics)
+        return metrics
+
+    monkeypatch.setattr(NerTrainer, "evaluate", falling)
+    trainer = make_trainer(keep_checkpoint="last", early_stopping_patience=1)
+    metrics = train(trainer, tmp_path / "runs/tiny")
+    assert (metrics["best_checkpoint"], metrics["eval_ner_f1"]) == ("checkpoint-6", 0.1)
+    assert metrics["steps"] == 6 and not metrics["stopped_early"]
+    saved = load_file(tmp_path / "runs/tiny/checkpoints/checkpoint-6/adapter_model.safetensors")
+    own = get_peft_model_state_dict(trainer.model)
+    torch.testing.assert_close(own, {name: saved[name] for name in own})
+
+
+def test_what_is_trained_on_dev_too_is_not_evaluated_and_scores_test_once(
+    make_trainer, monkeypatch, sample_records, tmp_path
+):
+    monkeypatch.setattr(NerTrainer, "evaluate", None)
+    records = {"train": sample_records["train"][:12], "test": sample_records["test"][:2]}
+    protocol = {"train_on": "train_dev", "keep_checkpoint": "last", "run_test_eval": True}
+    metrics = train(make_trainer(records, **protocol), tmp_path / "runs/tiny")
+    assert metrics["best_checkpoint"] == "checkpoint-6" and "test_ner_f1" in metrics
+    assert not [name for name in metrics if name.startswith(("eval_", "greedy_dev"))]
+    assert explain_gap(metrics) == "dev was trained on: there is nothing to compare."
+    [line] = (tmp_path / "runs/tiny" / TEST_LOG).read_text().splitlines()
+    assert json.loads(line)["by"] == "03_train"
+
+
+def test_dev_is_trained_on_but_for_the_sentences_that_test_has(tiny_parameters, tmp_path):
+    texts = {"train": ["Aspirin helps"], "dev": ["Codeine helps", "Results :"], "test": ["results:"]}
+    for split, found in texts.items():
+        records = [Record(text, ((0, 7),), f"{split}{text}", "a") for text in found]
+        write_records(tmp_path / f"{split}.jsonl", records)
+    protocol = {"data_dir": str(tmp_path), "train_on": "train_dev", "keep_checkpoint": "last"}
+    splits = read_training_splits(tiny_parameters(**protocol))
+    assert [record.text for record in splits.pop("train")] == ["Aspirin helps", "Codeine helps"]
+    assert not splits
+    assert list(read_training_splits(tiny_parameters(**protocol, run_test_eval=True))) == ["train", "test"]
 
 
 def test_a_full_disk_stops_the_run_and_the_next_start_goes_on(make_trainer, monkeypatch, tmp_path, capsys):
