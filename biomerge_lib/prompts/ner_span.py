@@ -102,6 +102,15 @@ def read_training_records(parameters: Parameters) -> list[Record]:
     return records
 
 
+def read_training_splits(parameters: Parameters) -> dict[str, list[Record]]:
+    """The records that a run trains on and is scored on, as its parameters choose them; no dev that is trained on."""
+    records = {"train": read_training_records(parameters)}
+    scored = {"dev": parameters.train_on == "train", "test": parameters.run_test_eval}
+    for split in [split for split in scored if scored[split]]:
+        records[split] = read_split(parameters.data_dir, split, **scoring_options(parameters))
+    return records
+
+
 def training_options(parameters: Parameters) -> dict[str, Any]:
     """The options of :func:`read_split` for the records that a run trains on."""
     own = {"subsample": parameters.subsample, "cue_dropout": parameters.cue_dropout}

@@ -22,19 +22,10 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.experiment.runs import PROJECT_DIR, load_run_parameters, quiet_libraries
 from biomerge_lib.model.backbones import prepare_backbone
 from biomerge_lib.model.unsloth_lora_ner import import_backend
-from biomerge_lib.prompts.ner_span import read_split, read_training_records, scoring_options
+from biomerge_lib.prompts.ner_span import read_training_splits
 
 _TORCHRUN = "elastic/multiprocessing/api.py"  # in the first line that it writes when a process has failed
 _KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")
-
-
-def read_training_splits(parameters: Parameters) -> dict[str, list[Record]]:
-    """The records that a run trains on and is scored on, as its parameters choose them; no dev that is trained on."""
-    records = {"train": read_training_records(parameters)}
-    scored = {"dev": parameters.train_on == "train", "test": parameters.run_test_eval}
-    for split in [split for split in scored if scored[split]]:
-        records[split] = read_split(parameters.data_dir, split, **scoring_options(parameters))
-    return records
 
 
 def train_run(

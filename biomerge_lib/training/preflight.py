@@ -23,7 +23,7 @@ from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.admission import TRIED, Configuration, find_source, read_source
 from biomerge_lib.model.backbones import backbone_name
 from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
-from biomerge_lib.prompts.ner_span import read_split, read_training_records, scoring_options
+from biomerge_lib.prompts.ner_span import read_split, read_training_splits
 from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompts.prompt import encode_completion
 
@@ -98,10 +98,6 @@ def check_training(parameters: Parameters) -> Preflight:
 
 def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str, Scan]:
     """train as it is trained on, dev and test as they are scored; an unscored test is read for its leaks alone."""
-    used = {"train": read_training_records(parameters)}
-    scored = {"dev": parameters.train_on == "train", "test": parameters.run_test_eval}
-    for split in [split for split in scored if scored[split]]:
-        used[split] = read_split(parameters.data_dir, split, **scoring_options(parameters))
     scans = {
         split: scan_records(
             records,
@@ -111,7 +107,7 @@ def _scan_splits(parameters: Parameters, tokenizer: PlainTokenizer) -> dict[str,
             max_target_tokens=parameters.max_target_tokens if split == "train" else parameters.max_new_tokens,
             for_training=split == "train",
         )
-        for split, records in used.items()
+        for split, records in read_training_splits(parameters).items()
     }
     if "test" not in scans and (Path(parameters.data_dir) / "test.jsonl").is_file():
         scans["test"] = Scan()

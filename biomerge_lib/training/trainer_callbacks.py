@@ -61,7 +61,6 @@ class EpochEndEvaluation(TrainerCallback):
     def __init__(self, stop: StopOnRequest, evaluate_greedily: Callable[[], object] | None, *, watched: bool):
         self.stop = stop
         self.watched = watched
-        self._saved_at = -1
         self.evaluate_greedily = evaluate_greedily
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
@@ -73,11 +72,8 @@ class EpochEndEvaluation(TrainerCallback):
         here = (entry for entry in state.log_history if entry["step"] == state.global_step)
         evaluated = any(WATCH_METRIC in entry for entry in here)
         control.should_evaluate = self.watched and not evaluated
-        control.should_save = not evaluated if self.watched else state.global_step != self._saved_at
+        control.should_save = not evaluated if self.watched else state.global_step < state.max_steps
         self._greedy_pass()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        self._saved_at = state.global_step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         """Make up for the pass of an epoch whose run ended between its checkpoint and that of the next steps."""

@@ -96,7 +96,7 @@ def test_unseen_corpora_get_the_default_cue(tmp_path):
 
 
 def test_a_run_trains_and_is_scored_with_the_cues_its_parameters_ask_for(tiny_parameters, tmp_path):
-    from biomerge_lib.training.launch import read_training_splits
+    from biomerge_lib.prompts.ner_span import read_training_splits
 
     mine = [Record(f"word {n}", ((0, 4),), f"d{n}", "mine") for n in range(200)]
     write_records(tmp_path / "train.jsonl", mine)

@@ -13,7 +13,8 @@ from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.experiment.provenance import TEST_LOG
 from biomerge_lib.model.backbones import backbone_sha256
-from biomerge_lib.training.launch import read_training_splits, train_run
+from biomerge_lib.prompts.ner_span import read_training_splits
+from biomerge_lib.training.launch import train_run
 from biomerge_lib.training.outcome import explain_early_stop, explain_gap
 from biomerge_lib.training.run import build_model, build_trainer, train
 from biomerge_lib.training.trainer import NerTrainer
