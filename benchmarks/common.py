@@ -1,11 +1,13 @@
-"""What the benchmarks share: where a report's numbers come from, its two files, a run's logged losses."""
+"""What the benchmarks share: where a report's numbers come from, its two files, runs side by side and their losses."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,42 @@ def write_report(path: Path, report: Any, page: Iterable[str]) -> None:
     """Write a JSON file, and its page's lines beside it."""
     write_json(path, report)
     write_text(path.with_suffix(".md"), "\n".join(page).rstrip() + "\n")
+
+
+def run_side_by_side(commands: Mapping[str, Sequence[str]], *, at_once: int, budget: float) -> list[str]:
+    """Run commands, ``at_once`` side by side and in order, output in runs/NAME.log; the names of those that failed.
+
+    After ``budget`` seconds none is started, and those that were not count as failed; what runs is waited for.
+    """
+    begun, waiting, failed = time.monotonic(), list(commands.items()), []
+    running: dict[str, subprocess.Popen] = {}
+    (PROJECT_DIR / "runs").mkdir(exist_ok=True)
+    while waiting or running:
+        for name, process in [
+            (name, process) for name, process in running.items() if process.poll() is not None
+        ]:
+            del running[name]
+            failed += [name] if process.returncode else []
+            print(f"{time.monotonic() - begun:5.0f} s  {name}: ended with {process.returncode}", flush=True)
+        late = time.monotonic() - begun >= budget
+        while waiting and len(running) < at_once and not late:
+            name, words = waiting.pop(0)
+            with (PROJECT_DIR / "runs" / f"{name}.log").open("w") as output:
+                running[name] = subprocess.Popen(
+                    words, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT_DIR
+                )
+        if waiting and late:
+            print(f"out of time: {len(waiting)} not started", flush=True)
+            failed += [name for name, _ in waiting]
+            waiting.clear()
+        time.sleep(0.5)
+    return failed
+
+
+def train_command(run_id: str, *words: str) -> list[str]:
+    """03_train with ``name=value`` words, of which a later one replaces an earlier one of its name."""
+    last = {word.partition("=")[0]: word for word in words}
+    return [sys.executable, "-m", "biomerge_lib", "run", "03_train", *last.values(), f"run_id={run_id}"]
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

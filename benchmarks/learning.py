@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import time
 from itertools import product
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from benchmarks.common import run_side_by_side, train_command
 from biomerge_lib.core.files import write_json
 from biomerge_lib.core.parameters import watch_metric_of
 from biomerge_lib.core.prompt_format import GONE_STYLES
@@ -110,42 +108,14 @@ def run_id(group: str, name: str) -> str:
     return f"learning-{group}-{'-'.join(filter(None, words.split('-')))}"
 
 
-def start(group: str, name: str, changes: str, extra: list[str]) -> subprocess.Popen:
-    """One training, its output in runs/<run_id>.log."""
-    folder = run_id(group, name)
-    words = {word.partition("=")[0]: word for word in [*COMMON.split(), *changes.split(), *extra]}
-    command = [sys.executable, "-m", "biomerge_lib", "run", "03_train", *words.values(), f"run_id={folder}"]
-    log = PROJECT_DIR / "runs" / f"{folder}.log"
-    log.parent.mkdir(exist_ok=True)
-    with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT_DIR)
-
-
 def run_all(sets: list[str], *, names: list[str], at_once: int, budget: float, extra: list[str]) -> None:
     """Train what is not finished, ``at_once`` side by side, in the sets' order; ``names`` are the only ones, if any."""
-    begun = time.monotonic()
-    waiting = [
-        (group, name, changes)
-        for group in sets
-        for name, changes in SETS[group].items()
-        if (not names or name in names) and name not in GONE_STYLES  # their published runs keep their rows
-    ]
-    running: dict[tuple[str, str], subprocess.Popen] = {}
-    while waiting or running:
-        for key, process in list(running.items()):
-            if process.poll() is not None:
-                del running[key]
-                print(
-                    f"{time.monotonic() - begun:5.0f} s  {' / '.join(key)}: ended with {process.returncode}",
-                    flush=True,
-                )
-        while waiting and len(running) < at_once and time.monotonic() - begun < budget:
-            group, name, changes = waiting.pop(0)
-            running[group, name] = start(group, name, changes, extra)
-        if waiting and time.monotonic() - begun >= budget:
-            print(f"out of time: {len(waiting)} not started", flush=True)
-            waiting.clear()
-        time.sleep(0.5)
+    commands = {}
+    for group, name, changes in ((g, n, c) for g in sets for n, c in SETS[g].items()):
+        if (not names or name in names) and name not in GONE_STYLES:  # their published runs keep their rows
+            folder = run_id(group, name)
+            commands[folder] = train_command(folder, *COMMON.split(), *changes.split(), *extra)
+    run_side_by_side(commands, at_once=at_once, budget=budget)
 
 
 def read_rows(folders: list[Path]) -> list[dict[str, Any]]:
