@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.hostile.damage import INPUTS, LISTED, TRIED
+from tests.hostile.damage import TRIED
 from tests.support.forked_training import train
 from tests.training.test_resume import CALLBACKS, curve, make_run  # noqa: F401
 
@@ -37,11 +37,7 @@ MOMENTS = {
     "before the metrics are written": f"{RUN}:write_json:2",
 }
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.slow,
-    pytest.mark.skipif(INPUTS == LISTED, reason="`pytest --hostile N` kills at all moments"),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
