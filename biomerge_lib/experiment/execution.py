@@ -117,7 +117,8 @@ def _kernel_manager(folder: Path, held: Sequence[IO]) -> type:
 
         async def _async_interrupt_kernel(self) -> None:
             if isinstance(sys.exception(), KeyboardInterrupt):
-                logging.disable()  # papermill and asyncio have much to say of a kernel that goes
+                for talker in ("papermill", "asyncio", "traitlets"):  # of a kernel that goes
+                    logging.getLogger(talker).disabled = True
             elif self.shutting_down:
                 return
             await super()._async_interrupt_kernel()

@@ -239,7 +239,7 @@ def test_a_checkpoint_of_other_weights_is_refused(make_trainer, tiny_prepared, t
     checkpoint = folder / "checkpoints/checkpoint-6"
     assert find_damage(checkpoint) is None
     (checkpoint / "model.safetensors").unlink()
-    assert find_damage(checkpoint) == "model.safetensors is missing"
+    assert "model.safetensors is missing" in find_damage(checkpoint)
     note = folder / "checkpoints/checkpoint-4/backbone.json"
     note.write_text(json.dumps({"sha256": "0"}))
     trainer, _ = make_trainer("moved", watch_metric="token_head")
