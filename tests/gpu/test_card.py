@@ -1,6 +1,7 @@
 """What holds on a CUDA card: `make gpu-test`. Each way of training trains, resumes, decodes and merges there, alike.
 
-Two processes, one a backend, train every combination once (train_on_card.py); each test looks at what they wrote.
+Four processes, three of them for PEFT, train every combination once (train_on_card.py); each test looks at what they
+wrote.
 """
 
 from __future__ import annotations
@@ -29,17 +30,25 @@ RELATIVE = 0.02  # of a loss in bfloat16, between two ways of computing it, over
 
 @pytest.fixture(scope="session")
 def results(tiny_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What train_on_card.py wrote, by combination; the two backends train side by side."""
+    """What train_on_card.py wrote, by combination; four processes train side by side."""
     import torch
 
     assert torch.cuda.is_available(), "these tests want a CUDA card: PyTorch sees none"
     out = tmp_path_factory.mktemp("card")
-    processes = {}
-    for backend in ("unsloth", "peft"):
-        command = [sys.executable, "-m", "tests.gpu.train_on_card", backend, str(tiny_prepared), str(out)]
-        with (out / f"{backend}.log").open("w") as log:
-            processes[backend] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-    for process in processes.values():
+    processes = []
+    for backend, *part in (("unsloth", "0", "1"), ("peft", "0", "3"), ("peft", "1", "3"), ("peft", "2", "3")):
+        command = [
+            sys.executable,
+            "-m",
+            "tests.gpu.train_on_card",
+            backend,
+            str(tiny_prepared),
+            str(out),
+            *part,
+        ]
+        with (out / f"{backend}.log").open("a") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
+    for process in processes:
         process.wait(timeout=600)
     found = {name: out / f"{name}.json" for name in NAMES}
     return {

@@ -1,8 +1,9 @@
 """Run apart by test_card.py, a process a backend (Unsloth patches transformers and peft on import).
 
-usage: train_on_card.py BACKEND PREPARED_BACKBONE FOLDER
+usage: train_on_card.py BACKEND PREPARED_BACKBONE FOLDER FIRST EVERY
 
-Trains each of ``COMBINATIONS`` with the backend and writes FOLDER/<name>.json as it goes.
+Trains every so many of the backend's ``COMBINATIONS``, from the first named on, and writes FOLDER/<name>.json as it
+goes.
 """
 
 from __future__ import annotations
@@ -166,9 +167,8 @@ def main() -> None:
     import torch
 
     torch.set_float32_matmul_precision("high")
-    for combination in COMBINATIONS:
-        if combination["backend"] != backend:
-            continue
+    first, every = map(int, sys.argv[4:])
+    for combination in [one for one in COMBINATIONS if one["backend"] == backend][first::every]:
         name = name_of(combination)
         try:
             result = train_one(combination, prepared, out / "runs" / name)
