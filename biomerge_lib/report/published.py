@@ -126,12 +126,14 @@ def results_table(reports_dir: Path = REPORTS_DIR) -> str:
 
 
 def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
-    """Write the table between the markers of a README.
+    """Write the table between the markers of a README, which is made where it is missing.
 
     Raises:
         DataError: the markers are missing.
     """
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    new = f"# {readme.parent.name}\n\n{BEGIN}\n{END}\n"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else new
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise DataError(f"{readme}: the markers {BEGIN} and {END} are missing.")

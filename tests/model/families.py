@@ -38,13 +38,15 @@ EXPERTS: dict[str, Any] = {
 class Family:
     """``config`` is what a tiny model wants beside :data:`SHAPE`.
 
-    ``packs``: packed rows keep sentences apart; ``unsloth``: LoRA reaches all of its linear layers there, too.
+    ``packs``: packed rows keep sentences apart, ``packs_on_card`` by a card's kernel, too;
+    ``unsloth``: LoRA reaches all of its linear layers there, too.
     """
 
     model_type: str
     name: str
     to_know: str = ""
     packs: bool = True
+    packs_on_card: bool = True
     unsloth: bool = True
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +75,14 @@ FAMILIES = [
         "Gemma 3 (text)",
         "a sentence longer than its sliding window needs `packing=false` on a CPU",
     ),
-    Family("gemma4_text", "Gemma 4 (text)", unsloth=False, config={"vocab_size_per_layer_input": 608}),
+    Family(
+        "gemma4_text",
+        "Gemma 4 (text)",
+        "heads of 512 numbers need `packing=false` on a card",
+        packs_on_card=False,
+        unsloth=False,
+        config={"vocab_size_per_layer_input": 608},
+    ),
     Family("phi3", "Phi 3, Phi 4", "LoRA goes on its fused `qkv_proj` and `gate_up_proj`", unsloth=False),
     Family("phi", "Phi 1, Phi 2", unsloth=False),
     Family(

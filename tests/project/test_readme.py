@@ -215,6 +215,8 @@ def test_the_table_holds_what_metrics_json_says(tmp_path):
     readme.write_text(f"a\n{BEGIN}\nold\n{END}\nz")
     write_results(readme, tmp_path)
     assert readme.read_text() == f"a\n{BEGIN}\n{table}{END}\nz"
+    write_results(tmp_path / "new.md", tmp_path)  # the first runs of a folder
+    assert f"{BEGIN}\n{table}{END}\n" in (tmp_path / "new.md").read_text()
 
 
 def finished_run(folder):
