@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -43,22 +44,24 @@ def write_report(path: Path, report: Any, page: Iterable[str]) -> None:
     write_text(path.with_suffix(".md"), "\n".join(page).rstrip() + "\n")
 
 
-def run_side_by_side(commands: Mapping[str, Sequence[str]], *, at_once: int, budget: float) -> list[str]:
+def run_side_by_side(
+    commands: Mapping[str, Sequence[str]], *, at_once: int, budget: float, stop: float | None = None
+) -> list[str]:
     """Run commands, ``at_once`` side by side and in order, output in runs/NAME.log; the names of those that failed.
 
-    After ``budget`` seconds none is started, and those that were not count as failed; what runs is waited for.
+    After ``budget`` seconds none is started, and those that were not count as failed; what runs is waited for, and
+    after ``stop`` seconds interrupted.
     """
     begun, waiting, failed = time.monotonic(), list(commands.items()), []
     running: dict[str, subprocess.Popen] = {}
     (PROJECT_DIR / "runs").mkdir(exist_ok=True)
     while waiting or running:
-        for name, process in [
-            (name, process) for name, process in running.items() if process.poll() is not None
-        ]:
-            del running[name]
-            failed += [name] if process.returncode else []
-            print(f"{time.monotonic() - begun:5.0f} s  {name}: ended with {process.returncode}", flush=True)
-        late = time.monotonic() - begun >= budget
+        seconds = time.monotonic() - begun
+        for name in [name for name, process in running.items() if process.poll() is not None]:
+            code = running.pop(name).returncode
+            failed += [name] if code else []
+            print(f"{seconds:5.0f} s  {name}: ended with {code}", flush=True)
+        late = seconds >= min(budget, stop or budget)
         while waiting and len(running) < at_once and not late:
             name, words = waiting.pop(0)
             with (PROJECT_DIR / "runs" / f"{name}.log").open("w") as output:
@@ -69,6 +72,10 @@ def run_side_by_side(commands: Mapping[str, Sequence[str]], *, at_once: int, bud
             print(f"out of time: {len(waiting)} not started", flush=True)
             failed += [name for name, _ in waiting]
             waiting.clear()
+        if stop is not None and seconds >= stop:
+            for process in running.values():
+                process.send_signal(signal.SIGINT)
+            stop = None
         time.sleep(0.5)
     return failed
 
