@@ -1,7 +1,7 @@
 """Ways for a model to say where mentions are, beside anchored offsets: same data, backbone, budget and scoring.
 
-    python -m benchmarks.controls --at-once 7 --budget 450                    # trained on train, scored on dev
-    python -m benchmarks.controls --at-once 7 --budget 450 --split test       # on train and dev, scored once on test
+    python -m benchmarks.controls --at-once 7 --stop 560                    # trained on train, scored on dev
+    python -m benchmarks.controls --at-once 7 --stop 560 --split test       # on train and dev, scored once on test
     python -m benchmarks.controls --names brackets --rate 1e-3                # one of them, at another learning rate
     python -m benchmarks.controls --names brackets encoder --at-once 2 runtime=cpu_debug subsample=0.01
 
@@ -433,6 +433,9 @@ def main() -> None:
     parser.add_argument("--rate", help="learning rate in place of each control's own")
     parser.add_argument("--at-once", type=int, default=7, help="controls side by side (%(default)s)")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which none is started")
+    parser.add_argument(
+        "--stop", type=float, help="seconds after which what runs is interrupted, to be gone on with"
+    )
     parser.add_argument("--here", action="store_true", help="run the one control in this process")
     parser.add_argument("extra", nargs="*", metavar="NAME=VALUE", help="parameters of all of them")
     options = parser.parse_args()
@@ -456,7 +459,9 @@ def main() -> None:
             if name.startswith("encoder"):
                 join_encoder(parameters)
             commands[parameters.run_name] = [*own, "--names", name, "--here", *options.extra]
-    if failed := run_side_by_side(commands, at_once=options.at_once, budget=options.budget):
+    if failed := run_side_by_side(
+        commands, at_once=options.at_once, budget=options.budget, stop=options.stop
+    ):
         raise SystemExit(f"not finished: {', '.join(failed)} (runs/NAME.log); the same command goes on.")
 
 

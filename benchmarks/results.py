@@ -72,27 +72,30 @@ BEGIN, END = "<!-- test results: begin -->", "<!-- test results: end -->"  # in 
 IN_README = ("results-qwen-bc5cdr", "results-smollm2-bc5cdr-42", "results-qwen-anatem")
 Stage = dict[str, Any]
 ABOUT = (
-    "Exact spans, type-free, micro F1 with its 95 % bootstrap interval, over documents where a corpus has some. Trained "
-    "on train and dev for a number of epochs that was chosen on dev, without early stopping; the last checkpoint scored "
-    "test. *Scored* counts all scorings of test that the run's folder has on record. Untokenised corpora have their "
-    "punctuation set apart (benchmarks/spaced.py)."
+    "Exact spans, type-free, micro F1 with its 95 % bootstrap interval, over documents where a corpus has some. "
+    "Trained on train and dev for a number of epochs that was chosen on dev, without early stopping; the last "
+    "checkpoint scored test. *Scored* counts all scorings of test that the run's folder has on record. Untokenised "
+    "corpora have their punctuation set apart (benchmarks/spaced.py)."
 )
 ABOUT_CONTROLS = (
     "SmolLM2 (but for the encoder), the same sentences of BC5CDR, and as many epochs and sentences a step. Each "
-    "control's learning rate was chosen on dev. Tokens are a sentence's. An answer is invalid where any of it cannot be "
-    "read as mentions of its text; the part that can be read still counts."
+    "control's learning rate was chosen on dev. Tokens are a sentence's. An answer is invalid where any of it cannot "
+    "be read as mentions of its text; the part that can be read still counts."
 )
 
 
-def train(group: str, extra: Sequence[str], *, at_once: int, budget: float, stop: float | None) -> None:
+def train(
+    group: str, names: Sequence[str], extra: Sequence[str], *, at_once: int, budget: float, stop: float | None
+) -> None:
+    """Train a set's runs, or only the ones named, that are not finished; each goes on where it was cut off."""
     commands = {}
-    for name, words in SETS[group].items():
+    for name in names or SETS[group]:
         run_id = f"results-{name}"
         stages = read_metrics(PROJECT_DIR / "runs" / run_id).get("stages", {})
         if stages.get("03_train", {}).get("status") == "finished":
             print(f"{run_id} is finished")
             continue
-        command = train_command(run_id, *words.split(), *extra)
+        command = train_command(run_id, *SETS[group][name].split(), *extra)
         compose_parameters(command[5:])  # refused before any is started
         commands[run_id] = command
     if failed := run_side_by_side(commands, at_once=at_once, budget=budget, stop=stop):
@@ -317,6 +320,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--train", choices=list(SETS), help="train a set's runs instead of making the page")
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="only these of the set")
     parser.add_argument("--at-once", type=int, default=5, help="trainings side by side (%(default)s)")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which none is started")
     parser.add_argument(
@@ -335,13 +339,10 @@ def main() -> None:
     quiet_libraries()
     try:
         if options.train:
-            train(
-                options.train,
-                options.extra,
-                at_once=options.at_once,
-                budget=options.budget,
-                stop=options.stop,
-            )
+            if unknown := [name for name in options.names if name not in SETS[options.train]]:
+                parser.error(f"{unknown[0]} is none of {', '.join(SETS[options.train])}")
+            limits = {"at_once": options.at_once, "budget": options.budget, "stop": options.stop}
+            train(options.train, options.names, options.extra, **limits)
         elif options.agreement:
             measure_agreement(options.agreement, options.runs)
         else:

@@ -31,7 +31,7 @@ def record(runs, name, words, metrics):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """A folder of every run that the page wants, none of whose F1s is another's. (folder, the F1s as the page has them)"""
+    """(A folder of every run that the page wants, each with an F1 of its own; the F1s as the page has them.)"""
     (tmp_path / "README.md").write_text(
         "before <!-- test results: begin -->old<!-- test results: end --> after"
     )
