@@ -12,14 +12,15 @@ from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import open_bytes
 from biomerge_lib.core.spans import OFFSET, Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import Format, Reading, Source, ending_of, iter_json, json_keys
+from biomerge_lib.corpora.formats import Format, by_file, ending_of, iter_json, json_keys
 
 
-def read_bioc(path: Path, counts: ReadCounts) -> Iterator[Document]:
+def read_bioc(path: Path, counts: ReadCounts, name: str) -> Iterator[Document]:
     """Read a file: each passage, or each of its sentences where it has them, becomes a document of its own.
 
-    Passages share their document's id. A mention's type is its infon ``type``; an annotation without words is not
-    checked against the text, one without a location (NLM-Chem's MeSH headings) is left out. Relations are counted.
+    Passages share their document's id; each has one. A mention's type is its infon ``type``; an annotation without
+    words is not checked against the text, one without a location (NLM-Chem's MeSH headings) is left out. Relations
+    are counted.
 
     Raises:
         DataError: broken XML or JSON, an undefined entity, an element or a number missing.
@@ -148,13 +149,8 @@ def _number(digits: str, where: str) -> int:
     return int(digits)
 
 
-def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
-    for path in source.files[split]:
-        yield from read_bioc(path, counts)
-
-
 def _has(path: Path) -> bool:
     return ending_of(path) == ".xml" or {"passages", "infons"} <= json_keys(path)
 
 
-BIOC = Format((".xml", ".json", ".jsonl"), _read, _has)
+BIOC = Format((".xml", ".json", ".jsonl"), by_file(read_bioc), _has)

@@ -32,9 +32,8 @@ def read_brat(paths: Sequence[Path], counts: ReadCounts) -> Iterator[Document]:
     for name, pair in pairs.items():
         if len(pair) < 2:
             path, missing = next(iter(pair.values())), f"{name}.txt" if False in pair else f"{name}.ann"
-            raise DataError(
-                f"{path}: no {missing} beside it; each .txt needs its .ann (or .a1), and each of these its .txt."
-            )
+            needs = "each .txt needs its .ann (or .a1), and each of these its .txt"
+            raise DataError(f"{path}: no {missing} beside it; {needs}.")
     for name, pair in pairs.items():
         mentions = tuple(_iter_mentions(pair[False], counts))
         yield Document(name, read_text(pair[True]), mentions, str(pair[True]))

@@ -15,24 +15,25 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
 from biomerge_lib.corpora.formats import (
-    DOCUMENT_COLUMNS,
-    TAG_COLUMNS,
-    TOKEN_COLUMNS,
     Column,
     Format,
     Reading,
     Source,
     ending_of,
+    id_of,
     json_keys,
-    split_of,
+    splits_of,
 )
 from biomerge_lib.corpora.tags import (
     LOOKED_AT,
+    TAG_COLUMNS,
     ParsedTag,
     make_record,
     parse_tag,
     refuse_implausible,
 )
+
+TOKEN_COLUMNS = ("tokens", "words")
 
 
 def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collection[str] = ()) -> Source:
@@ -54,13 +55,12 @@ def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collectio
         raise DataError(f"hub:{name}: datasets cannot load it ({reason}).") from error
     streams = {}
     for split in splits:
-        found = [key for key in available if split_of(key) == split]
-        if not found and split in optional:
-            continue
-        if len(found) != 1:
-            problem = "no split" if not found else f"{len(found)} splits"
+        found = [key for key in available if splits_of(key) == [split]]
+        if len(found) > 1 or (not found and split not in optional):
+            problem = f"{len(found)} splits" if found else "no split"
             raise DataError(f"hub:{name}: {problem} for {split}; it has {', '.join(available)}.")
-        streams[split] = available[found[0]]
+        if found:
+            streams[split] = available[found[0]]
     return Source(dataset, "hub", name, {"": hub_files(Path(name))}, streams)
 
 
@@ -73,30 +73,30 @@ def hub_files(folder: Path) -> list[Path]:
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record | Document]:
     stream, where = source.streams[split], f"hub:{source.location} {split}"
     looked_at: list[str] = []
-    parsed_tags: dict[Any, ParsedTag] = {}
+    parsed_tags: dict[str, ParsedTag] = {}
     for number, row in enumerate(_rows(stream, where)):
         at = f"{where} row {number}"
         if "passages" in row and "entities" in row:
-            yield from _bigbio_documents(row, at)
+            yield _bigbio_document(row, at)
             continue
         words_in = _column(row, "token_column", how.token_column, TOKEN_COLUMNS, at)
         tags_in = _column(row, "tag_column", how.tag_column, TAG_COLUMNS, at)
         tokens, found = row[words_in] or [], row[tags_in] or []
+        if not isinstance(tokens, list) or not isinstance(found, list):
+            raise DataError(f"{at}: {words_in} and {tags_in} must be lists, of a tag for each token.")
         if len(tokens) != len(found):
             raise DataError(f"{at}: {len(tokens)} {words_in} but {len(found)} {tags_in}.")
         for tag in found:
-            if tag not in parsed_tags:
-                parsed_tags[tag] = parse_tag(_name_of(tag, stream.features, tags_in, at), at)
-        tags = [parsed_tags[tag] for tag in found]
+            if str(tag) not in parsed_tags:
+                parsed_tags[str(tag)] = parse_tag(_name_of(tag, stream.features, tags_in, at), at)
         words = [str(token).strip() for token in tokens]
-        counts.blank_tokens += words.count("")
-        tags = [tag for tag, word in zip(tags, words, strict=True) if word]
+        tags = [parsed_tags[str(tag)] for tag, word in zip(found, words, strict=True) if word]
         words = list(filter(None, words))
-        document = next((str(row[name]) for name in DOCUMENT_COLUMNS if row.get(name)), None)
-        doc_id = document or f"{source.name}_{split}_s{number:05d}"
+        counts.blank_tokens += len(tokens) - len(words)
         if how.token_column is None and len(looked_at) < LOOKED_AT:
             looked_at += words
         if words:
+            doc_id = id_of(row, f"{source.name}_{split}_s{number:05d}")
             yield make_record(words, tags, doc_id, source.name, types=how.types, counts=counts)
         else:
             counts.empty_documents += 1
@@ -141,20 +141,28 @@ def _name_of(tag: Any, features: Mapping[str, Any] | None, column: str, where: s
     return names[tag]
 
 
-def _bigbio_documents(row: Mapping[str, Any], where: str) -> Iterator[Document]:
+def _bigbio_document(row: Mapping[str, Any], where: str) -> Document:
     """The row's document, its passages at their offsets (what lies between them becomes one line break and spaces)."""
-    doc_id = str(row.get("document_id") or row.get("id"))
     text = ""
-    for passage in row["passages"]:
-        for words, (start, _) in zip(passage["text"], passage["offsets"], strict=True):
-            if start < len(text):
-                raise DataError(f"{where}: the passage at {start} overlaps the one before.")
-            text += ("\n" + " " * (start - len(text) - 1) if start > len(text) else "") + words
     mentions = []
-    for entity in row["entities"]:
-        parts: list[Span] = [(start, end) for start, end in entity["offsets"]]
-        mentions.append(Mention(tuple(parts), entity["type"] or UNTYPED, " ".join(entity["text"]), where))
-    yield Document(doc_id, text, tuple(mentions), where)
+    try:
+        for passage in row["passages"]:
+            for words, (start, _) in zip(passage["text"], passage["offsets"], strict=True):
+                if start < len(text):
+                    raise DataError(f"{where}: the passage at {start} overlaps the one before.")
+                text += ("\n" + " " * (start - len(text) - 1) if start > len(text) else "") + words
+        for entity in row["entities"]:
+            parts: list[Span] = [(start, end) for start, end in entity["offsets"]]
+            kind, words = str(entity["type"] or UNTYPED), " ".join(entity["text"])
+            mentions.append(Mention(tuple(parts), kind, words, where))
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: passages or entities are not bigbio's ({error!r}).") from None
+    return Document(str(row.get("document_id") or row.get("id")), text, tuple(mentions), where)
+
+
+def has_tags(keys: set[str]) -> bool:
+    """Whether a row of these keys is a sentence with tags; annotation tools write where each token starts."""
+    return not keys.isdisjoint(TOKEN_COLUMNS) and not keys.isdisjoint(TAG_COLUMNS) and "start" not in keys
 
 
 def _has(path: Path) -> bool:

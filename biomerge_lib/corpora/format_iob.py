@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError, nearest
@@ -18,7 +18,6 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.documents import ReadCounts
 from biomerge_lib.corpora.formats import (
     READ_ALL,
-    TAG_COLUMNS,
     Column,
     Format,
     Reading,
@@ -32,6 +31,7 @@ from biomerge_lib.corpora.formats import (
 from biomerge_lib.corpora.tags import (
     LOOKED_AT,
     TAG,
+    TAG_COLUMNS,
     ParsedTag,
     find_implausible,
     is_repetitive,
@@ -82,46 +82,42 @@ def read_iob(
     """
     counts = ReadCounts() if counts is None else counts
     doc_prefix = doc_prefix or f"{dataset}_{path.name.split('.')[0]}"
-    lines = list(split_lines(read_text(path)))
+    lines = split_lines(read_text(path))
     layout = _find_layout(lines, how, path)
-    parsed_tags: dict[str, ParsedTag] = {}
+    rows: dict[str, tuple[str, str, ParsedTag]] = {}  # most lines of a corpus are repeated
     document: str | None = None
     id_before = None
     documents = sentences = 0
     tokens: list[str] = []
     tags: list[ParsedTag] = []
-    for number, line in enumerate(chain(lines, [""]), start=1):  # "" ends the last sentence
-        marker = _DOCUMENT.fullmatch(line) if line.startswith(_NO_ROW) else None
-        if marker or not line.strip():
-            if tokens:
-                sentences += 1
-                doc_id = document or f"{doc_prefix}_s{sentences:05d}"
-                yield make_record(tokens, tags, doc_id, dataset, types=how.types, counts=counts)
-                tokens, tags = [], []
-            if marker:
-                documents += 1
-                document = _name_document(next(filter(None, marker.groups()), None), documents, doc_prefix)
-            continue
-        if number <= layout.names_line or (line.startswith("#") and not layout.is_token(line)):
-            counts.other_lines += line.startswith("#")
-            continue
-        row = layout.split(line)
-        if len(row) != layout.width:
-            expected = f"{layout.width} columns by {'tabs' if layout.has_tabs else 'blanks'}, token<TAB>tag"
-            raise DataError(f"{path}:{number}: expected {expected}, found {line[:60]!r}.")
-        if not row[layout.token_at]:
-            raise DataError(f"{path}:{number}: the token is missing in {line[:60]!r}.")
-        token, word = row[layout.token_at].strip(), row[layout.tag_at]
-        if word not in parsed_tags:
-            parsed_tags[word] = parse_tag(word, f"{path}:{number}")
+    for number, line in enumerate([*lines, ""], start=1):  # "" ends the last sentence
+        if (row := rows.get(line)) is None:
+            marker = _DOCUMENT.fullmatch(line) if line.startswith(_NO_ROW) else None
+            if marker or not line.strip():
+                if tokens:
+                    sentences += 1
+                    doc_id = document or f"{doc_prefix}_s{sentences:05d}"
+                    yield make_record(tokens, tags, doc_id, dataset, types=how.types, counts=counts)
+                    tokens, tags = [], []
+                if marker:
+                    documents += 1
+                    document = _name_document(
+                        next(filter(None, marker.groups()), None), documents, doc_prefix
+                    )
+                continue
+            if number <= layout.names_line or (line.startswith("#") and not layout.is_token(line)):
+                counts.other_lines += line.startswith("#")
+                continue
+            row = rows[line] = layout.read(line, f"{path}:{number}")
+        first, token, tag = row
         if not token:
             counts.blank_tokens += 1
             continue
-        if layout.has_ids and not tokens and row[0] != id_before:
-            documents, id_before = documents + 1, row[0]
-            document = _name_document(row[0].strip(), documents, doc_prefix)
+        if layout.has_ids and not tokens and first != id_before:
+            documents, id_before = documents + 1, first
+            document = _name_document(first.strip(), documents, doc_prefix)
         tokens.append(token)
-        tags.append(parsed_tags[word])
+        tags.append(tag)
     if not sentences:
         raise DataError(f"{path}: the file has no sentences.")
 
@@ -152,6 +148,16 @@ class _Layout:
         row = line.split("\t")
         return row[: self.width] if len(row) > self.width and not any(row[self.width :]) else row
 
+    def read(self, line: str, where: str) -> tuple[str, str, ParsedTag]:
+        """The line's first column, its token without white space around it, and its tag."""
+        row = self.split(line)
+        if len(row) != self.width:
+            expected = f"{self.width} columns by {'tabs' if self.has_tabs else 'blanks'}, token<TAB>tag"
+            raise DataError(f"{where}: expected {expected}, found {line[:60]!r}.")
+        if not row[self.token_at]:
+            raise DataError(f"{where}: the token is missing in {line[:60]!r}.")
+        return row[0], row[self.token_at].strip(), parse_tag(row[self.tag_at], where)
+
     def is_token(self, line: str) -> bool:
         """Whether a line that begins with # is a token and its tag. ``#hepatitis B`` is not, where tags have types."""
         row = self.split(line)
@@ -163,39 +169,44 @@ def _find_layout(lines: Sequence[str], how: Reading, path: Path) -> _Layout:
     """How the file is laid out, from its first rows; where there are more than two columns, from all of them.
 
     Raises:
-        DataError: there is no row, a column that was named is missing, or it is not clear which column is which.
+        DataError: a column that was named is missing, or it is not clear which column is which.
     """
-    places = [number for number, line in enumerate(lines) if line.strip() and not line.startswith(_NO_ROW)]
-    if not places:
-        raise DataError(f"{path}: the file has no sentences.")
-    where, first = f"{path}:{places[0] + 1}", lines[places[0]].rstrip("\t")
+    numbered = _rows_of(lines)
+    number, line = next(numbered, (0, ""))
+    where, first = f"{path}:{number}", line.rstrip("\t")
     layout = _Layout("\t" in first)
+    if not number:
+        return layout
     names = [cell.strip() for cell in layout.split(first)]
     layout.width = max(len(names), 2)
-    if layout.width == 2:
-        places = places[:LOOKED_AT]
-    rows = [row for place in places if len(row := layout.split(lines[place])) == layout.width]
+    looked_at = [line, *(line for _, line in islice(numbered, LOOKED_AT if layout.width == 2 else None))]
+    rows = [row for line in looked_at if len(row := layout.split(line)) == layout.width]
     if str in (type(how.token_column), type(how.tag_column)):
-        layout.names_line, rows = places[0] + 1, rows[1:]
+        layout.names_line, rows = number, rows[1:]
     columns = [[row[at].strip() for row in rows] for at in range(layout.width)]
     kinds = {at: found for at, cells in enumerate(columns) if (found := _kinds_of(cells)) is not None}
     token_at = _place_of("token_column", how.token_column, names, where)
     tag_at = _place_of("tag_column", how.tag_column, names, where)
     layout.tag_at = _find_tags(kinds, layout.width, where) if tag_at is None else tag_at
     if len(names) > 1 and names[layout.tag_at].lower() in _NAMES:
-        layout.names_line = places[0] + 1
+        layout.names_line = number
     layout.has_types = bool(kinds.get(layout.tag_at, set()) - {""})
     if token_at is None:
         others = [at for at in range(layout.width) if at not in kinds and at != layout.tag_at]
         token_at = next((at for at in others if not find_implausible(columns[at][:LOOKED_AT])), 0)
-    looked_at = columns[token_at][:LOOKED_AT]
-    if how.token_column is None or find_implausible(looked_at) == "tags":
-        refuse_implausible(looked_at, where, f"column {token_at}")
+    tokens = columns[token_at][:LOOKED_AT]
+    if how.token_column is None or find_implausible(tokens) == "tags":
+        refuse_implausible(tokens, where, f"column {token_at}")
     if token_at == layout.tag_at:
         raise DataError(f"{where}: token_column and tag_column are both {token_at}: set both of them.")
     layout.token_at = token_at
     layout.has_ids = 0 not in (token_at, layout.tag_at) and is_repetitive(columns[0])
     return layout
+
+
+def _rows_of(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The lines that are neither blank nor a comment, with their numbers."""
+    return ((n, line) for n, line in enumerate(lines, 1) if line.strip() and not line.startswith(_NO_ROW))
 
 
 def _place_of(parameter: str, column: Column, names: Sequence[str], where: str) -> int | None:
@@ -242,8 +253,7 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
 
 def _has(path: Path) -> bool:
     """A table needs a tag somewhere, a file with another ending a column of tags."""
-    lines = [line for line in first_lines(path) if line.strip() and not line.startswith(_NO_ROW)]
-    rows = [_Layout("\t" in line).split(line) for line in lines]
+    rows = [_Layout("\t" in line).split(line) for _, line in _rows_of(first_lines(path))]
     if ending_of(path) in _OTHERS:
         width = min(map(len, rows), default=0)
         return width > 1 and any(_kinds_of([row[at] for row in rows]) is not None for at in range(width))

@@ -15,19 +15,8 @@ from typing import Any
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import (
-    DOCUMENT_COLUMNS,
-    TAG_COLUMNS,
-    TOKEN_COLUMNS,
-    Format,
-    Reading,
-    Source,
-    ending_of,
-    first_line,
-    iter_json,
-    json_keys,
-    named_files,
-)
+from biomerge_lib.corpora.format_hub import has_tags
+from biomerge_lib.corpora.formats import Format, by_file, ending_of, first_line, id_of, iter_json, json_keys
 
 # What a field may be called, and what it may be; the first name that there is counts.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
@@ -41,7 +30,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
 _DOCBIN = ".spacy"
 
 
-def read_json(path: Path, doc_prefix: str, counts: ReadCounts) -> Iterator[Document]:
+def read_json(path: Path, counts: ReadCounts, name: str) -> Iterator[Document]:
     """A file's texts with their mentions; one that an annotator rejected or skipped is counted (``other_lines``).
 
     Raises:
@@ -65,10 +54,8 @@ def read_json(path: Path, doc_prefix: str, counts: ReadCounts) -> Iterator[Docum
             ends = list(accumulate(len(token) + 1 for token in tokens))
             places, text = list(zip([0, *ends], [end - 1 for end in ends], strict=False)), " ".join(tokens)
         mentions = tuple(_mention_of(item, places, where) for item in items)
-        doc_id = next((str(row[name]) for name in DOCUMENT_COLUMNS if row.get(name)), None)
-        yield Document(
-            doc_id or f"{doc_prefix}_{number:05d}", text, mentions, where, is_sentence=places is not None
-        )
+        doc_id = id_of(row, f"{name}_{number:05d}")
+        yield Document(doc_id, text, mentions, where, is_sentence=places is not None)
 
 
 def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
@@ -91,16 +78,13 @@ def _label_studio_row(row: dict[str, Any], where: str, counts: ReadCounts) -> di
     done = [one for one in tasks if not one.get("was_cancelled")]
     done = [one for one in done if one.get("ground_truth")] or done
     if len(done) > 1:
-        raise DataError(
-            f"{where}: {len(done)} annotations of one task; mark one as ground truth, or export one."
-        )
+        several = f"{len(done)} annotations of one task"
+        raise DataError(f"{where}: {several}; mark one as ground truth, or export one.")
     values = [result.get("value") for result in _objects(done[0].get("result"))] if done else []
     labels = [value for value in _objects(values) if "start" in value]
     counts.other_lines += len(values) - len(labels)
-    texts = [
-        value for value in row["data"].values() if isinstance(value, str)
-    ]  # under any name, if it is one
-    text = {"text": texts[0]} if len(texts) == 1 else {}
+    texts = [value for value in row["data"].values() if isinstance(value, str)]
+    text = {"text": texts[0]} if len(texts) == 1 else {}  # under any name
     return {**text, **row["data"], "spans": labels, "answer": "accept" if done else "skipped"}
 
 
@@ -128,9 +112,8 @@ def _iter_docbin(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         spacy = import_module("spacy")
     except ImportError:
-        raise DataError(
-            f"{path}: only spaCy reads a DocBin, and is not installed: pip install spacy."
-        ) from None
+        missing = "only spaCy reads a DocBin, and is not installed: pip install spacy."
+        raise DataError(f"{path}: {missing}") from None
     docs = spacy.tokens.DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab)
     for number, doc in enumerate(docs, start=1):
         fields = doc.to_json()
@@ -138,20 +121,14 @@ def _iter_docbin(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path} item {number}", {"text": fields["text"], "ents": ents}
 
 
-def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
-    for path, prefix in named_files(source, split):
-        yield from read_json(path, prefix, counts)
-
-
 def _has(path: Path) -> bool:
     """A text and mentions, and neither a hub row's nor a record's keys."""
     if ending_of(path) == _DOCBIN:
         return True
     keys = json_keys(path)
-    is_hub = not keys.isdisjoint(TOKEN_COLUMNS) and not keys.isdisjoint(TAG_COLUMNS) and "start" not in keys
     has_text = not keys.isdisjoint(FIELDS["text"][0]) or first_line(path).lstrip().startswith("[")
     has_mentions = not keys.isdisjoint({*FIELDS["mentions"][0], "result"})
-    return has_text and has_mentions and not is_hub and keys.isdisjoint({"input", "passages"})
+    return has_text and has_mentions and not has_tags(keys) and keys.isdisjoint({"input", "passages"})
 
 
-JSON = Format((".json", ".jsonl", _DOCBIN), _read, _has)
+JSON = Format((".json", ".jsonl", _DOCBIN), by_file(read_json), _has)

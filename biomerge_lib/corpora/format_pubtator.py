@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import OFFSET
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import (
-    Format,
-    Reading,
-    Source,
-    ending_of,
-    first_line,
-    read_text,
-    split_lines,
-)
+from biomerge_lib.corpora.formats import Format, by_file, ending_of, first_line, read_text, split_lines
 
 _TEXT = re.compile(r"([^|\t]+)\|([a-z])\|(.*)", re.DOTALL)
 _TITLE = re.compile(r"[^|\t]+\|t\|")
 
 
-def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
-    """Read a file's documents.
+def read_pubtator(path: Path, counts: ReadCounts, name: str = "") -> Iterator[Document]:
+    """Read a file's documents, all of which have ids; a blank line or the next title ends one.
 
     The text is the title, a line break, the abstract (offsets count one character between them). Relations
-    (``ID CID ...``) are counted; a blank line or the next title ends a document.
+    (``ID CID ...``) are counted.
 
     Raises:
         DataError: not UTF-8, a line that is neither, or one of another document.
@@ -36,8 +27,7 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
     doc_id, start = "", 0
     texts: list[str] = []
     mentions: list[Mention] = []
-    lines = chain(split_lines(read_text(path)), [""])  # "" ends the last document
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate([*split_lines(read_text(path)), ""], start=1):  # "" ends the last document
         where = f"{path}:{number}"
         text = _TEXT.fullmatch(line)
         if texts and (not line.strip() or (text and (text[2] == "t" or text[1] != doc_id))):
@@ -63,14 +53,9 @@ def read_pubtator(path: Path, counts: ReadCounts) -> Iterator[Document]:
             mentions.append(Mention((span,), columns[4].strip(), columns[3], where))
 
 
-def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
-    for path in source.files[split]:
-        yield from read_pubtator(path, counts)
-
-
 def is_pubtator(path: Path) -> bool:
     """By its ending or its first line."""
     return ending_of(path) == ".pubtator" or _TITLE.match(first_line(path)) is not None
 
 
-PUBTATOR = Format((".txt", ".pubtator"), _read, is_pubtator)
+PUBTATOR = Format((".txt", ".pubtator"), by_file(read_pubtator), is_pubtator)

@@ -12,15 +12,7 @@ from pathlib import Path
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCounts
-from biomerge_lib.corpora.formats import (
-    Format,
-    Reading,
-    Source,
-    first_line,
-    named_files,
-    read_text,
-    split_lines,
-)
+from biomerge_lib.corpora.formats import Format, by_file, first_line, read_text, split_lines
 
 _TEXT = "#Text="
 
@@ -51,10 +43,9 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
                 raise DataError(f"{where}: expected a token of {text[:40]!r}, found {line[:40]!r}.")
             token = (start, start + len(columns[2]))
             end = end if is_part else token[1]
+            # Of "identifier|value" the value is the type.
             values = [columns[at] for at in features if columns[at] not in ("_", "")]
-            named = [
-                value for value in values if value[0] != "*"
-            ]  # "identifier|value": the value is the type
+            named = [value for value in values if value[0] != "*"]
             for value in (named or values or [""])[-1].split("|"):
                 kind, _, mention = value.partition("[")
                 key = (UNTYPED if kind == "*" else kind.replace("\\", ""), mention or f"line {number}")
@@ -82,13 +73,8 @@ def _find_features(layers: list[str], path: Path) -> list[int]:
     return found[chosen[0]]
 
 
-def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
-    for path, name in named_files(source, split):
-        yield from read_webanno(path, counts, name)
-
-
 def _has(path: Path) -> bool:
     return first_line(path).startswith("#FORMAT=WebAnno TSV 3")
 
 
-WEBANNO = Format((".tsv",), _read, _has)
+WEBANNO = Format((".tsv",), by_file(read_webanno), _has)

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.documents import BOM, Document, ReadCounts
 
 Column = int | str | None
-TOKEN_COLUMNS = ("tokens", "words")
-TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")
 # "id" is a row number in most data sets.
-DOCUMENT_COLUMNS = ("document_id", "doc_id", "docid", "pmid", "sourceid")
+_ID_COLUMNS = ("document_id", "doc_id", "docid", "pmid", "sourceid")
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "dev": ("dev", "devel", "develop", "development", "val", "valid", "validation", "testa"),
@@ -75,6 +72,7 @@ class Reading:
 
 
 READ_ALL = Reading()
+ReadSplit = Callable[[Source, str, Reading, ReadCounts], Iterator[Record | Document]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +88,16 @@ class Format:
     """
 
     endings: tuple[str, ...]
-    read: Callable[[Source, str, Reading, ReadCounts], Iterator[Record | Document]]
+    read: ReadSplit
     has: Callable[[Path], bool] | None = None
     is_document_a_file: bool = False
 
 
-def split_of(name: str) -> str | None:
-    """The split that a file or folder name tells; None where it tells none, or several.
-
-    >>> split_of("CDR_TrainingSet.BioC.xml"), split_of("valid.conll"), split_of("train_dev.tsv")
-    ('train', 'dev', None)
-    """
-    found = splits_of(name)
-    return found[0] if len(found) == 1 else None
-
-
 def splits_of(name: str) -> list[str]:
-    """All splits that a file or folder name tells.
+    """The splits that a file or folder name tells.
 
-    >>> splits_of("traindev.PubTator"), splits_of("strains.txt")
-    (['train', 'dev'], [])
+    >>> splits_of("CDR_TrainingSet.BioC.xml"), splits_of("traindev.PubTator"), splits_of("strains.txt")
+    (['train'], ['train', 'dev'], [])
     """
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=train)(?=dev|val)", "_", name).lower()
     return [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
@@ -118,8 +106,7 @@ def splits_of(name: str) -> list[str]:
 def first_lines(path: Path) -> list[str]:
     """The lines that a file begins with (16 kB of them; the last one may be cut)."""
     with open_bytes(path) as stream:
-        start = stream.read(1 << 14).decode("utf-8-sig", errors="replace")
-    return [line.rstrip("\r") for line in start.split("\n")]
+        return split_lines(stream.read(1 << 14).decode("utf-8", errors="replace"))
 
 
 def first_line(path: Path) -> str:
@@ -138,15 +125,11 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(
-                f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE"
-            ) from None
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file). "
-            f"If it is Latin-1: iconv -f latin1 -t UTF-8 {path} > NEW_FILE"
-        ) from None
+        what = f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file). If it is Latin-1"
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        what, code = (f"{path}: UTF-16 text; convert it", "UTF-16") if is_utf16 else (what, "latin1")
+        raise DataError(f"{what}: iconv -f {code} -t UTF-8 {path} > NEW_FILE") from None
 
 
 def ending_of(path: Path) -> str:
@@ -173,8 +156,23 @@ def named_files(source: Source, split: str) -> Iterator[tuple[Path, str]]:
     """
     paths = source.files[split]
     for path in paths:
-        tells_split = len(paths) == 1 and split_of(path.name) == split
+        tells_split = len(paths) == 1 and splits_of(path.name) == [split]
         yield path, f"{source.name}_{path.name.split('.')[0] if tells_split else f'{split}_{stem_of(path)}'}"
+
+
+def by_file(read: Callable[[Path, ReadCounts, str], Iterator[Document]]) -> ReadSplit:
+    """A format's ``read`` from a function of a file, the counts, and what documents without an id are called."""
+
+    def read_split(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Document]:
+        for path, name in named_files(source, split):
+            yield from read(path, counts, name)
+
+    return read_split
+
+
+def id_of(row: Mapping[str, Any], otherwise: str) -> str:
+    """The id of the document that a row of a table or of JSON belongs to."""
+    return next((str(row[name]) for name in _ID_COLUMNS if row.get(name)), otherwise)
 
 
 def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -184,11 +182,9 @@ def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
         DataError: not JSON.
     """
     text = read_text(path)
-    lines = [(number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()]
+    lines = [(f"{path}:{n}", line) for n, line in enumerate(split_lines(text), start=1) if line.strip()]
     if ending_of(path) == ".jsonl" or (len(lines) > 1 and lines[0][1].rstrip().endswith("}")):
-        yield from (
-            (f"{path}:{number}", parse_json(line, f"{path}:{number}", object)) for number, line in lines
-        )
+        yield from ((where, parse_json(line, where, object)) for where, line in lines)
         return
     whole = parse_json(text.removeprefix(BOM), path, object)
     if isinstance(whole, dict):  # BioC's collection, or one object
@@ -202,7 +198,6 @@ def json_keys(path: Path) -> set[str]:
     return set(re.findall(r'"(\w+)"\s*:', "\n".join(first_lines(path))))
 
 
-def split_lines(text: str) -> Iterator[str]:
+def split_lines(text: str) -> list[str]:
     r"""The lines of a text; only ``\n`` and ``\r\n`` end one (``str.splitlines`` also knows U+2028)."""
-    for line in StringIO(text.removeprefix(BOM).replace("\r\n", "\n"), newline="\n"):
-        yield line.removesuffix("\n")
+    return text.removeprefix(BOM).replace("\r\n", "\n").split("\n")

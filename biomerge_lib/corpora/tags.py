@@ -18,6 +18,7 @@ from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import Span
 from biomerge_lib.corpora.documents import UNTYPED, ReadCounts
 
+TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")  # what a table calls them
 TAG = re.compile(r"O|([BIESLUMW])(?:-(.*))?")
 _CONTINUES, _ENDS = frozenset("IELM"), frozenset("ESLUW")
 _NUMBER = re.compile(r"\d+(?:[-.:_]\d+)*")

@@ -14,7 +14,7 @@ import pytest
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.records import Record, parse_record, records_sha256, write_records
 from biomerge_lib.corpora.documents import Document, Mention, ReadCounts, read_spans
-from biomerge_lib.corpora.formats import READ_ALL, Format, Reading, split_of
+from biomerge_lib.corpora.formats import READ_ALL, Format, Reading, splits_of
 from biomerge_lib.corpora.readers import Corpus, iter_source, read_corpus
 from biomerge_lib.corpora.sentences import find_document, find_lines, find_sentences, join_cut, split_document
 from biomerge_lib.corpora.sources import FORMATS, find_source
@@ -742,7 +742,7 @@ def test_counts_account_for_every_mention():
     ],
 )
 def test_a_name_tells_its_split(name, split):
-    assert split_of(name) == split
+    assert splits_of(name) == [split] if split else len(splits_of(name)) != 1
 
 
 def test_biobert_s_train_dev_is_left_unread(tmp_path):
@@ -1012,6 +1012,12 @@ def test_hub_documents_in_bigbio_columns(tmp_path):
         (
             {"tokens": ["a"], "classes": [0]},
             r"train row 0: no column ner_tags or tags .* it has classes, tokens",
+        ),
+        ({"tokens": "ab", "ner_tags": "BO"}, r"train row 0: tokens and ner_tags must be lists"),
+        ({"tokens": ["a"], "ner_tags": [["O"]]}, r"train row 0: ner_tags has numbers without names"),
+        (
+            {"passages": [{"text": ["a"]}], "entities": []},
+            r"train row 0: passages or entities are not bigbio's",
         ),
     ],
 )
