@@ -126,10 +126,10 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        what = f"{path}:{line}: not UTF-8 (byte {error.start + 1} of the file). If it is Latin-1"
-        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        what, code = (f"{path}: UTF-16 text; convert it", "UTF-16") if is_utf16 else (what, "latin1")
-        raise DataError(f"{what}: iconv -f {code} -t UTF-8 {path} > NEW_FILE") from None
+        what, code = f":{line}: not UTF-8 (byte {error.start + 1} of the file). If it is Latin-1: ", "latin1"
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            what, code = ": UTF-16 text; convert it: ", "UTF-16"
+        raise DataError(f"{path}{what}iconv -f {code} -t UTF-8 {path} > NEW_FILE") from None
 
 
 def ending_of(path: Path) -> str:

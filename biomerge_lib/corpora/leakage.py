@@ -43,17 +43,19 @@ DocumentAt = tuple[Place, str]  # with its doc_id; a sentence is one where a cor
 
 
 @dataclass(slots=True)
-class Document:
-    """A document's ``pieces`` (hashes of this process), and its ``copies``: the other places where it stands."""
+class Traced:
+    """A document's sentences, their ``pieces`` (hashes of this process), and the other places where it stands."""
 
-    pieces: array[int] = field(default_factory=lambda: array("q"))
-    sentences: int = 0
-    words: int = 0
+    items: list[Keyed]
+    pieces: array[int]
     copies: set[Place] = field(default_factory=set)
 
     def is_made_of(self, found: int) -> bool:
         """Whether so many of its pieces are enough to know it: half of a document's, all of a lone sentence's."""
-        return 0 < len(self.pieces) <= found * min(self.sentences, 2)
+        return 0 < len(self.pieces) <= found * min(len(self.items), 2)
+
+
+Documents = Mapping[DocumentAt, Traced]
 
 
 def normalise(text: str) -> str:
@@ -75,9 +77,8 @@ def key_of(record: Record) -> Keyed:
     """
     text = record.text
     sentence = normalise(text)
-    if text.isascii() and len(sentence) + text.count(" ") == len(
-        text
-    ):  # single spaces alone went: much faster
+    # Much faster, where nothing but single spaces went.
+    if text.isascii() and len(sentence) + text.count(" ") == len(text):
         gold = [(a - text.count(" ", 0, a), b - text.count(" ", 0, b)) for a, b in record.spans]
     else:
         gold = [(len(normalise(text[:start])), len(normalise(text[:end]))) for start, end in record.spans]
@@ -98,58 +99,61 @@ def check_documents(splits: Mapping[str, Iterable[Record]]) -> None:
                 )
 
 
-def find_documents(splits: Splits) -> dict[DocumentAt, Document]:
-    """The documents of each data set's splits, and where else they stand."""
-    documents: defaultdict[DocumentAt, Document] = defaultdict(Document)
+def find_documents(splits: Splits, before: Documents | None = None) -> Documents:
+    """The documents of each data set's splits, and where else they stand; ``before`` some of their sentences left."""
+    grouped: defaultdict[DocumentAt, list[Keyed]] = defaultdict(list)
+    for split, items in splits.items():
+        for item in items:
+            grouped[f"{item.record.dataset} {split}", item.record.doc_id].append(item)
+    documents: dict[DocumentAt, Traced] = {}
     holders: dict[int, tuple[Place, ...]] = {}
-    for place, items in _by_place(splits).items():
-        for record in (item.record for item in items):
-            document = documents[place, record.doc_id]
-            document.sentences += 1
-            document.words += len(record.text.split())
-            for piece in map(hash, _PIECE.findall(normalise(record.text))):
-                document.pieces.append(piece)
-                if place not in holders.get(piece, ()):
-                    holders[piece] = (*holders.get(piece, ()), place)
+    for at, items in grouped.items():
+        if before and len(items) == len(before[at].items):
+            pieces = before[at].pieces
+        else:
+            found = (_PIECE.findall(normalise(item.record.text)) for item in items)
+            pieces = array("q", map(hash, chain.from_iterable(found)))
+        documents[at] = Traced(items, pieces)
+        for piece in pieces:
+            if at[0] not in holders.get(piece, ()):
+                holders[piece] = (*holders.get(piece, ()), at[0])
     for (place, _), document in documents.items():
-        counts = Counter(chain.from_iterable(holders[piece] for piece in document.pieces))
+        counts = Counter(chain.from_iterable(map(holders.__getitem__, document.pieces)))
         document.copies = {other for other, count in counts.items() if document.is_made_of(count)} - {place}
     return documents
 
 
-def count_shared_documents(documents: Mapping[DocumentAt, Document]) -> Counter[tuple[Place, Place]]:
+def count_shared_documents(documents: Documents) -> Counter[tuple[Place, Place]]:
     """How many documents of several sentences of one place also stand in another."""
-    several = ((place, document) for (place, _), document in documents.items() if document.sentences > 1)
+    several = ((place, document) for (place, _), document in documents.items() if len(document.items) > 1)
     return Counter((place, other) for place, document in several for other in document.copies)
 
 
-def find_leaking(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
+def find_leaking(documents: Documents) -> list[DocumentAt]:
     """The documents of train (sentences, where it has none) that are made of scored ones that stand in train."""
     scored: set[int] = set()
     for (place, _), document in documents.items():
         if not place.endswith(" train") and any(other.endswith(" train") for other in document.copies):
             scored.update(document.pieces)
-    return {
+    return [
         (place, doc_id)
         for (place, doc_id), document in documents.items()
         if place.endswith(" train") and document.is_made_of(sum(map(scored.__contains__, document.pieces)))
-    }
+    ]
 
 
-def find_trained(documents: Mapping[DocumentAt, Document]) -> set[DocumentAt]:
+def find_trained(documents: Documents) -> list[DocumentAt]:
     """The documents of dev and test that also stand in the train of another corpus (short sentences stay)."""
-    return {
+    return [
         (place, doc_id)
         for (place, doc_id), document in documents.items()
-        if not place.endswith(" train") and (document.sentences > 1 or document.words >= SHORT_WORDS)
-        for other in document.copies - {f"{place.rpartition(' ')[0]} train"}
-        if other.endswith(" train")
-    }
+        if not place.endswith(" train")
+        and (len(document.items) > 1 or len(document.items[0].record.text.split()) >= SHORT_WORDS)
+        and any(other.endswith(" train") for other in document.copies - {f"{place.rpartition(' ')[0]} train"})
+    ]
 
 
-def find_leaks(
-    splits: Splits, documents: Mapping[DocumentAt, Document] | None = None
-) -> list[dict[str, Any]]:
+def find_leaks(splits: Splits, documents: Documents | None = None) -> list[dict[str, Any]]:
     """What each corpus's train shares with each corpus's dev and test (and dev with test), where it shares anything.
 
     One row a pair: ``sentences`` of the second that also stand in the first, ``verbatim`` of them to the character,
@@ -165,7 +169,6 @@ def find_leaks(
             texts = {item.record.text for item in places[source]}
             for target in [place for place in places if place.endswith(f" {second}")]:
                 shared = [item for item in places[target] if item.sentence in counts]
-                found = {item.sentence: counts[item.sentence] for item in shared}
                 row = {
                     "from": source,
                     "into": target,
@@ -173,7 +176,7 @@ def find_leaks(
                     "verbatim": sum(item.record.text in texts for item in shared),
                     "short": sum(len(item.record.text.split()) < SHORT_WORDS for item in shared),
                     "documents": copied[target, source] or copied[source, target],
-                    "source_sentences": sum(found.values()),
+                    "source_sentences": sum(counts[key] for key in {item.sentence for item in shared}),
                 }
                 rows += [row] if shared else []
     return rows
@@ -191,11 +194,14 @@ def find_duplicates(items: Iterable[Keyed]) -> dict[str, int]:
 
 def find_conflicts(splits: Splits) -> list[list[tuple[str, Keyed]]]:
     """Groups of ``(split, record)`` that are the same sentence with different gold, in the order of appearance."""
+    every = [(split, item) for split, items in splits.items() for item in items]
+    gold: dict[bytes, bytes] = {}
+    differing = {i.sentence for _, i in every if gold.setdefault(i.sentence, i.annotated) != i.annotated}
     groups: defaultdict[bytes, list[tuple[str, Keyed]]] = defaultdict(list)
-    for split, items in splits.items():
-        for item in items:
+    for split, item in every:
+        if item.sentence in differing:
             groups[item.sentence].append((split, item))
-    return [group for group in groups.values() if len({item.annotated for _, item in group}) > 1]
+    return list(groups.values())
 
 
 def count_conflicts(conflicts: Sequence[Sequence[tuple[str, Keyed]]]) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.corpora.draws import document_of, draw_sentences
 from biomerge_lib.corpora.leakage import (
-    Document,
-    DocumentAt,
+    Documents,
     Keyed,
     count_conflicts,
     count_shared_documents,
@@ -80,24 +79,20 @@ def build_union(
     union.report["duplicates"] = {split: find_duplicates(records) for split, records in union.splits.items()}
     documents = _describe(union, "before")
     _note(union, "corpora as they are")
-    leaving: set[DocumentAt] = set()
-    if drop_leaks == "documents":
-        leaving = find_leaking(documents)
-    elif drop_leaks == "test":
-        leaving = find_trained(documents)
+    find = {"documents": find_leaking, "test": find_trained}.get(drop_leaks)
+    leaving = find(documents) if find else []
     union.report["documents"]["dropped"] = Counter(place for place, _ in leaving)
-    for split, items in union.splits.items():
-        union.splits[split] = [
-            item for item in items if (f"{item.record.dataset} {split}", item.record.doc_id) not in leaving
-        ]
+    gone = {id(item) for document in leaving for item in documents[document].items}
+    union.splits = {
+        split: [item for item in items if id(item) not in gone] for split, items in union.splits.items()
+    }
     if drop_leaks in ("train", "documents"):
         evaluated = {item.sentence for split in ("dev", "test") for item in union.splits[split]}
         _keep(union, "drop_leaks", lambda item: item.sentence not in evaluated)
     if conflicts == "first":
         gold: dict[bytes, bytes] = {}
-        _keep(
-            union, "conflicts", lambda item: gold.setdefault(item.sentence, item.annotated) == item.annotated
-        )
+        is_first = lambda item: gold.setdefault(item.sentence, item.annotated) == item.annotated  # noqa: E731
+        _keep(union, "conflicts", is_first)
     if deduplicate:
         first: dict[bytes, Keyed] = {}
         _keep(union, "deduplicate", lambda item: first.setdefault(item.annotated, item) is item)
@@ -122,25 +117,28 @@ def build_union(
                 f"drop_leaks={drop_leaks} takes out what also stands in another split: set drop_leaks=none, or "
                 "check that the splits' files differ."
             )
-    leaking = find_leaking(_describe(union, "after"))
+    leaking = find_leaking(_describe(union, "after", documents))
     if leaking and drop_leaks == "train":
-        listed = ", ".join(
-            f"{place} {count}" for place, count in Counter(place for place, _ in leaking).items()
-        )
+        counts = Counter(place for place, _ in leaking)
+        listed = ", ".join(f"{place} {count}" for place, count in counts.items())
         log.warning("documents are in part both trained and scored (%s): drop_leaks=documents.", listed)
     union.report["steps"] = union.steps
     return union
 
 
-def _describe(union: Union, when: str) -> Mapping[DocumentAt, Document]:
+def _describe(union: Union, when: str, before: Documents | None = None) -> Documents:
     """Report leaks, shared documents and conflicts; return the documents."""
-    documents = find_documents(union.splits)
+    documents = find_documents(union.splits, before)
     shared = count_shared_documents(documents).items()
-    everywhere, train = find_conflicts(union.splits), find_conflicts({"train": union.splits["train"]})
+    everywhere = find_conflicts(union.splits)
+    own = [item for group in everywhere for split, item in group if split == "train"]
     found = {
         "leaks": find_leaks(union.splits, documents),
         "documents": [{"of": place, "in": other, "documents": count} for (place, other), count in shared],
-        "conflicts": {"train": count_conflicts(train), "all splits": count_conflicts(everywhere)},
+        "conflicts": {
+            "train": count_conflicts(find_conflicts({"train": own})),
+            "all splits": count_conflicts(everywhere),
+        },
     }
     for name, value in found.items():
         union.report.setdefault(name, {})[when] = value
@@ -153,11 +151,9 @@ def _weighted_sizes(
 ) -> dict[str, int]:
     """Sentences to draw of each corpus, so that they are to each other as the weights and none is repeated."""
     if len(weights) != len(corpora):
-        raise ParameterError(
-            f"corpus_weights has {len(weights)} values for {len(corpora)} corpora: one each."
-        )
-    empty = [name for name in corpora if not sizes[name]]
-    if empty:
+        said = f"{len(weights)} values for {len(corpora)} corpora"
+        raise ParameterError(f"corpus_weights has {said}: one each.")
+    if empty := [name for name in corpora if not sizes[name]]:
         raise DataError(f"corpus_weights: no training sentence of {', '.join(empty)} is left to weigh.")
     unit = min(sizes[name] / weight for name, weight in zip(corpora, weights, strict=True))
     return {name: max(1, round(unit * weight)) for name, weight in zip(corpora, weights, strict=True)}
