@@ -1,12 +1,9 @@
 """Knows how a corpus is spelled and where its splits are; of the files it knows no more than the first line.
 
-A corpus is a folder with one file (or one sub-folder of files) for each of train, dev and test, in one of ``FORMATS``.
-The format is seen from the files; ``format:folder`` says it where a folder holds two (``pubtator:bc5cdr_original``).
-``hub:owner/name`` (with ``#config`` where it has several) is a data set of the hub. A file or sub-folder belongs to a
-split when its name holds one split's word: train/training, dev/devel/develop/development/val/valid/validation, test,
-each also with "set" (``CDR_TrainingSet.BioC.xml``, ``NCBItestset_corpus.txt``). One that names train and dev
-(``traindev.PubTator``) is train where neither has a file of its own; else it holds the same sentences again (BioBERT's
-``train_dev.tsv``) and is left unread, as is any other that names two.
+A corpus is a folder with one file (or one sub-folder of files) for each of train, dev and test, in one of ``FORMATS``;
+docs/corpora.md has the whole of it. A file or sub-folder belongs to a split when its name holds one split's word
+(``SPLIT_WORDS``). One that names train and dev (``traindev.PubTator``) is train where neither has a file of its own;
+else it holds the same sentences again (BioBERT's ``train_dev.tsv``) and is left unread, as is any other that names two.
 """
 
 from __future__ import annotations
@@ -99,28 +96,23 @@ def find_source(
 
 def _find_format(folder: Path) -> str:
     """The one format that the folder's files have."""
-    if folder.is_file():
-        places = [folder]
-    else:
-        if any(path.suffix in (".parquet", ".arrow") for path in hub_files(folder)):
-            return "hub"
-        entries = entries_of(folder)
-        places = [path for path in entries if path.is_file()]
-        for path in entries:
-            if path.is_dir() and splits_of(path.name):
-                places += entries_of(path)
-    formats = dict.fromkeys(filter(None, map(_format_of, places)))
+    if any(path.suffix in (".parquet", ".arrow") for path in hub_files(folder)):
+        return "hub"
+    places = [folder] if folder.is_file() else []
+    for entry in [] if folder.is_file() else entries_of(folder):
+        places += [entry] if entry.is_file() else entries_of(entry) if splits_of(entry.name) else []
+    formats = list(dict.fromkeys(filter(None, map(_format_of, places))))
     if len(formats) > 1:  # a stray table or text beside the corpus names no split
         named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS, SPLITS)[0].values())]
-        formats = dict.fromkeys(named) or formats
+        formats = named or formats
     if "brat" in formats:  # a .txt without its .ann would look like something else, or like nothing
-        formats.pop("iob", None)
-    if len(formats) == 1:
-        return next(iter(formats))
-    if formats:
+        formats = [kind for kind in formats if kind != "iob"]
+    if not formats:
+        raise DataError(f"{folder}: no corpus in a known format. {_explain_files(folder, places)}")
+    if len(formats) > 1:
         ways = " or ".join(f"{kind}:{folder}" for kind in formats)
         raise DataError(f"{folder}: holds a corpus in {len(formats)} formats; say which: {ways}.")
-    raise DataError(f"{folder}: no corpus in a known format. {_explain_files(folder, places)}")
+    return formats[0]
 
 
 def _explain_files(folder: Path, places: Sequence[Path]) -> str:
@@ -137,11 +129,9 @@ def _explain_files(folder: Path, places: Sequence[Path]) -> str:
 
 def _format_of(path: Path) -> str | None:
     """The format of a file by its ending and first line; None where it is no corpus file."""
-    if path.is_file():
-        for name, form in FORMATS.items():
-            if ending_of(path) in form.endings and (form.has is None or form.has(path)):
-                return name
-    return None
+    ending = ending_of(path) if path.is_file() else ""
+    candidates = (name for name, form in FORMATS.items() if ending in form.endings)
+    return next((name for name in candidates if (has := FORMATS[name].has) is None or has(path)), None)
 
 
 def _find_candidates(
@@ -160,27 +150,25 @@ def _find_candidates(
 
     if folder.is_file():
         return {split: [[folder]] if [split] == required else [] for split in splits}, []
-    candidates: dict[str, list[list[Path]]] = {split: [] for split in SPLITS}
-    both: list[tuple[Path, list[Path]]] = []  # train and dev in one
-    unread: list[Path] = []
-    loose: list[Path] = []
-    for entry in entries_of(folder):
-        named = [] if entry.is_file() and form.is_document_a_file else splits_of(entry.name)
-        files = sorted(filter(is_ours, entries_of(entry) if entry.is_dir() else [entry]))
-        if files and len(named) == 1:
-            candidates[named[0]].append(files)
-        elif files and named == ["train", "dev"]:
-            both.append((entry, files))
-        elif files:
-            (loose if entry.is_file() else unread).append(entry)
-    if candidates["train"] or candidates["dev"]:
-        unread += [entry for entry, _ in both]
-    else:
-        candidates["train"] = [files for _, files in both]
-    candidates = {split: candidates[split] for split in splits}
-    if len(required) == 1 and loose and not any(candidates.values()) and not unread:
-        candidates[required[0]], loose = [loose], []
-    return candidates, unread + loose
+    files = {
+        entry: sorted(filter(is_ours, entries_of(entry) if entry.is_dir() else [entry]))
+        for entry in entries_of(folder)
+    }
+    told = {
+        entry: [] if form.is_document_a_file and entry.is_file() else splits_of(entry.name)
+        for entry, own in files.items()
+        if own
+    }
+    if ["train"] not in told.values() and ["dev"] not in told.values():
+        told = {entry: ["train"] if names == ["train", "dev"] else names for entry, names in told.items()}
+    candidates = {
+        split: [files[entry] for entry, names in told.items() if names == [split]] for split in splits
+    }
+    unread = [entry for entry, names in told.items() if len(names) != 1]
+    is_loose = all(entry.is_file() and not told[entry] for entry in unread)
+    if len(required) == 1 and unread and is_loose and not any(candidates.values()):
+        candidates[required[0]], unread = [unread], []
+    return candidates, unread
 
 
 def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]], unread: list[Path]) -> str:
