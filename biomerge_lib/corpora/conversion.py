@@ -49,6 +49,7 @@ def write_corpus(
         DataError: no source is named, one cannot be read or would be written over, or the union is refused; then
             nothing is written.
     """
+    data_dir = Path(data_dir)
     if not sources:
         raise DataError(
             "no corpus named: set corpora=[folder, ...], or corpora=[sample] for the bundled one."
@@ -61,7 +62,7 @@ def write_corpus(
         name = corpus.source.name
         if name in corpora:
             raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
-        _refuse_overwriting(corpus, Path(data_dir))
+        _refuse_overwriting(corpus, data_dir)
         corpora[name] = corpus
         card["sources"][name] = {
             "format": corpus.source.format,
@@ -70,15 +71,18 @@ def write_corpus(
             "splits": {split: describe_records(records) for split, records in corpus.items()},
         }
     union = build_union(corpora, seed=seed, **options)
-    data_dir = Path(data_dir)
     for split in SPLITS:
         records = [item.record for item in union.splits[split]]
         path = data_dir / f"{split}.jsonl"
         write_records(path, records)
         datasets = sorted({record.dataset for corpus in corpora.values() for record in corpus[split]})
+        sizes = {dataset: {"sentences": 0, "spans": 0} for dataset in datasets}
+        for record in records:
+            sizes[record.dataset]["sentences"] += 1
+            sizes[record.dataset]["spans"] += len(record.spans)
         card["splits"][split] = {
             **describe_records(records),
-            "datasets": {dataset: _sizes(records, dataset) for dataset in datasets},
+            "datasets": sizes,
             "file": path.name,
             "sha256": file_sha256(path),
         }
@@ -155,8 +159,3 @@ def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
         if path.resolve() in written:
             own = f"{path}: is read from corpus {corpus.source.name}"
             raise DataError(f"{own}, and would be written over. Set another data_dir.")
-
-
-def _sizes(records: Sequence[Record], dataset: str) -> dict[str, int]:
-    own = [record for record in records if record.dataset == dataset]
-    return {"sentences": len(own), "spans": sum(len(record.spans) for record in own)}

@@ -78,26 +78,17 @@ def leak_table(card: Mapping[str, Any], when: str = "before") -> pd.DataFrame:
 
 def reading_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """What the readers found and did, one row a source and split: mentions left out, joined sentences, other units."""
-    rows = {
-        place: {
-            name: len(n) if isinstance(n, list) else n
-            for name, n in counts.items()
-            if not isinstance(n, dict)
-        }
-        for place, counts in _by_split(card, "reading").items()
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index").fillna(0).astype(int)
-    return table.rename_axis(["dataset", "split"])
+    table = pd.DataFrame.from_dict(_by_split(card, "reading"), orient="index")
+    table = table.drop(columns=["types", "offset_units"], errors="ignore").rename_axis(["dataset", "split"])
+    return table.map(lambda n: len(n) if isinstance(n, list) else n).fillna(0).astype(int)
 
 
 def conflict_table(card: Mapping[str, Any]) -> pd.DataFrame:
     """Sentences with different gold, before and after the union: in train alone, and in all splits."""
-    rows = {
-        (when, where): {name: found[name] for name in ("groups", "within", "across")}
-        for when, both in card["union"]["conflicts"].items()
-        for where, found in both.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["when", "where"])
+    conflicts = card["union"]["conflicts"].items()
+    rows = {(when, where): found for when, both in conflicts for where, found in both.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["when", "where"])
+    return table.drop(columns="pairs")
 
 
 def read_conflicts(data_dir: Path | str) -> list[list[dict[str, Any]]]:

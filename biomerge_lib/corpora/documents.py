@@ -1,6 +1,6 @@
 """Knows one annotated text and checks its mentions against it; knows nothing of files, sentences or records.
 
-What every reader of documents (BRAT, BioC, PubTator, hub) keeps to:
+What every reader of documents keeps to:
 
 - Offsets are 0-based, half-open, in code points of the text as its file has it: a combining character, an emoji, a
   non-breaking space, a tab and each half of CRLF count one. Files that count otherwise (UTF-8 bytes, UTF-16 units,
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate, product
 from typing import Any, NamedTuple
 
@@ -91,18 +91,10 @@ class ReadCounts:
     offset_units: Counter[str] = field(default_factory=Counter)  # documents whose offsets are not code points
     types: Counter[str] = field(default_factory=Counter)  # all annotated mentions, before the filter
 
-    @property
-    def unaccounted(self) -> int:
-        """Annotated mentions that are neither spans nor counted as left out; always 0."""
-        left_out = self.other_types + self.composite_parts + self.discontinuous_skipped + self.duplicates
-        return self.annotated - self.spans - left_out - self.without_location - len(self.bad_mentions)
-
     def to_dict(self) -> dict[str, Any]:
         """The counts that are not zero (the first four always), for printing and data cards."""
-        counts = asdict(self) | {
-            "offset_units": dict(self.offset_units),
-            "types": dict(sorted(self.types.items())),
-        }
+        counts = {field.name: getattr(self, field.name) for field in fields(self)}
+        counts |= {"offset_units": dict(self.offset_units), "types": dict(sorted(self.types.items()))}
         always = ("documents", "sentences", "annotated", "spans")
         return {name: value for name, value in counts.items() if value or name in always}
 

@@ -57,20 +57,15 @@ _OTHERS = (".txt", ".eng", ".train", ".dev", ".devel", ".valid", ".test", ".test
 
 
 def read_iob(
-    path: Path,
-    *,
-    dataset: str,
-    doc_prefix: str | None = None,
-    how: Reading = READ_ALL,
-    counts: ReadCounts | None = None,
+    path: Path, counts: ReadCounts, name: str, *, dataset: str, how: Reading = READ_ALL
 ) -> Iterator[Record]:
     r"""Read the sentences of a file with a token and its tag on a line (``Aspirin\tB-Chemical``).
 
     Two columns or more, apart by tabs where the first line has one, else by blanks; tags with a type or without. A
     blank line ends a sentence. ``-DOCSTART- (id)``, ``###MEDLINE:id``, ``# doc_id = id`` and ``# newdoc id = id`` lines
-    begin a document, as does another id in a column before the tokens. One without an id is called ``doc_prefix`` and
-    a number, one whose file counts from 0 or 1 ``doc_prefix`` and that; without any, each sentence is its own. Lines
-    that begin with ``#`` and are no token with its tag are comments (``other_lines``).
+    begin a document, as does another id in a column before the tokens. One without an id is called ``name`` and a
+    number, one whose file counts from 0 or 1 ``name`` and that; without any, each sentence is its own. Lines that begin
+    with ``#`` and are no token with its tag are comments (``other_lines``).
 
     A column is a number (from 0, or from -1 at the end) or a name, which the first line then has (one with ``tag`` or
     ``label`` in the tags' place is taken for such a line). Without any, the tags
@@ -80,8 +75,6 @@ def read_iob(
         DataError: not UTF-8, a missing column or token, an unknown tag, columns that must be named, or a file without
             sentences.
     """
-    counts = ReadCounts() if counts is None else counts
-    doc_prefix = doc_prefix or f"{dataset}_{path.name.split('.')[0]}"
     lines = split_lines(read_text(path))
     layout = _find_layout(lines, how, path)
     rows: dict[str, tuple[str, str, ParsedTag]] = {}  # most lines of a corpus are repeated
@@ -96,14 +89,12 @@ def read_iob(
             if marker or not line.strip():
                 if tokens:
                     sentences += 1
-                    doc_id = document or f"{doc_prefix}_s{sentences:05d}"
+                    doc_id = document or f"{name}_s{sentences:05d}"
                     yield make_record(tokens, tags, doc_id, dataset, types=how.types, counts=counts)
                     tokens, tags = [], []
                 if marker:
                     documents += 1
-                    document = _name_document(
-                        next(filter(None, marker.groups()), None), documents, doc_prefix
-                    )
+                    document = _name_document(next(filter(None, marker.groups()), None), documents, name)
                 continue
             if number <= layout.names_line or (line.startswith("#") and not layout.is_token(line)):
                 counts.other_lines += line.startswith("#")
@@ -115,7 +106,7 @@ def read_iob(
             continue
         if layout.has_ids and not tokens and first != id_before:
             documents, id_before = documents + 1, first
-            document = _name_document(first.strip(), documents, doc_prefix)
+            document = _name_document(first.strip(), documents, name)
         tokens.append(token)
         tags.append(tag)
     if not sentences:
@@ -247,8 +238,8 @@ def _find_tags(kinds: Mapping[int, set[str]], width: int, where: str) -> int:
 
 
 def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:
-    for path, prefix in named_files(source, split):
-        yield from read_iob(path, dataset=source.name, doc_prefix=prefix, how=how, counts=counts)
+    for path, name in named_files(source, split):
+        yield from read_iob(path, counts, name, dataset=source.name, how=how)
 
 
 def _has(path: Path) -> bool:

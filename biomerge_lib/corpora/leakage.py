@@ -15,7 +15,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any
 
 from biomerge_lib.core.errors import DataError
@@ -213,8 +213,7 @@ def count_conflicts(conflicts: Sequence[Sequence[tuple[str, Keyed]]]) -> dict[st
         for _, item in group:
             golds[item.record.dataset].add(item.annotated)
         within += any(len(found) > 1 for found in golds.values())
-        names = sorted(golds)
-        differing = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if golds[a] != golds[b]]
+        differing = [(a, b) for a, b in combinations(sorted(golds), 2) if golds[a] != golds[b]]
         across += bool(differing)
         pairs.update(f"{a} / {b}" for a, b in differing)
     return {"groups": len(conflicts), "within": within, "across": across, "pairs": dict(pairs)}

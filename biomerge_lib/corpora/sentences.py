@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from segtok.segmenter import split_multi
@@ -35,20 +36,17 @@ def split_document(
     """
     propose = find_document if document.is_sentence else SPLITTERS[sentence_split]
     proposed = propose(document.text)
-    sentences, ordered = join_cut(proposed, list(spans)), list(spans.items())
+    sentences = join_cut(proposed, list(spans))
     counts.boundaries_joined += len(proposed) - len(sentences)
-    position = 0
+    counts.sentences += len(sentences)
+    left = deque(spans.items())
     for start, end in sentences:
-        counts.sentences += 1
-        inside: list[Span] = []
-        types: list[str] = []
-        while position < len(ordered) and ordered[position][0][0] < end:
-            (span_start, span_end), kind = ordered[position]
-            inside.append((span_start - start, span_end - start))
-            types.append(kind)
-            position += 1
-        text = document.text[start:end]
-        yield Record(text, tuple(inside), document.doc_id, dataset, types=tuple(types))
+        inside = {}
+        while left and left[0][0][0] < end:
+            (span_start, span_end), kind = left.popleft()
+            inside[span_start - start, span_end - start] = kind
+        types = tuple(inside.values())
+        yield Record(document.text[start:end], tuple(inside), document.doc_id, dataset, types=types)
 
 
 def join_cut(sentences: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
@@ -86,9 +84,8 @@ def iter_sentences(text: str) -> Iterator[Span]:
             space = _SPACE.search(text, min(position + WINDOW, line_end), line_end)
             seen = space.end() if space else line_end
             found = [sentence for sentence in split_multi(text[position:seen]) if sentence]
-            if (
-                seen < line_end
-            ):  # what is cut off may belong to the last one, and by its brackets to the one before
+            # What is cut off may belong to the last one, and by its brackets to the one before.
+            if seen < line_end:
                 found = found[:-2] or found[:1]
             for sentence in found:  # segtok strips its sentences and changes nothing else
                 start = text.index(sentence, position, line_end)

@@ -102,10 +102,5 @@ def make_record(
     kept = [(span, kind) for span, kind in zip(spans, kinds, strict=True) if types is None or kind in types]
     counts.other_types += len(kinds) - len(kept)
     counts.spans += len(kept)
-    return Record(
-        " ".join(tokens),
-        tuple(span for span, _ in kept),
-        doc_id,
-        dataset,
-        types=tuple(kind for _, kind in kept),
-    )
+    spans, kinds = [span for span, _ in kept], [kind for _, kind in kept]
+    return Record(" ".join(tokens), tuple(spans), doc_id, dataset, types=tuple(kinds))

@@ -113,9 +113,8 @@ def write_brat(tagged: Iterable[Tagged], folder: Path | str) -> None:
                 with (folder / f"{name}{ending}").open("x", encoding="utf-8", newline="") as out:
                     out.write(content)
             except FileExistsError:
-                raise DataError(
-                    f"{folder / name}{ending} is there already and is not overwritten; name another --out."
-                ) from None
+                there = "is there already and is not overwritten; name another --out."
+                raise DataError(f"{folder / name}{ending} {there}") from None
 
 
 def keep_longest(spans: Iterable[Span]) -> list[Span]:

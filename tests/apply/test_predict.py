@@ -88,7 +88,7 @@ def test_conll_reads_back(tmp_path, spaced):
     path = tmp_path / "out.conll"
     with path.open("w", encoding="utf-8") as out:
         write_iob(TAGGED, out, spaced=spaced)
-    records = list(read_iob(path, dataset="predicted"))
+    records = list(read_iob(path, ReadCounts(), "predicted", dataset="predicted"))
     assert [r.doc_id for r in records] == ["d 1", "d 1", "d 2"]
     words = [r.text[start:end].replace(" ", "") for r in records for start, end in r.spans]
     assert words == ["Aspirin", "asthma", "AIA", "β-blockers", "5-HT𝛼"]
@@ -100,7 +100,7 @@ def test_conll_reads_back(tmp_path, spaced):
 def test_what_conll_cannot_say_is_counted(tmp_path, caplog):
     with (tmp_path / "out.conll").open("w") as out:
         write_iob([Tagged("d", "lung cancer cell", [(0, 11), (5, 11)])], out)
-    (record,) = read_iob(tmp_path / "out.conll", dataset="x")
+    (record,) = read_iob(tmp_path / "out.conll", ReadCounts(), "x", dataset="x")
     assert record.spans == ((0, 11),)
     assert "d: 1 overlapping mentions" in caplog.text
 
@@ -239,7 +239,7 @@ def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeyp
     assert (record.text, record.spans) == ("Aspirin helps.\n" * 4, ((0, 7), (15, 22), (30, 37), (45, 52)))
     assert "long: only its first 60 characters were read" in caplog.text
     assert main([*command, str(tmp_path / "out.conll")]) == 130
-    assert len(list(read_iob(tmp_path / "out.conll.partial", dataset="x"))) == 4
+    assert len(list(read_iob(tmp_path / "out.conll.partial", ReadCounts(), "x", dataset="x"))) == 4
     assert main([*command, str(tmp_path / "brat"), "--format", "brat"]) == 130
     assert (tmp_path / "brat/long.txt").read_text() == "Aspirin helps.\n" * 4
     assert len((tmp_path / "brat/long.ann").read_text().splitlines()) == 4
@@ -264,7 +264,10 @@ def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, mon
     assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 0
     assert [record.target for record in iter_records(tmp_path / "out.jsonl")] == ["<TAG> 0-7", "<TAG> 0-7"]
     assert main([*arguments, "--out", str(tmp_path / "out.conll")]) == 0
-    assert [r.doc_id for r in read_iob(tmp_path / "out.conll", dataset="x")] == ["text-1", "a"]
+    assert [r.doc_id for r in read_iob(tmp_path / "out.conll", ReadCounts(), "x", dataset="x")] == [
+        "text-1",
+        "a",
+    ]
     assert main([*arguments, "--format", "brat", "--out", str(tmp_path / "in")]) == 2
     assert "is not overwritten" in capsys.readouterr().err
     assert main([*arguments, "--format", "brat", "--out", str(tmp_path / "brat")]) == 0
