@@ -50,6 +50,7 @@ def write_corpus(
             nothing is written.
     """
     data_dir = Path(data_dir)
+    written = {(data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
     if not sources:
         raise DataError(
             "no corpus named: set corpora=[folder, ...], or corpora=[sample] for the bundled one."
@@ -62,7 +63,11 @@ def write_corpus(
         name = corpus.source.name
         if name in corpora:
             raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
-        _refuse_overwriting(corpus, data_dir)
+        for path in chain.from_iterable(corpus.source.files.values()):
+            if path.resolve() in written:
+                raise DataError(
+                    f"{path}: is read from corpus {name}, and would be written over. Set another data_dir."
+                )
         corpora[name] = corpus
         card["sources"][name] = {
             "format": corpus.source.format,
@@ -151,11 +156,3 @@ def _read(
         log.warning("%s: %s is drawn sentence by sentence, %s.", where, " and ".join(drawn[1:]), both)
     records = {**corpus, **dict(zip(drawn, parts, strict=True))}
     return Corpus(corpus.source, {split: records[split] for split in SPLITS}, corpus.counts)
-
-
-def _refuse_overwriting(corpus: Corpus, data_dir: Path) -> None:
-    written = {(data_dir / f"{split}.jsonl").resolve() for split in SPLITS}
-    for path in chain.from_iterable(corpus.source.files.values()):
-        if path.resolve() in written:
-            own = f"{path}: is read from corpus {corpus.source.name}"
-            raise DataError(f"{own}, and would be written over. Set another data_dir.")

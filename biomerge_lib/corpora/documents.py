@@ -2,18 +2,17 @@
 
 What every reader of documents keeps to:
 
-- Offsets are 0-based, half-open, in code points of the text as its file has it: a combining character, an emoji, a
-  non-breaking space, a tab and each half of CRLF count one. Files that count otherwise (UTF-8 bytes, UTF-16 units,
-  CRLF as one, no byte order mark, or two of these) are understood where code points fail and every mention of the
-  text then fits its annotated words; such texts are counted (``offset_units``).
+- Offsets are 0-based, half-open, in code points of the text as its file has it: each half of CRLF counts one. Files
+  that count otherwise (UTF-8 bytes, UTF-16 units, CRLF as one, no byte order mark, or two of these) are understood
+  where code points fail and more mentions then fit their words; such texts are counted (``offset_units``).
 - ``text[start:end]`` is the annotated mention. White space may be written differently in the annotation (a space for
   a line break; counted as ``respaced``), and so may letters (``TNF-a`` for ``TNF-α``; ``folded``). White space at a
   mention's edges is left out (``trimmed``). A mention whose file does not say its words is ``unchecked``.
 - A mention that does not fit stops the run, or with ``bad_mentions="skip"`` is left out and listed (``bad_mentions``).
   Of mentions that are left out anyway the words may be wrong (``misplaced``), or the place missing
   (``without_location``).
-- Nested, crossing, adjacent and repeated mentions are all kept, and so are mentions that begin or end inside a word:
-  spans are never widened. Two mentions of the same characters (two types, say) are one span (``duplicates``).
+- Nested, crossing and adjacent mentions are all kept, and spans are never widened to words. Two mentions of the same
+  characters (two types, say) are one span (``duplicates``).
 - A discontinuous mention whose parts are only white space apart is an ordinary one. Others are left out, because no
   span holds exactly their characters (``discontinuous_skipped``), or with ``discontinuous="cover"`` become the span
   from the first part's start to the last one's end (``discontinuous_covered``).
@@ -194,19 +193,15 @@ def _find_problem(mention: Mention, parts: Sequence[Span], document: Document) -
     if mention.words is None or found == mention.words:
         return None
     glue = "" if len(parts) > 1 else " "  # formats differ in how they join parts
-    if _is_folded(glue.join(found.split()), glue.join(mention.words.split())):
+    one, other = glue.join(found.split()), glue.join(mention.words.split())
+    pairs = zip(one, other, strict=False)
+    # One of them may have characters in ASCII: TNF-a for TNF-α.
+    is_same = (a == b or (a.isascii() != b.isascii() and a.isalpha() == b.isalpha()) for a, b in pairs)
+    if len(one) == len(other) and all(is_same):
         return None
     return (
         f"{mention.where}: the mention is {mention.words!r}, but the text at {offsets} is {found!r}. "
         "Offsets count code points from 0, the end is exclusive. If it is one of few: bad_mentions=skip."
-    )
-
-
-def _is_folded(one: str, other: str) -> bool:
-    """Whether two texts are equal but for characters that one of them has in ASCII (``TNF-a`` for ``TNF-α``)."""
-    return len(one) == len(other) and all(
-        a == b or (a.isascii() != b.isascii() and a.isalpha() == b.isalpha())
-        for a, b in zip(one, other, strict=True)
     )
 
 

@@ -25,8 +25,9 @@ def read_bioc(path: Path, counts: ReadCounts, name: str) -> Iterator[Document]:
     Raises:
         DataError: broken XML or JSON, an undefined entity, an element or a number missing.
     """
-    is_xml = ending_of(path) == ".xml"
-    for element in _iter_bioc_documents(path) if is_xml else _iter_json_documents(path):
+    rows = () if ending_of(path) == ".xml" else iter_json(path)
+    as_xml = (_to_element("document", row, where.removeprefix(f"{path}").lstrip(": ")) for where, row in rows)
+    for element in as_xml if rows else _iter_bioc_documents(path):
         doc_id = _child(element, "id", path)
         for passage in element.iterfind("passage"):
             sentences = passage.findall("sentence")
@@ -104,18 +105,9 @@ def _iter_bioc_documents(path: Path) -> Iterator[ElementTree.Element]:
         except (LookupError, ValueError) as error:
             raise DataError(f"{path}: its XML encoding cannot be read ({error}); save it as UTF-8.") from None
         except expat.ExpatError as error:
-            reason = expat.ErrorString(error.code)
-            raise DataError(
-                f"{path}:{error.lineno}: broken XML ({reason}, column {error.offset + 1})."
-            ) from None
+            reason = f"{expat.ErrorString(error.code)}, column {error.offset + 1}"
+            raise DataError(f"{path}:{error.lineno}: broken XML ({reason}).") from None
     yield from done
-
-
-def _iter_json_documents(path: Path) -> Iterator[ElementTree.Element]:
-    """The documents of BioC JSON as BioC XML has them."""
-    for where, fields in iter_json(path):
-        place = where.removeprefix(f"{path}").lstrip(": ")
-        yield _to_element("document", fields, place)
 
 
 def _to_element(tag: str, fields: Any, place: str) -> ElementTree.Element:

@@ -67,8 +67,7 @@ def read_iob(
     number, one whose file counts from 0 or 1 ``name`` and that; without any, each sentence is its own. Lines that begin
     with ``#`` and are no token with its tag are comments (``other_lines``).
 
-    A column is a number (from 0, or from -1 at the end) or a name, which the first line then has (one with ``tag`` or
-    ``label`` in the tags' place is taken for such a line). Without any, the tags
+    A column is a number (from 0, or from -1 at the end) or a name, which the first line then has. Without any, the tags
     are the one column that holds tags, and the tokens the first column that can be text (no running numbers, say).
 
     Raises:

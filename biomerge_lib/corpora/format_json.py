@@ -78,8 +78,8 @@ def _label_studio_row(row: dict[str, Any], where: str, counts: ReadCounts) -> di
     done = [one for one in tasks if not one.get("was_cancelled")]
     done = [one for one in done if one.get("ground_truth")] or done
     if len(done) > 1:
-        several = f"{len(done)} annotations of one task"
-        raise DataError(f"{where}: {several}; mark one as ground truth, or export one.")
+        problem = f"{len(done)} annotations of one task; mark one as ground truth, or export one."
+        raise DataError(f"{where}: {problem}")
     values = [result.get("value") for result in _objects(done[0].get("result"))] if done else []
     labels = [value for value in _objects(values) if "start" in value]
     counts.other_lines += len(values) - len(labels)

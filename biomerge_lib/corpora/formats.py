@@ -42,25 +42,22 @@ class Source:
         """SHA-256 of each split's file; of a split's folder, one over the names and hashes of its files."""
         folder, hashes = Path(self.location), {}
         for paths in filter(None, self.files.values()):
+            place = paths[0] if len(paths) == 1 else paths[0].parent
+            name = place.name if place == folder else place.relative_to(folder).as_posix()
             if len(paths) == 1:
-                name = paths[0].relative_to(folder if folder.is_dir() else folder.parent).as_posix()
-                hashes[name] = file_sha256(paths[0])
+                hashes[name] = file_sha256(place)
             else:
                 lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in paths)
-                parent = paths[0].parent
-                name = parent.name if parent == folder else parent.relative_to(folder).as_posix()
                 hashes[f"{name}/"] = hashlib.sha256(lines.encode()).hexdigest()
         return hashes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How a corpus is read.
+    """How a corpus is read: the choices that docs/corpora.md explains.
 
-    ``types`` are the entity types to keep (None: all). ``sentence_split`` cuts documents: ``segtok``, ``lines`` or
-    ``document`` (no cut); ``discontinuous`` is ``skip`` or ``cover``, for mentions of several parts; ``bad_mentions``
-    is ``stop`` or ``skip``, for those that do not fit their text. The columns say where ``iob`` (number from 0, or
-    name in the first line) and ``hub`` (name) have tokens and tags; None finds them.
+    ``types`` None keeps all. A column is a number from 0 (``iob``) or a name (of the first line; ``hub``); None finds
+    it.
     """
 
     types: frozenset[str] | None = None

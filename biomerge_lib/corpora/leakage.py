@@ -90,13 +90,10 @@ def check_documents(splits: Mapping[str, Iterable[Record]]) -> None:
     """Raise DataError if a document stands in two splits: splits are by document."""
     home: dict[DocumentKey, str] = {}
     for split, records in splits.items():
-        for document in {document_of(record) for record in records}:
-            other = home.setdefault(document, split)
-            if other != split:
-                dataset, doc_id = document
-                raise DataError(
-                    f"{dataset}: document {doc_id!r} stands in {other} and in {split}; a document belongs to one split."
-                )
+        for dataset, doc_id in set(map(document_of, records)):
+            if (other := home.setdefault((dataset, doc_id), split)) != split:
+                both = f"document {doc_id!r} stands in {other} and in {split}"
+                raise DataError(f"{dataset}: {both}; a document belongs to one split.")
 
 
 def find_documents(splits: Splits, before: Documents | None = None) -> Documents:

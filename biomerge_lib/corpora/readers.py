@@ -64,21 +64,17 @@ def read_corpus(
     valid_values = {"sentence_split": SPLITTERS, "discontinuous": DISCONTINUOUS, "bad_mentions": BAD_MENTIONS}
     for name, valid in valid_values.items():
         if (value := getattr(how, name)) not in valid:
-            raise ParameterError(
-                f"{name} must be one of {', '.join(valid)}, not {value!r}.{nearest(value, valid)}"
-            )
+            near = nearest(value, valid)
+            raise ParameterError(f"{name} must be one of {', '.join(valid)}, not {value!r}.{near}")
     found = find_source(source, splits=splits, optional=optional)
     splits = [split for split in splits if split in (found.streams or found.files)]
     counts = {split: ReadCounts() for split in splits}
     records = {split: list(iter_source(found, split, how, counts[split])) for split in splits}
     check_documents(records)
     corpus = Corpus(found, records, counts)
-    for name in types or ():
-        if name not in corpus.types:
-            raise DataError(
-                f"{found.location}: no mention has type {name!r}.{nearest(name, corpus.types)} "
-                f"Types: {', '.join(sorted(corpus.types))}."
-            )
+    for name in sorted(set(types or ()) - set(corpus.types)):
+        problem = f"no mention has type {name!r}.{nearest(name, corpus.types)}"
+        raise DataError(f"{found.location}: {problem} Types: {', '.join(sorted(corpus.types))}.")
     if not any(split_counts.annotated for split_counts in counts.values()):
         raise DataError(f"{found.location}: no entity in {', '.join(splits)}; is this an annotated corpus?")
     return corpus
@@ -91,21 +87,17 @@ def iter_source(source: Source, split: str, how: Reading, counts: ReadCounts) ->
         DataError: as :func:`read_corpus`, for what one split can show.
     """
     documents = set()
+    reading: dict[str, Any] = {
+        name: getattr(how, name) for name in ("types", "discontinuous", "bad_mentions")
+    }
+    cutting: dict[str, Any] = {"dataset": source.name, "sentence_split": how.sentence_split}
     for item in FORMATS[source.format].read(source, split, how, counts):
         records: Iterable[Record] = ()
         if isinstance(item, Record):
             records = [item]
         elif item.text.strip() or item.mentions:
-            spans = read_spans(
-                item,
-                types=how.types,
-                discontinuous=how.discontinuous,
-                counts=counts,
-                bad_mentions=how.bad_mentions,
-            )
-            records = split_document(
-                item, spans, dataset=source.name, sentence_split=how.sentence_split, counts=counts
-            )
+            spans = read_spans(item, counts=counts, **reading)
+            records = split_document(item, spans, counts=counts, **cutting)
         else:
             counts.empty_documents += 1
         for record in records:
