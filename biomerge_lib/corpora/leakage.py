@@ -111,12 +111,14 @@ def find_documents(splits: Splits, before: Documents | None = None) -> Documents
             found = (_PIECE.findall(normalise(item.record.text)) for item in items)
             pieces = array("q", map(hash, chain.from_iterable(found)))
         documents[at] = Traced(items, pieces)
+        here = at[:1]
         for piece in pieces:
-            if at[0] not in holders.get(piece, ()):
-                holders[piece] = (*holders.get(piece, ()), at[0])
+            held = holders.setdefault(piece, here)
+            if held is not here and at[0] not in held:
+                holders[piece] = held + here
     for (place, _), document in documents.items():
-        counts = Counter(chain.from_iterable(map(holders.__getitem__, document.pieces)))
-        document.copies = {other for other, count in counts.items() if document.is_made_of(count)} - {place}
+        counts = Counter(other for piece in document.pieces for other in holders[piece] if other != place)
+        document.copies = {other for other, count in counts.items() if document.is_made_of(count)}
     return documents
 
 
