@@ -36,6 +36,7 @@ from biomerge_lib.eval_vllm import (
     main,
 )
 from biomerge_lib.experiment.guarded_process import find_group_members
+from biomerge_lib.experiment.provenance import TEST_LOG
 from biomerge_lib.model.adapters import read_adapter
 from biomerge_lib.prompts.manifest import read_model_folder
 from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
@@ -433,6 +434,17 @@ def test_the_command_line_asks_unseen_corpora_with_the_default_cue(model_folder,
         "any",
         records[0].dataset,
     ]
+
+
+def test_the_command_line_logs_that_it_scores_test(model_folder, tokenizer, tmp_path, monkeypatch, capsys):
+    write_records(tmp_path / "data" / "test.jsonl", make_records(1))
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    with FakeServer(tokenizer) as server:
+        server.root = str(model_folder)
+        arguments = ["--port", str(server.port), "--data_dir", str(tmp_path / "data"), "--split"]
+        assert [main([*arguments, split]) for split in ("dev", "test", "test")] == [0, 0, 0]
+    assert capsys.readouterr().out.count("eval_vllm scores test, for the 2. time in this run") == 1
+    assert len((model_folder.parent / TEST_LOG).read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
