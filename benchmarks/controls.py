@@ -236,7 +236,7 @@ def answer_with_backbone(
     )
     metrics = training.train(trainer, run.folder)
     if split == "test":
-        log_test_scoring(run.folder, "controls", parameters.data_dir, limit=parameters.eval_limit)
+        log_test_scoring(run.folder, "controls", parameters.data_dir)
     started = time.monotonic()
     chunks = [(index, *pair) for index, found in enumerate(encode_chunks(records, **cut)) for pair in found]
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -350,7 +350,7 @@ def answer_with_encoder(
     trainer.train(resume_from_checkpoint=last)
     trained = {"train_seconds": round(time.monotonic() - started, 2), "steps": trainer.state.global_step}
     if split == "test":
-        log_test_scoring(run.folder, "controls", parameters.data_dir, limit=parameters.eval_limit)
+        log_test_scoring(run.folder, "controls", parameters.data_dir)
     started = time.monotonic()
     examples = [encode(record) for record in records]
     said = trainer.predict(Dataset.from_list(examples))

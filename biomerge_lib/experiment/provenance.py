@@ -69,11 +69,8 @@ def data_hashes(data_dir: Path | str) -> dict[str, str]:
 _hash_of = remember(records_sha256)  # the runs of a sweep have one data set
 
 
-def log_test_scoring(folder: Path, by: str, data_dir: Path | str, *, limit: int | None = None) -> None:
-    """Note in a run's ``test_scorings.jsonl`` that test is about to be scored; the log stays when 03 trains anew.
-
-    ``limit`` is the number of records where not all are scored.
-    """
+def log_test_scoring(folder: Path, by: str, data_dir: Path | str) -> None:
+    """Note in a run's ``test_scorings.jsonl`` that test is about to be scored; the log stays when 03 trains anew."""
     path = folder / TEST_LOG
     before = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
     line = {
@@ -82,7 +79,6 @@ def log_test_scoring(folder: Path, by: str, data_dir: Path | str, *, limit: int 
         "commit": _git_commit(),
         "data_dir": str(data_dir),
         "test_sha256": data_hashes(data_dir).get("test"),
-        "limit": limit,
     }
     with path.open("a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")

@@ -121,9 +121,7 @@ class Run:
             data = {name: value for name, value in self._data().items() if name == split}
             read = {"input": {"model": fingerprint_weights(self.merged), "data": data}}
             if split == "test":
-                log_test_scoring(
-                    self.folder, self.stage, self.parameters.data_dir, limit=self.parameters.eval_limit
-                )
+                log_test_scoring(self.folder, self.stage, self.parameters.data_dir)
         process = name_process(os.getpid())
         self._write(status="running", metrics={}, provenance=provenance(), process=process, **read)
         _watch_cells(self)

@@ -88,11 +88,7 @@ def _parsed(path: Path) -> tuple[Record, ...]:
 
 
 def read_training_records(parameters: Parameters) -> list[Record]:
-    """The records that a run trains on: train's, and with ``train_on=train_dev`` dev's that test does not have too.
-
-    Raises:
-        DataError: as :func:`read_split`.
-    """
+    """The records that a run trains on: train's, and with ``train_on=train_dev`` dev's that test does not have too."""
     options = training_options(parameters)
     records = read_split(parameters.data_dir, "train", **options)
     if parameters.train_on == "train_dev":

@@ -219,8 +219,7 @@ def train(trainer: NerTrainer, run_folder: Path) -> dict[str, Any]:
     metrics = collect_metrics(trainer, Path(best).name, seconds)
     if trainer.parameters.run_test_eval:
         if trainer.is_world_process_zero():
-            given = trainer.parameters
-            log_test_scoring(run_folder, TRAIN, given.data_dir, limit=given.eval_limit)
+            log_test_scoring(run_folder, TRAIN, trainer.parameters.data_dir)
         metrics |= {f"test_{name}": value for name, value in trainer.score_greedily("test").items()}
     if trainer.is_world_process_zero():
         write_json(run_folder / "log_history.json", trainer.state.log_history)
