@@ -255,7 +255,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         constrained_decoding=options.constrained_decoding,
     )
     if options.split == "test":
-        log_test_scoring(run_folder if run_folder.name else out.parent, "eval_vllm", options.data_dir)
+        log_test_scoring(run_folder, "eval_vllm", options.data_dir)
     evaluation = evaluate_split(
         records,
         client,
