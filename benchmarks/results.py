@@ -73,9 +73,9 @@ IN_README = ("results-qwen-bc5cdr", "results-smollm2-bc5cdr-42", "results-qwen-a
 Stage = dict[str, Any]
 ABOUT = (
     "Exact spans, type-free, micro F1 with its 95 % bootstrap interval, over documents where a corpus has some. "
-    "Trained on train and dev for a number of epochs that was chosen on dev, without early stopping; the last "
-    "checkpoint scored test. *Scored* counts all scorings of test that the run's folder has on record. Untokenised "
-    "corpora have their punctuation set apart (benchmarks/spaced.py)."
+    "Trained on train and dev for a number of epochs chosen on dev ([runs](results/README.md)), without early "
+    "stopping; the last checkpoint scored test. *Scored* counts all scorings of test that the run's folder has on "
+    "record. Untokenised corpora have their punctuation set apart (benchmarks/spaced.py)."
 )
 ABOUT_CONTROLS = (
     "SmolLM2 (but for the encoder), the same sentences of BC5CDR, and as many epochs and sentences a step. Each "

@@ -20,10 +20,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from benchmarks.common import run_side_by_side, train_command
@@ -50,13 +52,13 @@ def run_agents(path: Path, extra: list[str], *, agents: int, budget: float) -> N
     environment = (
         os.environ | address | {"WANDB_DIR": str(PROJECT_DIR / "runs"), "PYTHONPATH": str(PROJECT_DIR)}
     )
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     if inherited := os.environ.get("PYTHONPATH"):
         environment["PYTHONPATH"] += os.pathsep + inherited
     runs = PROJECT_DIR / "runs"
     runs.mkdir(exist_ok=True)
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["command"] = [*config["command"][:-1], *extra, config["command"][-1]]
+    *words, macro = [sys.executable if word == "python" else word for word in config["command"]]
+    config["command"] = [*words, *extra, macro]
     told = runs / f"sweep-{path.name}"
     told.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     started = [subprocess.Popen([sys.executable, PROJECT_DIR / "tests/cluster/fake_wandb.py", str(port)])]
@@ -77,16 +79,26 @@ def run_agents(path: Path, extra: list[str], *, agents: int, budget: float) -> N
                     "cwd": PROJECT_DIR,
                     "env": environment,
                 }
-                started.append(subprocess.Popen(agent, start_new_session=True, **options))
+                started.append(subprocess.Popen(agent, **options))
         while time.monotonic() < deadline and any(process.poll() is None for process in started[1:]):
             time.sleep(1)
     finally:
-        for process in started[1:]:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)  # an agent and the training that it started
-        for process in reversed(started):
-            process.terminate()
-            process.wait()
+        stop_agents(started[1:])
+        started[0].terminate()
+
+
+def stop_agents(agents: Sequence[subprocess.Popen], seconds: float = 60) -> None:
+    """Interrupt agents, which then take no more points, and their trainings, which keep their checkpoints."""
+    running = [agent for agent in agents if agent.poll() is None]
+    below = [child for agent in running for child in psutil.Process(agent.pid).children(recursive=True)]
+    trainings = [child for child in below if "03_train" in child.cmdline()]
+    for process in (*running, *trainings):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
+    psutil.wait_procs(trainings, timeout=seconds)
+    for agent in running:
+        agent.terminate()
+        agent.wait()
 
 
 def _wait_for(port: int) -> None:
