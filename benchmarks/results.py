@@ -191,7 +191,8 @@ class Page:
                     f1 = f"**{100 * run['metrics']['test_ner_f1']:.1f}**"
                     rows.append([corpus, "all", what, f1, "", f"`results-{name}`"])
             for entry in [entry for entry in others if entry["corpus"] == corpus]:
-                said = [in_markdown(str(entry[key])) for key in ("of", "system", "f1", "differs", "source")]
+                entry = entry | {"f1": f"{entry['f1']:.1f}"}
+                said = [in_markdown(entry[key]) for key in ("of", "system", "f1", "differs", "source")]
                 rows.append([corpus, *said])
         head = ["corpus", "of", "system", "test F1", "what differs from ours", "source"]
         return [
