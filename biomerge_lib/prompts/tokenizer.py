@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,22 +16,23 @@ if TYPE_CHECKING:
 ADDED_TOKENS = ("<NER>", "<TAG>", "<O>", "<B>", "<I>")
 # All of such a tokenizer is in tokenizer.json.
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-NOT_NEEDED = ("sklearn", "torchao")
+NOT_NEEDED = ("scipy", "sklearn", "torchao")
 
 
 def import_transformers() -> None:
     """Let transformers find itself without the packages that it imports only because they are there (2 s).
 
-    Whoever imports them later gets them. Where transformers is imported already (Unsloth does), nothing changes.
+    Whoever imports them later gets them. Where transformers is imported already (Unsloth does), or a release asks
+    in another way, nothing changes.
     """
     if "transformers" in sys.modules:
         return
     hidden = [name for name in NOT_NEEDED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
-        from transformers.utils import is_sklearn_available, is_torchao_available
-
-        is_sklearn_available(), is_torchao_available()  # they remember their answers
+        utils = importlib.import_module("transformers.utils")
+        for name in NOT_NEEDED:
+            getattr(utils, f"is_{name}_available", bool)()  # remembers its answer
     finally:
         for name in hidden:
             del sys.modules[name]

@@ -51,7 +51,19 @@ def test_a_model_is_loaded_without_packages_for_others_which_can_still_be_import
         f"load_tokenizer({folder!r}); load_causal_lm({folder!r}, dtype='float32')\n"
         "import sys; assert 'sklearn' not in sys.modules; import sklearn"
     )
+    # scikit-learn, which is wanted here, wants scipy
     assert imported_by(program, "torch", "sklearn", "torchao", "peft") == ["sklearn", "torch"]
+
+
+def test_a_release_of_transformers_that_asks_otherwise_starts_all_the_same(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    for name in ("__init__.py", "utils.py"):
+        (tmp_path / "transformers" / name).touch()
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from biomerge_lib.prompts.tokenizer import import_transformers; import_transformers()"
+    )
+    assert imported_by(program, "transformers", "sklearn", "scipy") == ["transformers"]
 
 
 def test_notebooks_without_a_model_import_nothing_of_the_training_stack():
