@@ -218,19 +218,17 @@ def _prepare(backbone: str, tokenizer: PreTrainedTokenizerFast, folder: Path) ->
 def _load_source_model(backbone: str) -> CausalLM:
     import torch
 
-    from biomerge_lib.model.reach_ins import forget_gguf
+    from biomerge_lib.model.reach_ins import forget_gguf, gguf_opened_once
 
     _, source, gguf = _open_source(backbone)
-    model = read_causal_lm(source, dtype=torch.bfloat16, **gguf)
+    with gguf_opened_once():
+        model = read_causal_lm(source, dtype=torch.bfloat16, **gguf)
     if not gguf:
         return model
     config = model.config
     forget_gguf(config)
-    plain: Any = type(model)(config)
-    plain.to(torch.bfloat16)
-    plain.load_state_dict(model.state_dict())
-    plain.tie_weights()
-    return plain
+    kind: Any = type(model)
+    return kind.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=torch.bfloat16)
 
 
 def read_causal_lm(source: Path | str, **options: Any) -> CausalLM:

@@ -7,7 +7,8 @@ fails where a pin moves away from them or a library has changed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 WRITTEN_FOR = {
     "deepspeed": "0.19.8",
+    "gguf": "0.19.0",
     "peft": "0.21.2",
     "torch": "2.13.0",
     "transformers": "5.17.0",
@@ -124,6 +126,20 @@ def forget_gguf(config: PreTrainedConfig) -> None:
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, leftover):
             delattr(config, leftover)
+
+
+@contextmanager
+def gguf_opened_once() -> Iterator[None]:
+    """transformers opens a GGUF file at each look, and lists its tensors' names for each module: 10 s of a CPU."""
+    import gguf
+
+    names: Any = gguf
+    own = names.GGUFReader, names.get_tensor_name_map
+    names.GGUFReader, names.get_tensor_name_map = map(functools.cache, own)
+    try:
+        yield
+    finally:
+        names.GGUFReader, names.get_tensor_name_map = own
 
 
 # transformers: the Trainer

@@ -191,3 +191,14 @@ def test_frozen_added_rows_train_again(tiny_prepared):
 
 def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_a_gguf_file_is_opened_once(monkeypatch):
+    import gguf
+
+    opened = []
+    monkeypatch.setattr(gguf, "GGUFReader", opened.append)
+    with reach_ins.gguf_opened_once():
+        gguf.GGUFReader("x.gguf"), gguf.GGUFReader("x.gguf")
+    gguf.GGUFReader("y.gguf")
+    assert opened == ["x.gguf", "y.gguf"]
