@@ -13,7 +13,7 @@ from biomerge_lib.core.errors import ModelError, ParameterError
 from biomerge_lib.decoding.graphed_decoding import GraphedDecoder
 from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import build_prompts
-from biomerge_lib.experiment.checkpoints import best_checkpoint, find_damage
+from biomerge_lib.experiment.checkpoints import best_checkpoint, find_damage, seal_checkpoint
 from biomerge_lib.model.merging import merge_checkpoint
 from biomerge_lib.model.packing import PackedCollator
 from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
@@ -242,6 +242,7 @@ def test_a_checkpoint_of_other_weights_is_refused(make_trainer, tiny_prepared, t
     assert "model.safetensors is missing" in find_damage(checkpoint)
     note = folder / "checkpoints/checkpoint-4/backbone.json"
     note.write_text(json.dumps({"sha256": "0"}))
+    seal_checkpoint(note.parent)
     trainer, _ = make_trainer("moved", watch_metric="token_head")
     with pytest.raises(ModelError, match=r"checkpoint-4 was trained on another backbone: .*other weights"):
         train(trainer, folder)
