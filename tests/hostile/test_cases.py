@@ -232,6 +232,7 @@ def grows_by(work: Callable[[int], object], size: int) -> float:
     return seconds[1] / max(seconds[0], 0.01)
 
 
+@pytest.mark.slow
 def test_time_grows_with_the_length_and_not_with_its_square(tokenizer):
     def cut(count: int) -> None:
         spans = tuple((12 * i, 12 * i + 7) for i in range(count))

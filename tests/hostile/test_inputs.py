@@ -42,6 +42,8 @@ from tests.conftest import ROOT
 from tests.hostile.damage import TRIED, damaged, damaged_json, distorted, hostile_text, hostile_value, inputs
 from tests.support.tiny_vllm import make_records, save_tokenizer_files
 
+pytestmark = pytest.mark.slow
+
 spans = st.lists(st.tuples(st.integers(0, 10**9 - 1), st.integers(0, 10**9 - 1)))
 
 
