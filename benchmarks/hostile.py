@@ -1,6 +1,6 @@
 """Whether anything falls over: properties over damaged files, odd values and texts, and trainings killed at 20 moments.
 
-    python -m benchmarks.hostile                    # 50,000 inputs: half an hour of two cores
+    python -m benchmarks.hostile                    # 50,000 inputs: a quarter of an hour of two cores
     python -m benchmarks.hostile --inputs 4000      # to try it
 
 Runs tests/hostile with other inputs each time. Writes reports/hostile.json and reports/hostile.md.

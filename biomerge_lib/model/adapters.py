@@ -5,13 +5,12 @@ init_adapter=shipped | FOLDER | RUN --[read_init_adapter]--> InitAdapter --[load
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from biomerge_lib.core.errors import ModelError
-from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.files import OBJECT, file_sha256, read_values
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.runs import load_run_parameters, read_metrics
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SHIPPED = Path(__file__).parent.parent / "apply/adapters/bc5cdr-smollm2-135m"
+BEGUN_WITH = (
+    "init_adapter_sha256"  # of a model: the adapter's weights that it began with, which may be gone later
+)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -55,11 +57,16 @@ class InitAdapter:
             ModelError: they belong to another backbone, or are not of just this adapter's names and shapes.
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         refuse_other_backbone(self.folder, backbone_folder)
         own = get_peft_model_state_dict(model)
-        given = {name: tensor for name, tensor in load_file(self.folder / WEIGHTS).items() if name in own}
+        try:
+            weights = load_file(self.folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ModelError(f"{self.folder / WEIGHTS}: {error}. Copy or export the adapter anew.") from None
+        given = {name: tensor for name, tensor in weights.items() if name in own}
         wrong = [
             name
             for name, fresh in own.items()
@@ -71,6 +78,7 @@ class InitAdapter:
                 f"init_adapter {self.folder}: its weights do not fit, e.g. {wrong[0]} ({len(wrong)} of {len(own)})."
             )
         set_peft_model_state_dict(model, own | given)
+        setattr(model, BEGUN_WITH, self.sha256)
 
 
 def read_init_adapter(parameters: Parameters) -> InitAdapter | None:
@@ -93,12 +101,12 @@ def read_init_adapter(parameters: Parameters) -> InitAdapter | None:
             raise ModelError(f"init_adapter={path}: every weight of this run was trained; it has no adapter.")
     else:
         trained, folder = read_adapter(path), path
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_values(folder / CONFIG, OBJECT, cure=" Copy or export the adapter anew.", raises=ModelError)
     asked, own = parameters.prompt_format, trained.prompt_format
     compared = {
         "backbone": (Path(parameters.backbone).name, Path(str(trained.backbone)).name),
-        "lora_rank": (parameters.lora_rank, config["r"]),
-        "lora_alpha": (parameters.lora_alpha, config["lora_alpha"]),
+        "lora_rank": (parameters.lora_rank, config.get("r")),
+        "lora_alpha": (parameters.lora_alpha, config.get("lora_alpha")),
         "offset_anchors": (asked.offset_anchors, own.offset_anchors),
         "corpus_cue": (asked.corpus_cue, own.corpus_cue),
     }

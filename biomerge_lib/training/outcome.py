@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from biomerge_lib.core.parameters import Parameters
-from biomerge_lib.model.adapters import read_init_adapter
+from biomerge_lib.model.adapters import BEGUN_WITH
 from biomerge_lib.model.reach_ins import count_recomputing
 from biomerge_lib.training.trainer_callbacks import WATCH_METRIC
 
@@ -45,11 +45,7 @@ def collect_metrics(trainer: NerTrainer, best: str, seconds: float) -> dict[str,
         "best_checkpoint": best,
         "step_launch": trainer.launch,
         **({"row_tokens": trainer.row_tokens} if trainer.row_tokens else {}),
-        **(
-            {"init_adapter_sha256": adapter.sha256}
-            if (adapter := read_init_adapter(trainer.parameters))
-            else {}
-        ),
+        **({"init_adapter_sha256": begun} if (begun := getattr(trainer.model, BEGUN_WITH, None)) else {}),
         "checkpointed_layers": count_recomputing(trainer.model.get_decoder().layers),
         **{f"probe_{name}": value for name, value in trainer.probe.items()},
         "stopped_early": state.global_step < state.max_steps,

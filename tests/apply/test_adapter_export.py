@@ -1,6 +1,7 @@
 """An exported adapter gives the run's answers, names no place of the machine, and its card the run's figures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from biomerge_lib.__main__ import main
 from biomerge_lib.apply.adapter_export import export_adapter
 from biomerge_lib.core.errors import DataError, ModelError
+from biomerge_lib.core.files import file_sha256
 from biomerge_lib.corpora.conversion import write_corpus
 from biomerge_lib.model.backbones import backbone_sha256
 from biomerge_lib.model.unsloth_lora_ner import load_adapter, load_lora_model
+from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.training.preflight import PreflightError, check_training
-from biomerge_lib.training.run import build_model
+from biomerge_lib.training.run import build_model, build_trainer, train
 from tests.conftest import ROOT
 
 SHIPPED = ROOT / "biomerge_lib/apply/adapters/bc5cdr-smollm2-135m"
@@ -156,6 +159,28 @@ def test_an_adapter_of_another_shape_or_backbone_is_named(run, tiny_prepared, ti
     parameters = tiny_parameters(init_adapter=str(out), lora_rank=4, lora_alpha=8)
     with pytest.raises(ModelError, match=rf"its weights do not fit, e.g. {name} \(1 of "):
         build_model(parameters, tiny_prepared)
+    (out / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: .* Copy or export the adapter anew"):
+        build_model(parameters, tiny_prepared)
     (out / "backbone.json").write_text('{"sha256": "another"}')
     with pytest.raises(ModelError, match="was trained on another backbone"):
         build_model(parameters, tiny_prepared)
+    (out / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"adapter_config\.json:1: not JSON"):
+        build_model(parameters, tiny_prepared)
+
+
+def test_the_metrics_know_an_adapter_that_is_gone_when_training_ends(
+    run, tiny_prepared, tiny_parameters, tmp_path, sample_records
+):
+    """They are collected hours after it was read, and what was trained must not be lost over it."""
+    out = export_adapter(run, tmp_path / "mine")
+    sha256 = file_sha256(out / "adapter_model.safetensors")
+    parameters = tiny_parameters(init_adapter=str(out), lora_rank=4, lora_alpha=8, subsample=0.1, run_id="on")
+    records = {split: sample_records[split][:8] for split in ("train", "dev")}
+    folder = tmp_path / "runs/on"
+    folder.mkdir()
+    model, tokenizer = build_model(parameters, tiny_prepared), load_tokenizer(tiny_prepared)
+    trainer = build_trainer(model, tokenizer, records, parameters, checkpoints=folder / "checkpoints")
+    shutil.rmtree(out)
+    assert train(trainer, folder)["init_adapter_sha256"] == sha256
