@@ -18,6 +18,7 @@ from biomerge_lib.experiment import execution, runs
 from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
 from biomerge_lib.experiment.runs import open_run, run_notebook
 from biomerge_lib.training.preflight import check_training
+from tests.support.notebooks import write_notebook
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -25,16 +26,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 @pytest.fixture
 def execute(tmp_path):
     def run(*sources):
-        cells = [nbformat.v4.new_code_cell(source) for source in ("# Parameters\nx = 1", *sources)]
-        cells[0].metadata["tags"] = ["parameters"]
-        notebook = nbformat.v4.new_notebook(cells=cells)
-        notebook.metadata["kernelspec"] = {
-            "name": "python3",
-            "display_name": "Python 3",
-            "language": "python",
-        }
-        nbformat.write(notebook, tmp_path / "in.ipynb")
-        execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path)
+        notebook = write_notebook(tmp_path / "in.ipynb", *sources)
+        execute_notebook(notebook, tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path)
         return nbformat.read(tmp_path / "out.ipynb", 4)
 
     return run

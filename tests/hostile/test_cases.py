@@ -24,6 +24,7 @@ from biomerge_lib.experiment.runs import read_metrics
 from biomerge_lib.prompts.prompt import split_record
 from biomerge_lib.report.display import bracket
 from tests.conftest import START
+from tests.support.notebooks import write_notebook
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -192,17 +193,9 @@ def test_an_interrupt_is_one_line_and_a_failing_cell_is_recorded(tmp_path):
         "1 / 0": "failed",
     }
     for cell, status in ends.items():
-        cells = [nbformat.v4.new_code_cell(source) for source in ("# Parameters\nx = 1", begin, cell)]
-        cells[0].metadata["tags"] = ["parameters"]
-        notebook = nbformat.v4.new_notebook(cells=cells)
-        notebook.metadata["kernelspec"] = {
-            "name": "python3",
-            "display_name": "Python 3",
-            "language": "python",
-        }
-        nbformat.write(notebook, tmp_path / "in.ipynb")
+        notebook = write_notebook(tmp_path / "in.ipynb", begin, cell)
         with pytest.raises(NotebookFailed):
-            execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path)
+            execute_notebook(notebook, tmp_path / "out.ipynb", {"x": 2}, cwd=tmp_path)
         stage = read_metrics(tmp_path / "run")["stages"]["03_train"]
         assert stage["status"] == status
         [error] = [
