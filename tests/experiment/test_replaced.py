@@ -9,7 +9,7 @@ from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record, write_records
-from biomerge_lib.experiment.provenance import TEST_LOG, data_hashes
+from biomerge_lib.experiment.provenance import TEST_LOG, data_hashes, log_test_scoring
 from biomerge_lib.experiment.replaced import list_replaced, remove_replaced
 from biomerge_lib.experiment.runs import Run, current_stages, open_run, prepare_run_folder, read_metrics
 from biomerge_lib.report.page import read_answers, write_page
@@ -192,3 +192,10 @@ def test_parameters_yaml_of_a_replaced_run_trains_it_again(parameters):
         42,
         "mine",
     )
+
+
+def test_a_test_set_is_scored_where_the_log_cannot_be_written(tmp_path, capsys):
+    """As with the run of someone else; here a folder stands in its place."""
+    (tmp_path / TEST_LOG).mkdir()
+    log_test_scoring(tmp_path, "eval_vllm", tmp_path)
+    assert f"{tmp_path / TEST_LOG} cannot say (Is a directory): note it yourself" in capsys.readouterr().out
