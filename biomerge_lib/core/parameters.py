@@ -125,7 +125,7 @@ class Parameters(BaseModel):
         gt=0, description="Score at most this many records of a split; null = all"
     )
     offset_anchors: Annotated[Literal[ANCHOR_STYLES], BeforeValidator(check_style)] = Field(  # type: ignore[valid-type]
-        description="Which offsets the prompt shows beside each word"
+        description="Which offsets the prompt shows beside each word; echo_pieces: for texts that are not tokenised"
     )
     corpus_cue: bool = Field(description="Name the record's corpus in the prompt")
     default_cue: str = Field(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from biomerge_lib.core.records import NER_PREFIX, Record
 from biomerge_lib.core.spans import Span
@@ -58,9 +58,9 @@ def _write_plain(head: str, text: str) -> Rendering:
     return Rendering(head + text.rstrip(), words, [(start + shift, end + shift) for start, end in words])
 
 
-def _write_anchored(head: str, text: str) -> Rendering:
+def _write_anchored(head: str, text: str, find: Callable[[str], list[Span]] = find_words) -> Rendering:
     """Each word after its start offset, so that the model copies offsets instead of counting characters."""
-    words = find_words(text)
+    words = find(text)
     parts, rendered, position = [], [], len(head)
     for start, end in words:
         parts.append(f"{start} {text[start:end]}")
@@ -78,18 +78,24 @@ def _write_twice(head: str, text: str) -> Rendering:
     return _write_anchored(f"{head}{text.rstrip()} | ", text)
 
 
+def _write_pieces(head: str, text: str) -> Rendering:
+    """As :func:`_write_twice`, with an offset at each piece of a word, as mentions of untokenised text end there."""
+    return _write_anchored(f"{head}{text.rstrip()} | ", text, find_pieces)
+
+
 class Style(NamedTuple):
-    """How a text is written after a prompt's head, and at most how often it and its words' offsets stand there."""
+    """How a text is written after a prompt's head, how often it stands there, and which of its words have offsets."""
 
     write: Callable[[str, str], Rendering]
     texts: int
-    offsets: int
+    anchored: Callable[[str], list[Any]] | None = None
 
 
 STYLES = {
-    "none": Style(_write_plain, texts=1, offsets=0),
-    "start": Style(_write_anchored, texts=1, offsets=1),
-    "echo_start": Style(_write_twice, texts=2, offsets=1),
+    "none": Style(_write_plain, texts=1),
+    "start": Style(_write_anchored, texts=1, anchored=str.split),
+    "echo_start": Style(_write_twice, texts=2, anchored=str.split),
+    "echo_pieces": Style(_write_pieces, texts=2, anchored=find_pieces),
 }
 ANCHOR_STYLES = tuple(STYLES)
 
@@ -144,9 +150,9 @@ class PromptFormat:
 
         With the text's number of tokens as ``text_size`` a closer one.
         """
-        _, texts, offsets = STYLES[self.offset_anchors]
+        _, texts, anchored = STYLES[self.offset_anchors]
         cue, text = self.cue(record), record.text
         plain = len(text) if text.isascii() else len(text.encode())
         plain = plain if text_size is None else text_size
         size = len(NER_PREFIX) + (len(cue.encode()) + 3 if cue else 0) + texts * (plain + 3) - 3
-        return size + (offsets and offsets * len(text.split()) * (len(str(len(text))) + 2))
+        return size + (len(anchored(text)) * (len(str(len(text))) + 2) if anchored else 0)

@@ -243,17 +243,20 @@ def _middle_cut(record: Record, words: list[Span], *, keep_spans: bool) -> int |
     """
     text = record.text
     middle, quarter = len(text) / 2, len(text) / 4
-    cuts, after_sentence = [], []
+    cuts, after_sentence, inside_words = [], [], []
     spans, reach = deque(sorted(record.spans) if keep_spans else ()), 0
     for (before, before_end), (start, _) in pairwise(words):
         while spans and spans[0][0] < start:
             reach = max(reach, spans.popleft()[1])
         if start < reach:
             continue
+        if start == before_end:
+            inside_words.append(start)
+            continue
         cuts.append(start)
         if abs(start - middle) <= quarter and _SENTENCE_END.search(text, before, before_end):
             after_sentence.append(start)
-    return min(after_sentence or cuts, key=lambda cut: abs(cut - middle), default=None)
+    return min(after_sentence or cuts or inside_words, key=lambda cut: abs(cut - middle), default=None)
 
 
 def _slice(chunk: Chunk, start: int, end: int) -> Chunk:

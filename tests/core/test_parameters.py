@@ -161,7 +161,10 @@ def test_names_made_by_later_cells_are_no_parameters():
         (["lora_rank=8.5"], "lora_rank=8.5: Input should be a valid integer"),
         (["fast_metrics=maybe"], "fast_metrics='maybe': Input should be a valid boolean"),
         (["subsample=2"], "subsample=2: Input should be less than or equal to 1"),
-        (["offset_anchors=begin"], "offset_anchors='begin': 'begin' is none of none, start, echo_start"),
+        (
+            ["offset_anchors=begin"],
+            "offset_anchors='begin': 'begin' is none of none, start, echo_start, echo_pieces",
+        ),
         (
             ["offset_anchors=start_end"],
             "offset_anchors='start_end': the anchor style 'start_end' was removed",

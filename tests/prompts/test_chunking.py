@@ -72,7 +72,7 @@ def answers_of_a_perfect_model(prompts, tokenizer) -> list[RawAnswer]:
 
 
 @pytest.mark.parametrize("style", ANCHOR_STYLES)
-@pytest.mark.parametrize(("inputs", "targets"), [(160, 48), (300, 64)])
+@pytest.mark.parametrize(("inputs", "targets"), [(190, 48), (300, 64)])
 def test_training_chunks_hold_every_gold_span_once(tokenizer, sample_records, style, inputs, targets):
     prompt_format = PromptFormat(offset_anchors=style, corpus_cue=True, max_input_tokens=inputs)
     for record in (document(sample_records), random_record(1, 300), random_record(2, 300)):

@@ -59,11 +59,12 @@ def test_rendered_words_are_the_texts_words():
 
 
 def test_renderings_are_spelled_as_documented():
-    spelled = {style: render("Aspirin can", style).prompt for style in ANCHOR_STYLES}
+    spelled = {style: render("Aspirin can.", style).prompt for style in ANCHOR_STYLES}
     assert spelled == {
-        "none": "<NER> Aspirin can",
-        "start": "<NER> 0 Aspirin 8 can",
-        "echo_start": "<NER> Aspirin can | 0 Aspirin 8 can",
+        "none": "<NER> Aspirin can.",
+        "start": "<NER> 0 Aspirin 8 can.",
+        "echo_start": "<NER> Aspirin can. | 0 Aspirin 8 can.",
+        "echo_pieces": "<NER> Aspirin can. | 0 Aspirin 8 can 11 .",
     }
 
 
