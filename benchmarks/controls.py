@@ -1,8 +1,8 @@
 """Ways for a model to say where mentions are, beside anchored offsets: same data, backbone, budget and scoring.
 
     python -m benchmarks.controls --at-once 7 --stop 560                    # trained on train, scored on dev
-    python -m benchmarks.controls --at-once 7 --stop 560 --split test       # on train and dev, scored once on test
     python -m benchmarks.controls --names brackets --rate 1e-3                # one of them, at another learning rate
+    python -m benchmarks.controls --at-once 7 --stop 560 --split test       # on train and dev, scored once on test
     python -m benchmarks.controls --names brackets encoder --at-once 2 runtime=cpu_debug subsample=0.01
 
 Each control is a process with a run folder, runs/controls-SPLIT-NAME[-RATE], and is trained by 03_train's Trainer; one
@@ -179,13 +179,30 @@ CONTROLS = {
 
 
 def parameters_of(name: str, split: str, rate: str | None, extra: Iterable[str]) -> Parameters:
-    """A control's parameters; later words win."""
+    """A control's parameters; later words win. A test set is scored at the learning rate that was best on dev."""
     protocol = "train_on=train_dev" if split == "test" else "train_on=train"
-    words = [*COMMON.split(), *CONTROLS[name].changes.split(), protocol, *extra]
+    if split == "test":
+        protocol += f" learning_rate={choose_rate(name)}"
+    words = [*COMMON.split(), *CONTROLS[name].changes.split(), *protocol.split(), *extra]
     words += [f"learning_rate={rate}"] if rate else []
     return compose_parameters(
         [*{word.partition("=")[0]: word for word in words}.values(), f"run_id={run_id(name, split, rate)}"]
     )
+
+
+def choose_rate(name: str) -> float:
+    """The learning rate of the control's best finished run on dev."""
+    runs = PROJECT_DIR / compose_parameters([]).runs_dir
+    rates = {
+        metrics["control_dev_ner_f1"]: recorded["parameters"]["learning_rate"]
+        for folder in runs.glob("controls-dev-*")
+        for recorded in [read_metrics(folder)]
+        for metrics in [recorded.get("stages", {}).get("03_train", {}).get("metrics", {})]
+        if metrics.get("control") == name
+    }
+    if not rates:
+        raise SystemExit(f"{name}: no finished run on dev in {runs}, which chooses the learning rate.")
+    return rates[max(rates)]
 
 
 def run_id(name: str, split: str, rate: str | None) -> str:

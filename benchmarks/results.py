@@ -49,11 +49,17 @@ CORPORA = {
     "bc2gm": "data/bc2gm/ner",
 }
 DEV = f"{COMMON} data_dir={CORPORA['bc5cdr']} eval_limit=1500"
+UNTOKENISED = "data_dir=data/bc5cdr_original/ner"
 SETS: dict[str, dict[str, str]] = {
     "dev": {
         **{f"smollm2-{epochs}-epochs": f"{DEV} num_train_epochs={epochs}" for epochs in (2, 4, 6)},
-        "smollm2-untokenised": f"{DEV} data_dir=data/bc5cdr_original/ner num_train_epochs=2",
+        "smollm2-untokenised": f"{DEV} {UNTOKENISED} num_train_epochs=2",
+        "smollm2-pieces": f"{DEV} {UNTOKENISED} offset_anchors=echo_pieces num_train_epochs=4",
+        "smollm2-rate-3e-3": f"{DEV} learning_rate=3e-3 num_train_epochs=4",
+        "smollm2-rank-16": f"{DEV} learning_rate=3e-3 lora_rank=16 num_train_epochs=4",
         **{f"qwen-{epochs}-epochs": f"{DEV} {QWEN} num_train_epochs={epochs}" for epochs in (2, 3)},
+        "qwen-rate-6e-4": f"{DEV} {QWEN} learning_rate=6e-4 num_train_epochs=2",
+        "qwen-pieces": f"{DEV} {UNTOKENISED} {QWEN} offset_anchors=echo_pieces num_train_epochs=2",
     },
     "test": {
         **{f"smollm2-bc5cdr-{seed}": f"{TEST} data_dir={CORPORA['bc5cdr']} seed={seed}" for seed in SEEDS},
@@ -229,7 +235,7 @@ class Page:
         best = self.read_all(f"{sweep.name}-best-{seed}" for seed in SEEDS)
         return [
             f"`{FILE}`: {len(names)} points through `wandb agent`, a fifth of the training documents, 800 sentences "
-            "of dev.",
+            "of dev ([its report](results/sweep.html)).",
             "",
             markdown_table([*varied, "dev F1", "run"], rows),
             *spread(

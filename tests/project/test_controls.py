@@ -16,6 +16,7 @@ from benchmarks.controls import (
 from benchmarks.spaced import space
 from biomerge_lib.apply.tagger import find_pieces, map_back
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.files import write_json
 from biomerge_lib.core.prompt_format import find_words
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.experiment.provenance import TEST_LOG
@@ -113,7 +114,15 @@ def test_controls_train_and_score_test_once_on_a_tiny_model(
         "eval_limit=3",
     ]
     for name in ("brackets", "head-echo", "start"):
-        run_control(name, "test", controls.parameters_of(name, "test", None, extra))
+        with pytest.raises(SystemExit, match="no finished run on dev"):
+            controls.parameters_of(name, "test", None, extra)
+        for rate, f1 in ((1e-3, 0.5), (3e-3, 0.6), (2e-3, 0.4)):
+            metrics = {"control": name, "control_dev_ner_f1": f1}
+            ended = {"parameters": {"learning_rate": rate}, "stages": {"03_train": {"metrics": metrics}}}
+            write_json(tmp_path / f"runs/controls-dev-{name}-{rate}/metrics.json", ended)
+        parameters = controls.parameters_of(name, "test", None, extra)
+        assert parameters.learning_rate == 3e-3
+        run_control(name, "test", parameters)
         folder = tmp_path / f"runs/controls-test-{name}"
         stage = json.loads((folder / "metrics.json").read_text())["stages"]["03_train"]
         metrics = stage["metrics"]
