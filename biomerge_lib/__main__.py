@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import NoReturn
 
-from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib import __version__
+from biomerge_lib.core.errors import BioMergeError, nearest
 from biomerge_lib.core.files import names_full_disk
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.core.records import SPLITS
@@ -26,16 +29,34 @@ OF_THE_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
+# Flags that may also stand behind a command's overrides, for which argparse would take them.
+ANYWHERE = ("-h", "--help", "--dry-run", "--run", "--pending")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest command, choice or flag when it refuses a word."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
+        super().error(message)
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """End with the words that are no options of this command."""
+        known = re.findall(r"--[\w-]+", self.format_help())
+        hints = (nearest(word.partition("=")[0], known) for word in words if word.startswith("-"))
+        self.error(f"unknown: {' '.join(words)}.{next(filter(None, hints), '')}")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of every command, with examples."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m biomerge_lib",
         description="BioMerge: biomedical named entities with LoRA-tuned language models.",
         formatter_class=layout,
     )
+    parser.add_argument("--version", action="version", version=f"BioMerge {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     first_examples = []
 
@@ -52,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=epilog,
             formatter_class=layout,
         )
-        command.set_defaults(verb=verb)
+        command.set_defaults(verb=verb, refuse=command.refuse)
         return command
 
     def take_overrides(command: argparse.ArgumentParser, of: str = "") -> None:
@@ -193,7 +214,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    flags = [word for word in words[1:] if word in ANYWHERE]
+    words = [*words[:1], *flags, *(word for word in words[1:] if word not in flags)]
+    options, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        options.refuse(unknown)
     quiet_libraries()
     try:
         return options.verb(options)

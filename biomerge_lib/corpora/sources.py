@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.errors import DataError, nearest
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.corpora.format_bioc import BIOC
 from biomerge_lib.corpora.format_brat import BRAT
@@ -79,7 +79,8 @@ def find_source(
         return find_hub(name, "_".join(filter(None, [Path(repository).name, config])), splits, optional)
     if not folder.exists():
         forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
-        raise DataError(f"{folder}: no such corpus folder. A corpus is {forms}.")
+        hint = nearest(name, [SAMPLE, *map(str, folder.parent.glob("*"))]) or nearest(head, FORMATS)
+        raise DataError(f"{folder}: no such corpus folder.{hint} A corpus is {forms}.")
     kind = forced or _find_format(folder)
     own_name = stem_of(folder) if folder.is_file() else folder.resolve().name
     dataset = SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}")
