@@ -46,7 +46,8 @@ def measure(tagger: Tagger, records: list[Record], *, spaced: bool, name: str) -
     with tqdm(total=characters, desc=name, unit=" characters", mininterval=30) as bar:
         start = time.perf_counter()
         texts = [record.text for record in records]
-        found = list(tagger.find_mentions(texts, spaced=spaced, note=lambda count: bar.update(count)))
+        mentions = tagger.pipe(texts, spaced=spaced, note=lambda count: bar.update(count))
+        found = [[(mention.start, mention.end) for mention in of_text] for of_text in mentions]
         seconds = time.perf_counter() - start
     pairs = [(record.spans, spans) for record, spans in zip(records, found, strict=True)]
     _, units = count_units(pairs, [(record.dataset, record.doc_id) for record in records])

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from biomerge_lib.apply.tagger import load_tagger as load_tagger
 
 __version__ = "0.1.0"
 
 
-def predict(texts: Iterable[str], *, spaced: bool = True, **model: Any) -> list[list[tuple[int, int]]]:
-    """The mentions of each text as sorted ``(start, end)`` offsets in it; documents may be of any length.
+def predict(
+    texts: str | Iterable[str], *, threshold: float | None = None, spaced: bool = True, **model: Any
+) -> Any:
+    """The mentions of a text, or of each of several, of any length: each has ``start, end, text, score``.
 
     ``model``: ``adapter``, ``model``, ``base_url`` or ``cue``, as :func:`~biomerge_lib.apply.tagger.load_tagger` takes
     them; nothing is the shipped adapter (chemicals and diseases). The model is loaded anew (some seconds): for many
-    calls, or texts that come one by one, load a tagger once and use its ``find_mentions``.
+    calls, ``tagger = load_tagger()`` once, and ``tagger.predict(texts)``.
 
-    >>> predict(["Aspirin can trigger asthma attacks ."])  # doctest: +SKIP
-    [[(0, 7), (20, 26)]]
+    >>> [mention.text for mention in predict("Aspirin can trigger asthma attacks .")]  # doctest: +SKIP
+    ['Aspirin', 'asthma']
     """
     from biomerge_lib.apply.tagger import load_tagger
 
-    if isinstance(texts, str):
-        raise TypeError("predict takes a list of texts; give [text] for one.")
-    return list(load_tagger(**model).find_mentions(texts, spaced=spaced))
+    return load_tagger(**model).predict(texts, threshold=threshold, spaced=spaced)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load_tagger":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from biomerge_lib.apply.tagger import load_tagger
+
+    return load_tagger

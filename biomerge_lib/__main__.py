@@ -165,13 +165,14 @@ def build_parser() -> argparse.ArgumentParser:
         _predict,
         "find the mentions of texts, files or folders",
         '"Aspirin can trigger asthma attacks ."',
-        "--file abstract.txt",
+        "--file abstract.txt --out mentions.html",
+        "--format jsonl --threshold 0.5 < abstract.txt",
         "--file abstracts.jsonl --out mentions.jsonl",
         "--file brat_folder --format brat --out predicted",
         "--file corpus.PubTator.txt --out mentions.conll --model runs/my-run",
         "--file abstracts.jsonl --out mentions.jsonl --base-url http://127.0.0.1:8001",
     )
-    predict.add_argument("texts", nargs="*", help="texts to read")
+    predict.add_argument("texts", nargs="*", help="texts to read (none: standard input)")
     predict.add_argument(
         "--file",
         action="append",
@@ -182,10 +183,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument(
         "--format",
-        choices=["text", "jsonl", "conll", "brat"],
+        choices=["text", "jsonl", "html", "conll", "brat"],
         help="how answers are written (default: by --out's ending, else text with the mentions in brackets)",
     )
     predict.add_argument("--out", metavar="PATH", help="file to write, for brat a folder (default: print)")
+    predict.add_argument(
+        "--threshold", type=float, metavar="P", help="leave out mentions of a lower score, 0 to 1"
+    )
     choice = predict.add_mutually_exclusive_group()
     choice.add_argument("--adapter", help="folder made by export-adapter (default: the shipped one)")
     choice.add_argument("--model", help="run folder or merged model folder")

@@ -42,6 +42,11 @@ def render(text: str, style: str, cue: str | None = None) -> Rendering:
     return prompt_format.render(Record(text, (), "doc", "corpus", cue))
 
 
+def spans_of(predicted: list[list]) -> list[list[tuple[int, int]]]:
+    """The offsets of each text's predicted mentions."""
+    return [[(mention.start, mention.end) for mention in mentions] for mentions in predicted]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     words = "inputs of tests/hostile in all (2000); another number also draws others each time, and kills at 20 moments"
     parser.addoption("--hostile", type=int, default=2000, metavar="N", help=words)

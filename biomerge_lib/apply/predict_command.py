@@ -1,6 +1,6 @@
 """Knows what ``python -m biomerge_lib predict`` does with its options; the library's way in is ``predict``.
 
-texts, files, folders --[texts]--> a tagger's answers --[writers]--> terminal, JSONL, CoNLL, BRAT
+texts, files, folders --[texts]--> a tagger's answers --[writers]--> terminal, JSONL, CoNLL, BRAT, a page
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from biomerge_lib.apply.texts import STDIN, Text, iter_texts
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.files import partial_of, whole_file
 from biomerge_lib.corpora.writers import Tagged, write_brat, write_iob, write_jsonl
-from biomerge_lib.report.display import bracket
+from biomerge_lib.report.display import bracket, write_html
 
-FORMAT_OF_ENDING = {".jsonl": "jsonl", ".conll": "conll", ".iob": "conll", ".tsv": "conll"}
+FORMAT_OF_ENDING = {".jsonl": "jsonl", ".html": "html", ".conll": "conll", ".iob": "conll", ".tsv": "conll"}
 LONG = 2_000  # characters that take long enough for a progress bar
 
 
@@ -41,11 +41,14 @@ def predict_texts(options: Namespace) -> int:
         raise ParameterError(f"--out {options.out} is an input (--file {read}): name another file.")
     if options.batch_size < 1:
         raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
+    if not 0 <= (options.threshold or 0) <= 1:
+        raise ParameterError(f"--threshold {options.threshold} is no probability: give one from 0 to 1.")
     for text in options.texts:
         if os.path.exists(text):
             raise ParameterError(f"{text} is there as a file or folder; to read it: predict --file {text}")
     given = [Text(f"text-{number}", text) for number, text in enumerate(options.texts, 1) if text.strip()]
-    files = list(options.file)
+    is_piped = not (options.texts or options.file or sys.stdin.isatty())
+    files = [STDIN] if is_piped else list(options.file)
     if STDIN in files:  # can be read once
         given += [text for path in files if path == STDIN for text in iter_texts([path])]
         files = [path for path in files if path != STDIN]
@@ -62,6 +65,8 @@ def predict_texts(options: Namespace) -> int:
     with _open_out(options.out) as out:
         if kind == "jsonl":
             write_jsonl(tagged, out)
+        elif kind == "html":
+            write_html(tagged, out)
         elif kind == "conll":
             write_iob(tagged, out, spaced=not options.as_is)
         else:
@@ -83,12 +88,15 @@ def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator
     shown = {"desc": "reading", "unit": " characters", "mininterval": interval, "disable": characters < LONG}
     with tqdm(total=characters, **shown) as bar:
         said = (text.text for text in again)
-        parts = tagger.find_parts(said, spaced=not options.as_is, note=bar.update)
+        asked = {"threshold": options.threshold, "spaced": not options.as_is, "note": bar.update}
+        parts = tagger.find_parts(said, **asked)
         text: Text | None = None
         for part in parts:
             text = text or next(texts)
-            spans = [(start - part.start, end - part.start) for start, end in part.spans]
-            yield Tagged(text.doc_id, text.text[part.start : part.end], spans, part.start, part.is_last)
+            spans = [(found.start - part.start, found.end - part.start) for found in part.mentions]
+            scores = [found.score for found in part.mentions]
+            words = text.text[part.start : part.end]
+            yield Tagged(text.doc_id, words, spans, part.start, part.is_last, scores)
             if part.is_last:
                 text = None
 

@@ -12,14 +12,15 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from biomerge_lib.apply.ready_models import ask_server, decode_here, find_model
-from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.prompt_format import PromptFormat, find_words
 from biomerge_lib.core.records import Record
-from biomerge_lib.core.spans import Span, is_inside
+from biomerge_lib.core.spans import FoundMention, Span, is_inside
 from biomerge_lib.corpora.sentences import iter_sentences
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
 
@@ -33,20 +34,20 @@ log = logging.getLogger("biomerge")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The sorted spans between ``start`` and ``end`` of a text, as offsets in that text."""
+    """The sorted mentions between ``start`` and ``end`` of a text, with offsets in that text."""
 
     start: int
     end: int
-    spans: list[Span]
+    mentions: list[FoundMention]
     is_last: bool
 
 
 @dataclass(slots=True)
 class _Open:
-    """A text whose sentences are being answered; ``found`` are the spans since ``given``, its last part's end."""
+    """A text whose sentences are being answered; ``found`` is what was found since ``given``, its last part's end."""
 
     text: str
-    found: set[Span] = field(default_factory=set)
+    found: list[FoundMention] = field(default_factory=list)
     waiting: int = 0
     is_read: bool = False
     answered: int = 0
@@ -63,61 +64,97 @@ class Tagger:
     answer: Callable[[list[Prompt]], list[RawAnswer]]
     at_once: int = 64
 
-    def find_mentions(
-        self, texts: Iterable[str], *, spaced: bool = True, note: Callable[[int], object] | None = None
-    ) -> Iterator[list[Span]]:
-        """The mentions of each text, in order, as sorted offsets in that text; see :meth:`find_parts`."""
-        spans: list[Span] = []
-        for part in self.find_parts(texts, spaced=spaced, note=note):
-            spans += part.spans
+    @overload
+    def predict(self, texts: str, **options: Any) -> list[FoundMention]: ...
+
+    @overload
+    def predict(self, texts: Iterable[str], **options: Any) -> list[list[FoundMention]]: ...
+
+    def predict(self, texts: str | Iterable[str], **options: Any) -> list:
+        """The mentions of a text in their order, or of each of several texts; ``options`` as :meth:`find_parts`.
+
+        A mention has ``start``, ``end``, ``text`` and ``score``, its probability.
+        """
+        return (
+            next(self.pipe([texts], **options))
+            if isinstance(texts, str)
+            else list(self.pipe(texts, **options))
+        )
+
+    def pipe(self, texts: Iterable[str], **options: Any) -> Iterator[list[FoundMention]]:
+        """:meth:`predict` of texts that come one by one: memory holds a batch of them."""
+        mentions: list[FoundMention] = []
+        for part in self.find_parts(texts, **options):
+            mentions += part.mentions
             if part.is_last:
-                yield spans
-                spans = []
+                yield mentions
+                mentions = []
 
     def find_parts(
-        self, texts: Iterable[str], *, spaced: bool = True, note: Callable[[int], object] | None = None
+        self,
+        texts: Iterable[str],
+        *,
+        threshold: float | None = None,
+        spaced: bool = True,
+        note: Callable[[int], object] | None = None,
     ) -> Iterator[Part]:
         """The mentions of each text, in order, as far as they are known: a long text comes in many parts.
 
         Sentences of many texts share a batch; after each batch, what it has answered is given out, and memory holds
         no more texts than that. Parts end between sentences, and those of a text make up the whole of it. ``spaced``
         sets punctuation apart for the model, as the corpora it was trained on have it; spans are mapped back either
-        way. Answers that point outside a sentence are left out. ``note`` is called with the number of characters that
-        each batch has answered.
+        way. Answers that point outside a sentence are left out, and with a ``threshold`` those of a lower score.
+        ``note`` is called with the number of characters that each batch has answered.
 
         Raises:
+            TypeError: a text is no string.
+            ParameterError: the threshold is no probability.
+            DataError: a threshold, and a server that gives no probabilities.
             ServerError: a vLLM server cannot be reached or refuses.
         """
+        check_threshold(threshold)
+        ask = partial(self._answer, threshold=threshold, spaced=spaced, note=note)
         queue: deque[_Open] = deque()
         batch: list[tuple[_Open, Span]] = []
         at_once = min(FIRST, self.at_once)
-        for text in texts:
+        for number, text in enumerate(texts, 1):
+            if not isinstance(text, str):
+                raise TypeError(f"text {number} is no string: {text!r:.60}")
             queue.append(_Open(text))
             for sentence in iter_sentences(text):
                 queue[-1].waiting += 1
                 batch.append((queue[-1], sentence))
                 if len(batch) == at_once:
-                    self._answer(batch, spaced, note)
+                    ask(batch)
                     batch = []
                     at_once = min(GROWTH * at_once, self.at_once)
                     yield from _take_parts(queue)
             queue[-1].is_read = True
             yield from _take_parts(queue)
-        self._answer(batch, spaced, note)
+        ask(batch)
         yield from _take_parts(queue)
 
     def _answer(
-        self, batch: Sequence[tuple[_Open, Span]], spaced: bool, note: Callable[[int], object] | None
+        self,
+        batch: Sequence[tuple[_Open, Span]],
+        *,
+        threshold: float | None,
+        spaced: bool,
+        note: Callable[[int], object] | None,
     ) -> None:
         sentences = [item.text[start:end] for item, (start, end) in batch]
-        for (item, (start, end)), spans in zip(batch, self._ask(sentences, spaced), strict=True):
-            item.found |= {(first + start, last + start) for first, last in spans}
+        for (item, (start, end)), found in zip(batch, self._ask(sentences, threshold, spaced), strict=True):
+            for (first, last), score in sorted(found.items()):
+                first, last = first + start, last + start
+                item.found.append(FoundMention(first, last, item.text[first:last], score))
             item.waiting -= 1
             item.answered = end
         if note and batch:
             note(sum(map(len, sentences)))
 
-    def _ask(self, sentences: Sequence[str], spaced: bool) -> Iterator[list[Span]]:
+    def _ask(
+        self, sentences: Sequence[str], threshold: float | None, spaced: bool
+    ) -> Iterator[dict[Span, float | None]]:
         pieces = [find_pieces(sentence, spaced=spaced) for sentence in sentences]
         shown = [
             " ".join(sentence[a:b] for a, b in words) if spaced else sentence
@@ -129,11 +166,16 @@ class Tagger:
 
             records = [cue_record(record, **self.cues) for record in records]
         prompts = [prompt for index, record in enumerate(records) for prompt in self._prompts(index, record)]
-        predictions = collect_predictions(records, prompts, self.answer(prompts) if prompts else [])
+        answers = self.answer(prompts) if prompts else []
+        predictions = collect_predictions(records, prompts, answers, span_threshold=threshold)
         for prediction, words in zip(predictions, pieces, strict=True):
-            inside = [span for span in prediction.pred if is_inside(span, len(prediction.text))]
-            found = [map_back(span, words) for span in inside] if spaced else inside
-            yield [(start, end) for start, end in found if start < end]
+            found: dict[Span, float | None] = {}
+            scores: Sequence[float | None] = prediction.probabilities or [None] * len(prediction.pred)
+            for span, score in zip(prediction.pred, scores, strict=True):
+                if is_inside(span, len(prediction.text)):
+                    place = map_back(span, words) if spaced else span
+                    found[place] = max(filter(None, (score, found.get(place))), default=score)
+            yield {(start, end): score for (start, end), score in found.items() if start < end}
 
     def _prompts(self, index: int, record: Record) -> list[Prompt]:
         try:
@@ -149,13 +191,19 @@ def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
     """What is known and not given yet: finished texts, which leave the queue, and the first part of the next one."""
     while queue and queue[0].is_read and not queue[0].waiting:
         item = queue.popleft()
-        yield Part(item.given, len(item.text), sorted(item.found), is_last=True)
+        yield Part(item.given, len(item.text), item.found, is_last=True)
     if queue and queue[0].answered > queue[0].given:
         item = queue[0]
         space = _SPACE.match(item.text, item.answered)
         end = space.end() if space else item.answered
-        yield Part(item.given, end, sorted(item.found), is_last=False)
-        item.given, item.found = end, set()
+        yield Part(item.given, end, item.found, is_last=False)
+        item.given, item.found = end, []
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raise ParameterError where a threshold is no probability."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ParameterError(f"threshold={threshold} is no probability: give one from 0 to 1.")
 
 
 def find_pieces(sentence: str, *, spaced: bool) -> list[Span]:

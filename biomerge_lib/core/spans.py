@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Span = tuple[int, int]
 
@@ -18,6 +19,15 @@ SEPARATOR = " ; "
 _DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe58\ufe63\uff0d"
 OFFSET = re.compile("[0-9]{1,9}")  # as it may stand in a file
 _PAIR = re.compile(rf"\s*([0-9]{{1,9}})\s*[{_DASHES}]\s*([0-9]{{1,9}})\s*")
+
+
+class FoundMention(NamedTuple):
+    """A predicted mention: ``text`` is ``document[start:end]``, ``score`` its probability (None: not known)."""
+
+    start: int
+    end: int
+    text: str
+    score: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import TextIO
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.prompt_format import find_pieces, find_words
 from biomerge_lib.core.records import Record
-from biomerge_lib.core.spans import Span
+from biomerge_lib.core.spans import FoundMention, Span
 from biomerge_lib.corpora.documents import UNTYPED
 from biomerge_lib.corpora.sentences import find_sentences, join_cut
 
@@ -30,13 +30,17 @@ log = logging.getLogger("biomerge")
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """A text, or the part of one that begins at ``start``, with its sorted spans as offsets in ``text``."""
+    """A text, or the part of one that begins at ``start``, with its sorted spans as offsets in ``text``.
+
+    ``scores`` are the spans' probabilities; empty where none is known.
+    """
 
     doc_id: str
     text: str
     spans: Sequence[Span]
     start: int = 0
     is_last: bool = True
+    scores: Sequence[float | None] = ()
 
 
 def join_parts(tagged: Iterable[Tagged]) -> Iterator[Tagged]:
@@ -58,18 +62,24 @@ def join_parts(tagged: Iterable[Tagged]) -> Iterator[Tagged]:
 
 def _join(parts: Sequence[Tagged]) -> Tagged:
     spans = [(part.start + start, part.start + end) for part in parts for start, end in part.spans]
-    return Tagged(parts[0].doc_id, "".join(part.text for part in parts), spans)
+    scores = tuple(score for part in parts for score in part.scores)
+    return Tagged(parts[0].doc_id, "".join(part.text for part in parts), spans, scores=scores)
 
 
 def write_jsonl(tagged: Iterable[Tagged], out: TextIO) -> None:
-    """One record a text, the project's JSONL: its offsets are the text's. ``mentions`` repeats them with their words.
+    """One record a text, the project's JSONL, with the text itself and its mentions, whose offsets are the text's.
 
-    ``{"task": "NER", "input": "<NER> Aspirin can", "target": "<TAG> 0-7", ..., "mentions": [[0, 7, "Aspirin"]]}``
+    ``{"task": "NER", "input": "<NER> Aspirin can", "target": "<TAG> 0-7", "doc_id": "d", "dataset": "predicted",
+    "text": "Aspirin can", "mentions": [{"start": 0, "end": 7, "text": "Aspirin", "score": 0.98}]}``
     """
     for text in join_parts(tagged):
         record = Record(text.text, tuple(text.spans), text.doc_id, "predicted")
-        mentions = [[start, end, text.text[start:end]] for start, end in text.spans]
-        fields = json.loads(record.to_json()) | {"mentions": mentions}
+        scores = text.scores or [None] * len(text.spans)
+        mentions = [
+            FoundMention(start, end, text.text[start:end], score)._asdict()
+            for (start, end), score in zip(text.spans, scores, strict=True)
+        ]
+        fields = json.loads(record.to_json()) | {"text": text.text, "mentions": mentions}
         print(json.dumps(fields, ensure_ascii=False), file=out, flush=True)
 
 

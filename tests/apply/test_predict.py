@@ -1,6 +1,9 @@
 """What `predict` reads and writes: readers read back what writers wrote, long texts stream, bad input is named."""
 
+import html
+import io
 import json
+import math
 import re
 import shlex
 import tracemalloc
@@ -9,19 +12,22 @@ from pathlib import Path
 
 import pytest
 
+import biomerge_lib
 from biomerge_lib import predict
 from biomerge_lib.__main__ import build_parser, main
 from biomerge_lib.apply import ready_models
 from biomerge_lib.apply.tagger import Part, Tagger
 from biomerge_lib.apply.texts import Text, iter_texts
 from biomerge_lib.core.errors import DataError, ParameterError
+from biomerge_lib.core.markup import INERT
 from biomerge_lib.core.records import iter_records
 from biomerge_lib.corpora.documents import ReadCounts, read_spans
 from biomerge_lib.corpora.format_brat import read_brat
 from biomerge_lib.corpora.format_iob import read_iob
+from biomerge_lib.corpora.sources import find_source
 from biomerge_lib.corpora.writers import Tagged, join_parts, write_brat, write_iob, write_jsonl
 from biomerge_lib.decoding.predictions import RawAnswer
-from tests.conftest import MANIFEST, START
+from tests.conftest import MANIFEST, START, spans_of
 
 NOTE = MANIFEST.as_said() | {"backbone": "tiny"}
 TEXT = "Aspirin-induced asthma (AIA).\r\n\r\nβ-blockers\tmay harm\u2028too; 5-HT𝛼 rose."
@@ -56,7 +62,8 @@ def test_jsonl_reads_back(tmp_path):
         (t.doc_id, t.text, t.spans) for t in TAGGED
     ]
     first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
-    assert first["mentions"][3] == [33, 43, "β-blockers"]
+    assert first["mentions"][3] == {"start": 33, "end": 43, "text": "β-blockers", "score": None}
+    assert first["text"] == TEXT
     assert list(iter_texts([path])) == [Text(t.doc_id, t.text) for t in TAGGED]
 
 
@@ -170,7 +177,7 @@ def test_sentences_of_many_texts_share_a_batch(tagger):
     tagger, asked = tagger
     texts = ["Aspirin.", "", "One. Two."] * 3
     expected = [[(0, 7)], [], [(0, 3), (5, 8)]] * 3
-    assert list(tagger.find_mentions(texts)) == expected
+    assert spans_of(tagger.predict(texts)) == expected
     assert asked == [4, 4, 1]
 
 
@@ -180,9 +187,10 @@ def test_a_long_text_streams_in_bounded_memory(tagger):
     texts = (line * 4 for _ in range(150))
     notes = []
     tracemalloc.start()
-    found = tagger.find_mentions(texts, note=notes.append)
+    found = tagger.pipe(texts, note=notes.append)
     first = next(found)
-    assert first == [(len(line) * n, len(line) * n + 7) for n in range(4)] and asked == [4]
+    assert [mention[:2] for mention in first] == [(len(line) * n, len(line) * n + 7) for n in range(4)]
+    assert asked == [4]
     peak_of_first = tracemalloc.get_traced_memory()[1]
     assert sum(1 for _ in found) == 149
     assert tracemalloc.get_traced_memory()[1] < peak_of_first + 300_000
@@ -195,14 +203,15 @@ def test_a_document_comes_in_parts_that_make_it_up(tagger):
     tagger, asked = tagger
     text = " " + "Aspirin helps.  Heparin harms.\n\n" * 10 + "Caffeine wakes. \n"
     parts = tagger.find_parts(["Zinc.", text])
-    assert (next(parts), asked) == (Part(0, 5, [(0, 4)], True), [4])
-    assert (next(parts), asked) == (Part(0, 49, [(1, 8), (17, 24), (33, 40)], False), [4])
+    assert (next(parts), asked) == (Part(0, 5, [(0, 4, "Zinc", None)], True), [4])
+    first = [(1, 8, "Aspirin", None), (17, 24, "Heparin", None), (33, 40, "Aspirin", None)]
+    assert (next(parts), asked) == (Part(0, 49, first, False), [4])
     rest = list(parts)
     assert asked == [4, 4, 4, 4, 4, 2]
     assert [part.start for part in rest] == [49, *(part.end for part in rest[:-1])]
     assert [part.is_last for part in rest] == [False] * (len(rest) - 1) + [True] and rest[-1].end == len(text)
-    found = [span for part in rest for span in part.spans]
-    assert list(tagger.find_mentions([text])) == [[(1, 8), (17, 24), (33, 40), *found]]
+    found = [mention for part in rest for mention in part.mentions]
+    assert tagger.predict(text) == [*first, *found]
     asked.clear()
     list(replace(tagger, at_once=64).find_parts(["It heals. " * 200]))
     assert asked == [4, 16, 64, 64, 52]
@@ -248,9 +257,9 @@ def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeyp
 def test_a_word_without_end_is_no_end(tagger, caplog):
     tagger, _ = tagger
     sequence = "ACGT" * 3000
-    assert next(tagger.find_mentions([f"{sequence} binds."]))[:2] == [(0, 60), (360, 420)]
-    found = list(tagger.find_mentions([f"{sequence} binds.", "It heals."], spaced=False))
-    assert found == [[(12001, 12007)], [(0, 2)]]  # the word alone is left out
+    assert [m[:2] for m in tagger.predict(f"{sequence} binds.")][:2] == [(0, 60), (360, 420)]
+    found = tagger.predict([f"{sequence} binds.", "It heals."], spaced=False)
+    assert spans_of(found) == [[(12001, 12007)], [(0, 2)]]  # the word alone is left out
     assert "a word over 512 tokens is left out" in caplog.text
 
 
@@ -273,9 +282,77 @@ def test_the_command_reads_a_folder_and_writes_each_format(tagger, tmp_path, mon
     assert main([*arguments, "--format", "brat", "--out", str(tmp_path / "brat")]) == 0
     assert (tmp_path / "brat/a.ann").read_text() == "T1\tEntity 0 7\tAspirin\n"
     assert main([*arguments, "--format", "brat"]) == 2
-    assert predict(["Aspirin works."]) == [[(0, 7)]]
-    with pytest.raises(TypeError, match="a list of texts"):
-        predict("Aspirin works.")
+    assert predict(["Aspirin works."]) == [[(0, 7, "Aspirin", None)]] == [predict("Aspirin works.")]
+
+
+@pytest.fixture
+def scoring(tokenizer, monkeypatch):
+    """A tagger whose first words are mentions of probability 0.9, and whose second ones of 0.3."""
+
+    def answer(prompts):
+        answers = []
+        for prompt in prompts:
+            first, second, *_ = prompt.chunk.record.text.split()
+            said = f" 0-{len(first)} ; {len(first) + 1}-{len(first) + 1 + len(second)}"
+            answers.append(RawAnswer([], said, "eos", part_logprobs=[math.log(0.9), math.log(0.3)]))
+        return answers
+
+    tagger = Tagger(tokenizer, START, None, answer)
+    monkeypatch.setattr("biomerge_lib.apply.tagger.load_tagger", lambda **_: tagger)
+    return tagger
+
+
+def test_a_mention_has_its_place_words_and_score(scoring):
+    text = "Müdigkeit, Übelkeit."
+    first, second = scoring.predict(text)
+    assert (first.start, first.end, first.text, first.score) == (0, 9, "Müdigkeit", 0.9)
+    assert second == (9, 10, ",", 0.3)
+    assert scoring.predict([text, ""]) == [[first, second], []]
+    assert scoring.predict("") == scoring.predict([]) == []
+    assert scoring.predict(text, threshold=0.5) == predict(text, threshold=0.5) == [first]
+    assert biomerge_lib.load_tagger() is scoring
+
+
+def test_what_is_no_text_or_no_probability_is_named(scoring, capsys):
+    with pytest.raises(TypeError, match="text 2 is no string: nan"):
+        scoring.predict(["a b", float("nan")])
+    with pytest.raises(ParameterError, match=r"threshold=50 is no probability: give one from 0 to 1"):
+        scoring.predict("a b", threshold=50)
+    for wrong in ("1.5", "nan", "-0.1"):
+        assert main(["predict", "a b", f"--threshold={wrong}"]) == 2
+        assert f"--threshold {wrong} is no probability" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--file", "-"]])
+def test_piped_text_is_read(scoring, monkeypatch, capsys, words):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Übelkeit trat auf.\n".encode())))
+    assert main(["predict", *words, "--format", "jsonl", "--threshold", "0.5"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["doc_id"], line["text"]) == ("stdin", "Übelkeit trat auf.\n")
+    assert line["mentions"] == [{"start": 0, "end": 8, "text": "Übelkeit", "score": 0.9}]
+
+
+def test_a_page_of_mentions_keeps_the_text_and_loads_nothing(scoring, tmp_path):
+    (tmp_path / "a&b.txt").write_text('<b>Aspirin</b>\n\n  works & "helps".\n' * 9)
+    assert main(["predict", "--file", str(tmp_path / "a&b.txt"), "--out", str(tmp_path / "x.html")]) == 0
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    body = page.partition("<body>")[2]
+    assert "<h2>a&amp;b</h2>" in body and INERT in page
+    assert "prefers-color-scheme: dark" in page and 'content="light dark"' in page
+    text = html.unescape(re.sub(r"</?(?:div|mark)[^>]*>", "", body.partition("</h2>")[2]))
+    assert text.strip().removesuffix("\n\n</body></html>") == (tmp_path / "a&b.txt").read_text().strip()
+    marks = re.findall(r'<mark class="gold" title="probability (.*?)">(.*?)</mark>', body)
+    assert (
+        len(marks) > 9
+        and marks[0] == ("0.900", "&lt;")
+        and {score for score, _ in marks} == {"0.900", "0.300"}
+    )
+
+
+def test_predicted_jsonl_is_read_as_the_projects_records(scoring, tmp_path):
+    assert main(["predict", "Aspirin works.", "--out", str(tmp_path / "train.jsonl")]) == 0
+    source = find_source(tmp_path / "train.jsonl", splits=("train",))
+    assert source.format == "jsonl"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from biomerge_lib.__main__ import main
 from biomerge_lib.apply.tagger import Tagger, find_pieces, map_back
 from biomerge_lib.decoding.predictions import RawAnswer
 from biomerge_lib.report.display import bracket
-from tests.conftest import START
+from tests.conftest import START, spans_of
 
 
 @pytest.mark.parametrize("sentence", ["asthma attacks.", "N-acetyl (5-HT), β-blocker_2!", "x"])
@@ -31,7 +31,7 @@ def test_offsets_are_those_of_the_whole_document(tokenizer):
 
     tagger = Tagger(tokenizer, START, None, answer)
     text = "Aspirin works.\n\nHeparin, too."
-    assert list(tagger.find_mentions([text, ""])) == [[(0, 7), (16, 23)], []]
+    assert spans_of(tagger.predict([text, ""])) == [[(0, 7), (16, 23)], []]
     assert seen == ["Aspirin works .", "Heparin , too ."]
     assert bracket(text, [(0, 7), (16, 23)]) == "[Aspirin] works.\n\n[Heparin], too."
 

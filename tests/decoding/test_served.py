@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from itertools import chain
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from biomerge_lib.prompts.ner_span import SpanCollator, encode_example
 from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 from biomerge_lib.prompts.tokenizer import save_tokenizer
 from biomerge_lib.scoring.parity import NEAR_TIE, check_parity
-from tests.conftest import START
+from tests.conftest import START, spans_of
 from tests.decoding.test_answer_grammar import assert_legal
 from tests.support.shared_corpora import skip_but_fail_in_ci
 from tests.support.tiny_vllm import save_tokenizer_files
@@ -201,13 +202,16 @@ def test_predict_asks_a_server_as_it_asks_the_model(
     monkeypatch.setenv("VLLM_API_KEY", server.api_key)
     documents = ["\n".join(record.text for record in records[start : start + 8]) for start in (0, 8, 16)]
     served = predict(documents, model=served_folder, base_url=server.base_url.removesuffix("/v1"))
-    assert served == predict(documents, model=served_folder)
+    ours = predict(documents, model=served_folder)
+    assert spans_of(served) == spans_of(ours)
+    for mine, its in zip(chain(*ours), chain(*served), strict=True):
+        assert mine.score == pytest.approx(its.score, abs=1e-3)
     assert all(len(spans) > 3 for spans in served)
     (tmp_path / "a.txt").write_text(documents[0], encoding="utf-8")
     arguments = ["predict", "--model", str(served_folder), "--file", str(tmp_path / "a.txt")]
     out = ["--format", "jsonl", "--base-url", server.base_url]
     assert main([*arguments, *out]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert parse_record(line, "out").spans == tuple(served[0])
+    assert parse_record(line, "out").spans == tuple(spans_of(served)[0])
     assert main([*arguments, "--base-url", "http://127.0.0.1:9"]) == 2
     assert "http://127.0.0.1:9/v1: no connection to the server" in capsys.readouterr().err
