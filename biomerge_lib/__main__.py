@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import re
 import sys
@@ -85,8 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
         "03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4",
         "02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner",
         "05_vllm_eval run_id=my-run",
+        "03_train learning_rate=3e-4 --dry-run",
     )
     run.add_argument("notebook", help="01_tokenizer ... 06_report")
+    run.add_argument("--dry-run", action="store_true", help="say what would be run and made, and stop")
     take_overrides(run, ", as Hydra takes them")
     show = add(
         _parameters,
@@ -134,6 +137,19 @@ def build_parser() -> argparse.ArgumentParser:
     publish.add_argument(
         "--into", metavar="NAME", help="publish in reports/NAME/, whose README.md has a table of its own"
     )
+    runs = add(
+        _runs,
+        "list the runs (status, F1, size, age), the newest first, or remove some for good",
+        "",
+        "--json",
+        "--remove my-run .replaced-my-run-20261130T181659123456",
+    )
+    runs.add_argument(
+        "runs_dir", nargs="?", default="runs", help="folder of all run folders (default: %(default)s)"
+    )
+    runs.add_argument("--json", action="store_true", help="the list as JSON")
+    runs.add_argument("--remove", nargs="+", default=[], metavar="RUN", help="names that the list has")
+    runs.add_argument("--yes", action="store_true", help="remove without asking")
     replaced = add(
         _replaced,
         "list the runs that existing_run=replace moved aside, or remove some for good",
@@ -253,9 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from biomerge_lib.experiment.runs import describe_start
     from biomerge_lib.experiment.tracking import run_tracked_notebook
     from biomerge_lib.training.preflight import check_training
 
+    if options.dry_run:
+        parameters, made = describe_start(options.notebook, options.overrides, check_training)
+        _print_parameters(parameters)
+        print(made)
+        return 0
     print(kept_path(run_tracked_notebook(options.notebook, options.overrides, check_training)))
     return 0
 
@@ -266,10 +288,14 @@ def _parameters(options: argparse.Namespace) -> int:
 
         print(parameters_as_markdown(), end="")
         return 0
-    values = compose_parameters(options.overrides).model_dump()
+    _print_parameters(compose_parameters(options.overrides))
+    return 0
+
+
+def _print_parameters(parameters: Parameters) -> None:
+    values = parameters.model_dump()
     for name, field in Parameters.model_fields.items():
         print(f"{name + ' = ' + repr(values[name]):<55} {field.description}")
-    return 0
 
 
 def _preflight(options: argparse.Namespace) -> int:
@@ -304,6 +330,29 @@ def _publish(options: argparse.Namespace) -> int:
     for folder in options.runs:
         print(publish_run(Path(folder), reports))
     write_results((reports if options.into else PROJECT_DIR) / "README.md", reports)
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from biomerge_lib.report.run_list import choose_runs, describe_runs, list_runs, remove_runs
+
+    folder = Path(options.runs_dir)
+    if options.remove:
+        chosen = choose_runs(folder, options.remove)
+        print(describe_runs(chosen))
+        if not options.yes:
+            print("Remove these, with their trained models? [y/N] ", end="", flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                print("nothing was removed")
+                return 0
+        remove_runs(folder, chosen)
+    found = list_runs(folder)
+    if options.json:
+        print(json.dumps([run._asdict() for run in found], indent=1, ensure_ascii=False))
+        return 0
+    if not options.remove:
+        print(describe_runs(found))
+    print(f"{len(found)} runs in {folder}, {sum(run.bytes for run in found) / 1e6:,.1f} MB")
     return 0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def list_replaced(runs_dir: Path) -> dict[str, int]:
     if not runs_dir.is_dir():
         raise DataError(f"{runs_dir}: no such folder. Give the folder that holds the run folders (runs).")
     found = [path for path in sorted(runs_dir.iterdir()) if _NAME.fullmatch(path.name)]
-    return {path.name: _size(path) for path in found if path.is_dir() and not path.is_symlink()}
+    return {path.name: folder_size(path) for path in found if path.is_dir() and not path.is_symlink()}
 
 
 def remove_replaced(runs_dir: Path, names: Sequence[str]) -> None:
@@ -39,15 +39,18 @@ def remove_replaced(runs_dir: Path, names: Sequence[str]) -> None:
     Raises:
         DataError: a name is not among them; then nothing is removed.
     """
-    known = list_replaced(runs_dir)
-    for name in names:
-        if name not in known:
-            raise DataError(
-                f"{name}: no replaced run in {runs_dir}; nothing was removed.{nearest(name, known)}"
-            )
+    refuse_unknown(names, list_replaced(runs_dir), f"replaced run in {runs_dir}")
     for name in names:
         shutil.rmtree(runs_dir / name)
 
 
-def _size(folder: Path) -> int:
+def refuse_unknown(names: Sequence[str], known: Collection[str], what: str) -> None:
+    """Raise DataError where a name to be removed is not ``known``."""
+    for name in names:
+        if name not in known:
+            raise DataError(f"{name}: no {what}; nothing was removed.{nearest(name, known)}")
+
+
+def folder_size(folder: Path) -> int:
+    """The bytes of all files in a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

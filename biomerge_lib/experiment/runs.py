@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import chdir, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from platform import node
@@ -20,7 +20,7 @@ from typing import IO, Any
 import yaml
 from pydantic import BaseModel, model_validator
 
-from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, nearest
+from biomerge_lib.core.errors import BioMergeError, DataError, ModelError, ParameterError, nearest
 from biomerge_lib.core.files import OBJECT, fingerprint_weights, read_values, write_json, write_text
 from biomerge_lib.core.parameters import (
     NOT_IDENTITY,
@@ -48,10 +48,11 @@ from biomerge_lib.experiment.provenance import (
     provenance,
 )
 from biomerge_lib.experiment.replaced import place_aside
-from biomerge_lib.experiment.stages import BEFORE_TRAINING, DATA, SCORING_STAGES, TRAIN
+from biomerge_lib.experiment.stages import BEFORE_TRAINING, DATA, SCORING_STAGES, STAGES, TRAIN
 
 NOTEBOOKS_DIR = PROJECT_DIR / "notebooks"
 KILLED = "its process ended without a word (killed, or out of memory?); run it again"
+REFUSALS = {kind.__name__ for kind in (ParameterError, DataError, ModelError)}  # of what a notebook is given
 log = logging.getLogger("biomerge")
 Check = Callable[[Parameters], object]
 
@@ -272,10 +273,45 @@ def load_run_parameters(folder: Path) -> Parameters:
         raise ParameterError(f"{path}: {error}") from None
 
 
+def describe_start(name: str, overrides: Sequence[str], check: Check | None = None) -> tuple[Parameters, str]:
+    """The parameters with which :func:`run_notebook` would run, and what it would make; nothing is made.
+
+    Raises:
+        ParameterError, DataError: as :func:`run_notebook`, before it starts.
+    """
+    notebook, parameters = find_notebook(name), compose_parameters(overrides)
+    folder, stage, found = PROJECT_DIR / parameters.run_folder, notebook.stem, ""
+    if stage == TRAIN:
+        found = _check_start(check, parameters)
+        _refuse_other_training(folder, parameters)
+    elif stage in SCORING_STAGES:
+        parameters = _scoring_parameters(folder, parameters, override_names(overrides))
+    there = "a new folder"
+    if stage == TRAIN and (folder / "parameters.yaml").is_file():
+        aside = parameters.existing_run == "replace"
+        there = "the run that is there is moved aside" if aside else "it goes on with the run that is there"
+    elif folder.is_dir():
+        there = "it is there; what this notebook wrote before is written anew"
+    writes = STAGES[stage].writes.replace("<run_id>", folder.name)
+    made = f"{stage} would run in {folder}/ ({there})\nand write {notebook.name}, metrics.json, {writes}"
+    return parameters, f"{found}\n{made}".strip()
+
+
+def _check_start(check: Check | None, parameters: Parameters) -> str:
+    """What the notebook's first cell would print; what it would refuse is refused, and a job is told why."""
+    try:
+        with chdir(PROJECT_DIR):
+            return str(check(parameters)) if check else ""
+    except BioMergeError as error:
+        jobs.note_failure(f"\n{error}")
+        raise
+
+
 def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None) -> Path:
     """Execute a notebook with papermill into its run folder; return the executed notebook's path.
 
-    ``check`` refuses training parameters that cannot work before an earlier run is moved aside for them.
+    ``check`` refuses training parameters that cannot work before anything is made, or an earlier run moved aside. A
+    folder that is new is gone again where the notebook refuses its input before training begins.
 
     Raises:
         ParameterError: unknown notebook or parameter, or a run of other parameters, before anything starts.
@@ -300,12 +336,13 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
         }
     folder = PROJECT_DIR / parameters.run_folder
     executed = folder / notebook.name
+    if training:
+        _check_start(check, parameters)
+    new = [place for place in jobs.places_of(folder) if not place.exists()]
     with jobs.only_one(folder) if training else nullcontext() as lock:
         if training and parameters.existing_run == "resume":
             jobs.fetch_run(folder)
         elif training and (jobs.archived_run(folder) / "parameters.yaml").is_file():
-            if check:
-                check(parameters)
             set_aside(jobs.archived_run(folder))
         # What the notebook's first cell would refuse is refused before its executed copy or metrics.json is touched.
         if training:
@@ -315,11 +352,18 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
         folder.mkdir(parents=True, exist_ok=True)
         chosen = {name: values[name] for name in sorted(told)}
         held = [lock] if lock else []
-        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, held)
+        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, held, new)
     return executed
 
 
-def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], held: Sequence[IO]) -> None:
+def _execute(
+    run: Run,
+    notebook: Path,
+    executed: Path,
+    chosen: Mapping[str, Any],
+    held: Sequence[IO],
+    new: Sequence[Path],
+) -> None:
     try:
         execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR, held=held)
     except KeyboardInterrupt:
@@ -332,6 +376,12 @@ def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]
             raise jobs.RunInterrupted(
                 f"{run.folder.name} stopped on the job's request, with a checkpoint"
             ) from None
+        refused = error.reason.partition(":")[0] in REFUSALS
+        if refused and new and not (run.folder / "parameters.yaml").is_file():  # 03 writes it when it begins
+            for place in new:
+                shutil.rmtree(place, ignore_errors=True)
+            jobs.note_failure(f"\n{error.reason}")
+            raise BioMergeError(f"{notebook.name}: {error.reason}") from None
         try:
             jobs.note_failure(f"{jobs.kept_path(executed)}\n{notebook.name}, {error}")
             run.fail(error.reason)

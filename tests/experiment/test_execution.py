@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError
+from biomerge_lib.core.errors import BioMergeError, DataError, ModelError, ParameterError
 from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.experiment import execution, runs
 from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
@@ -162,3 +162,57 @@ def test_a_refused_run_touches_nothing(tmp_path, monkeypatch):
         open_run("03_train", replacing | {"In": [cell]}, check=check_training)
     assert {path.name: path.read_text() for path in folder.iterdir() if path.name in kept} == kept
     assert os.listdir(tmp_path / "runs") == ["mine"]
+
+
+def test_a_mistyped_start_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    """What preflight refuses before a kernel starts, on each way to begin a training."""
+    values = {"runs_dir": str(tmp_path / "runs"), "run_id": "typo", "data_dir": str(tmp_path / "none")}
+    words = [f"{name}={value}" for name, value in values.items()]
+    for wrong in ([], ["learning_rat=1"], ["lora_rank=x"], [f"tokenizer_dir={tmp_path}/none"]):
+        assert main(["run", "03_train", *words, *wrong]) == 2
+        assert main(["run", "03_train", *words, *wrong, "--dry-run"]) == 2
+    cell = "\n".join(["# Parameters (mine)", *(f"{name} = {value!r}" for name, value in values.items())])
+    monkeypatch.chdir(runs.PROJECT_DIR)
+    with pytest.raises((DataError, ModelError)):
+        open_run("03_train", values | {"In": [cell]}, check=check_training)
+    point = {
+        "command": ["run", "03_train", *words, "${args_no_hyphens}"],
+        "parameters": {"seed": {"value": 7}},
+    }
+    (tmp_path / "s.yaml").write_text(
+        yaml.safe_dump({"method": "grid", "metric": {"name": "eval_ner_f1"}} | point)
+    )
+    assert main(["sweep", "--run", str(tmp_path / "s.yaml")]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_first_cell_refuses_leaves_no_folder_and_a_fault_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "NOTEBOOKS_DIR", tmp_path)
+    words = [f"runs_dir={tmp_path}/runs", "run_id=mine"]
+    refuse = "from biomerge_lib.core.errors import DataError; raise DataError('no such corpus')"
+    notebook = write_notebook(tmp_path / "02_data.ipynb", refuse)
+    notebook.write_text(text := notebook.read_text().replace("x = 1", "seed = 42"))
+    with pytest.raises(BioMergeError, match=r"02_data\.ipynb: DataError: no such corpus"):
+        run_notebook("02_data", words)
+    assert not (tmp_path / "runs/mine").exists()
+    notebook.write_text(text.replace(refuse, "1 / 0"))
+    with pytest.raises(BioMergeError, match=r"failed in cell In \[3\]: ZeroDivisionError"):
+        run_notebook("02_data", words)
+    assert {"02_data.ipynb", "metrics.json"} <= set(os.listdir(tmp_path / "runs/mine"))
+    notebook.write_text(text)
+    with pytest.raises(BioMergeError, match="to see it in place"):
+        run_notebook("02_data", words)
+    assert (tmp_path / "runs/mine/02_data.ipynb").is_file()  # as the folder was there before
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(tmp_path, capsys):
+    words = [f"runs_dir={tmp_path}/runs", "run_id=mine", "offset_anchors=start"]
+    assert main(["run", "02_data", *words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "offset_anchors = 'start'" in said
+        and f"02_data would run in {tmp_path}/runs/mine/ (a new folder)" in said
+    )
+    assert "and write 02_data.ipynb, metrics.json, `data_dir/" in said
+    assert main(["run", "--dry-run", "04_greedy_dev", *words]) == 2
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,107 @@
+"""Knows run folders as a list, newest first, and how those that nobody wants go for good; knows nothing of pages.
+
+runs/ --[list_runs]--> what there is --[remove_runs]--> nothing
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from biomerge_lib.core.errors import DataError
+from biomerge_lib.experiment.jobs import is_trained_now
+from biomerge_lib.experiment.replaced import folder_size, list_replaced, refuse_unknown
+from biomerge_lib.report.report_runs import ReportedRun, collect_runs
+
+SPANS_OF_TIME = {"d": 86400, "h": 3600, "min": 60, "s": 1}
+
+
+class ListedRun(NamedTuple):
+    """A run folder: ``f1`` is its greedy dev F1, ``changed`` when it was last written (ISO, UTC)."""
+
+    run_id: str
+    status: (
+        str  # finished, running, partial, failed, outdated; replaced: moved aside; report: no run, but a page
+    )
+    f1: float | None
+    bytes: int
+    changed: str
+    reason: str
+
+    @property
+    def age(self) -> str:
+        """``5 h``: the time since it was last written, in its largest unit."""
+        seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(self.changed)).total_seconds())
+        unit = next((unit for unit, length in SPANS_OF_TIME.items() if seconds >= length), "s")
+        return f"{seconds / SPANS_OF_TIME[unit]:.0f} {unit}"
+
+
+def list_runs(runs_dir: Path) -> list[ListedRun]:
+    """Every run in a folder of runs, the one that was written last first; also those that were moved aside.
+
+    Raises:
+        DataError: no such folder, or it is a run itself.
+    """
+    replaced = list_replaced(runs_dir)
+    if (runs_dir / "metrics.json").is_file() or (runs_dir / "parameters.yaml").is_file():
+        raise DataError(f"{runs_dir} is a run: give the folder that holds the run folders.")
+    try:
+        known = {run.name: run for run in collect_runs(runs_dir)}
+    except DataError:  # no run among them
+        known = {}
+    listed = []
+    for folder in runs_dir.iterdir():
+        run, metrics = known.get(folder.name), folder / "metrics.json"
+        is_listed = run or folder.name in replaced or (metrics.is_file() and not folder.name.startswith("."))
+        if is_listed and not folder.is_symlink():
+            changed = (metrics if metrics.is_file() else folder).stat().st_mtime
+            written = datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds")
+            status = "replaced" if folder.name in replaced else _status(folder, run)
+            reason, f1 = (run.reason, run.score) if run else ("", None)
+            listed.append(ListedRun(folder.name, status, f1, folder_size(folder), written, reason))
+    return sorted(listed, key=lambda run: run.changed, reverse=True)
+
+
+def _status(folder: Path, run: ReportedRun | None) -> str:
+    stages = run.stages.values() if run else ()
+    if is_trained_now(folder) or any(stage.get("status") == "running" for stage in stages):
+        return "running"
+    return run.status if run else "report"
+
+
+def choose_runs(runs_dir: Path, names: Sequence[str]) -> list[ListedRun]:
+    """The runs of these names (``mine`` or ``runs/mine``), for :func:`remove_runs`.
+
+    Raises:
+        DataError: a name is none of :func:`list_runs`, or its run is running.
+    """
+    known = {run.run_id: run for run in list_runs(runs_dir)}
+    known |= {str(runs_dir / name): run for name, run in known.items()}
+    names = [name.rstrip("/") for name in names]
+    refuse_unknown(names, known, f"run in {runs_dir}")
+    chosen = list({known[name].run_id: known[name] for name in names}.values())
+    if running := [run.run_id for run in chosen if run.status == "running"]:
+        cure = "End it, or wait; a run that died on another machine you remove by hand."
+        raise DataError(f"{', '.join(running)}: running; nothing was removed. {cure}")
+    return chosen
+
+
+def remove_runs(runs_dir: Path, runs: Sequence[ListedRun]) -> None:
+    """Remove run folders with all that is in them."""
+    for run in runs:
+        shutil.rmtree(runs_dir / run.run_id)
+
+
+def describe_runs(runs: Sequence[ListedRun]) -> str:
+    """A line a run: name, status, F1, size, age, and why it is not finished."""
+    wide = max([len(run.run_id) for run in runs], default=0)
+    lines = [f"{'run':<{wide}}  {'status':<8}  {'F1':>5}  {'size':>10}  {'age':>6}"]
+    for run in runs:
+        f1 = "" if run.f1 is None else f"{run.f1:.3f}"
+        why = "" if run.status in ("finished", "running") else " ".join(run.reason.split())[:60]
+        line = f"{run.run_id:<{wide}}  {run.status:<8}  {f1:>5}  {run.bytes / 1e6:>7,.1f} MB  {run.age:>6}  {why}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
