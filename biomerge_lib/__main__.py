@@ -30,6 +30,7 @@ OF_THE_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
+REPLACED = ".replaced-my-run-20261130T181659123456"
 # Flags that may also stand behind a command's overrides, for which argparse would take them.
 ANYWHERE = ("-h", "--help", "--dry-run", "--run", "--pending")
 
@@ -137,29 +138,15 @@ def build_parser() -> argparse.ArgumentParser:
     publish.add_argument(
         "--into", metavar="NAME", help="publish in reports/NAME/, whose README.md has a table of its own"
     )
-    runs = add(
-        _runs,
-        "list the runs (status, F1, size, age), the newest first, or remove some for good",
-        "",
-        "--json",
-        "--remove my-run .replaced-my-run-20261130T181659123456",
-    )
-    runs.add_argument(
-        "runs_dir", nargs="?", default="runs", help="folder of all run folders (default: %(default)s)"
-    )
-    runs.add_argument("--json", action="store_true", help="the list as JSON")
-    runs.add_argument("--remove", nargs="+", default=[], metavar="RUN", help="names that the list has")
-    runs.add_argument("--yes", action="store_true", help="remove without asking")
-    replaced = add(
-        _replaced,
-        "list the runs that existing_run=replace moved aside, or remove some for good",
-        "",
-        "runs --remove .replaced-my-run-20261130T181659123456",
-    )
-    replaced.add_argument(
-        "runs_dir", nargs="?", default="runs", help="folder of all run folders (default: %(default)s)"
-    )
-    replaced.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="names that the list has")
+    for verb, what, name in (
+        (_runs, "list the runs (status, F1, size, age), the newest first, or remove some for good", "my-run"),
+        (_replaced, "the same of the runs that existing_run=replace moved aside", REPLACED),
+    ):
+        runs = add(verb, what, "", "--json", f"runs --remove {name}")
+        runs.add_argument("runs_dir", nargs="?", default="runs", help="folder of run folders (%(default)s)")
+        runs.add_argument("--json", action="store_true", help="the list as JSON")
+        runs.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="names that the list has")
+        runs.add_argument("--yes", action="store_true", help="remove without asking")
     sweep = add(
         _sweep,
         "rank a sweep file's points, or run them without a server",
@@ -333,37 +320,33 @@ def _publish(options: argparse.Namespace) -> int:
     return 0
 
 
-def _runs(options: argparse.Namespace) -> int:
+def _runs(options: argparse.Namespace, *, only: str = "") -> int:
     from biomerge_lib.report.run_list import choose_runs, describe_runs, list_runs, remove_runs
 
     folder = Path(options.runs_dir)
+    found = [run for run in list_runs(folder) if only in ("", run.status)]
     if options.remove:
-        chosen = choose_runs(folder, options.remove)
-        print(describe_runs(chosen))
+        chosen = choose_runs(found, folder, options.remove)
         if not options.yes:
-            print("Remove these, with their trained models? [y/N] ", end="", flush=True)
+            print(
+                describe_runs(chosen), "Remove these, with their models? [y/N] ", sep="\n", end="", flush=True
+            )
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 print("nothing was removed")
                 return 0
         remove_runs(folder, chosen)
-    found = list_runs(folder)
+        found = [run for run in found if run not in chosen]
     if options.json:
         print(json.dumps([run._asdict() for run in found], indent=1, ensure_ascii=False))
         return 0
-    if not options.remove:
-        print(describe_runs(found))
+    print(describe_runs(found))
     print(f"{len(found)} runs in {folder}, {sum(run.bytes for run in found) / 1e6:,.1f} MB")
     return 0
 
 
 def _replaced(options: argparse.Namespace) -> int:
-    from biomerge_lib.experiment.replaced import list_replaced, remove_replaced
-
-    remove_replaced(Path(options.runs_dir), options.remove)
-    for name, size in (found := list_replaced(Path(options.runs_dir))).items():
-        print(f"{size / 1e6:>10,.1f} MB  {name}")
-    print(f"{len(found)} replaced runs in {options.runs_dir}, {sum(found.values()) / 1e6:,.1f} MB")
-    return 0
+    options.yes = True  # they were given up when they were replaced
+    return _runs(options, only="replaced")
 
 
 def _sweep(options: argparse.Namespace) -> int:

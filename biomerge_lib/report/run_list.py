@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.errors import DataError, nearest
 from biomerge_lib.experiment.jobs import is_trained_now
-from biomerge_lib.experiment.replaced import folder_size, list_replaced, refuse_unknown
+from biomerge_lib.experiment.replaced import folder_size, list_replaced
 from biomerge_lib.report.report_runs import ReportedRun, collect_runs
 
 SPANS_OF_TIME = {"d": 86400, "h": 3600, "min": 60, "s": 1}
@@ -72,21 +72,23 @@ def _status(folder: Path, run: ReportedRun | None) -> str:
     return run.status if run else "report"
 
 
-def choose_runs(runs_dir: Path, names: Sequence[str]) -> list[ListedRun]:
-    """The runs of these names (``mine`` or ``runs/mine``), for :func:`remove_runs`.
+def choose_runs(runs: Sequence[ListedRun], runs_dir: Path, names: Sequence[str]) -> list[ListedRun]:
+    """Those of the runs that have these names (``mine`` or ``runs/mine``), for :func:`remove_runs`.
 
     Raises:
-        DataError: a name is none of :func:`list_runs`, or its run is running.
+        DataError: there is no such run, or it is running.
     """
-    known = {run.run_id: run for run in list_runs(runs_dir)}
+    known = {run.run_id: run for run in runs}
     known |= {str(runs_dir / name): run for name, run in known.items()}
-    names = [name.rstrip("/") for name in names]
-    refuse_unknown(names, known, f"run in {runs_dir}")
-    chosen = list({known[name].run_id: known[name] for name in names}.values())
-    if running := [run.run_id for run in chosen if run.status == "running"]:
-        cure = "End it, or wait; a run that died on another machine you remove by hand."
-        raise DataError(f"{', '.join(running)}: running; nothing was removed. {cure}")
-    return chosen
+    chosen: dict[str, ListedRun] = {}
+    for name in (name.rstrip("/") for name in names):
+        if name not in known:
+            raise DataError(f"{name}: no such run in {runs_dir}; nothing was removed.{nearest(name, known)}")
+        if known[name].status == "running":
+            cure = "End it, or wait; one that died on another machine you remove by hand."
+            raise DataError(f"{name}: it is running; nothing was removed. {cure}")
+        chosen[known[name].run_id] = known[name]
+    return list(chosen.values())
 
 
 def remove_runs(runs_dir: Path, runs: Sequence[ListedRun]) -> None:

@@ -69,8 +69,8 @@ def test_only_what_is_named_is_removed_and_only_when_told(runs, capsys, monkeypa
         assert "nothing was removed" in capsys.readouterr().err
     assert main(["runs", "--yes", "--remove", "doen"]) == 2
     assert "Did you mean 'done'?" in capsys.readouterr().err
-    with jobs.only_one(runs / "broken"), pytest.raises(DataError, match="broken: running"):
-        choose_runs(runs, ["broken"])
+    with jobs.only_one(runs / "broken"), pytest.raises(DataError, match="broken: it is running"):
+        choose_runs(list_runs(runs), runs, ["broken"])
     assert sorted(os.listdir(runs)) == before
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert main(["runs", "--remove", "runs/done/", "done", REPLACED]) == 0
