@@ -14,11 +14,14 @@ from itertools import chain, tee
 from pathlib import Path
 from typing import TextIO
 
+from jinja2 import Environment, FileSystemLoader
+
 from biomerge_lib.apply.texts import STDIN, Text, iter_texts
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.files import partial_of, whole_file
+from biomerge_lib.core.markup import INERT
 from biomerge_lib.corpora.writers import Tagged, write_brat, write_iob, write_jsonl
-from biomerge_lib.report.display import bracket, write_html
+from biomerge_lib.report.display import STYLE, bracket, highlight
 
 FORMAT_OF_ENDING = {".jsonl": "jsonl", ".html": "html", ".conll": "conll", ".iob": "conll", ".tsv": "conll"}
 LONG = 2_000  # characters that take long enough for a progress bar
@@ -66,7 +69,10 @@ def predict_texts(options: Namespace) -> int:
         if kind == "jsonl":
             write_jsonl(tagged, out)
         elif kind == "html":
-            write_html(tagged, out)
+            page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+            look = {"inert": INERT, "style": STYLE, "highlight": highlight}
+            for piece in page.get_template("mentions.html.j2").generate(parts=tagged, **look):
+                print(piece, file=out, end="", flush=True)
         elif kind == "conll":
             write_iob(tagged, out, spaced=not options.as_is)
         else:

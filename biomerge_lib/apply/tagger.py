@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from biomerge_lib.apply.ready_models import ask_server, decode_here, find_model
 from biomerge_lib.core.errors import DataError, ParameterError
@@ -29,6 +29,7 @@ _PIECE = re.compile(r"[^\W_]{1,60}|[^\w\s]|_")
 _SPACE = re.compile(r"\s*")
 # The first answers come soon: so many sentences are asked at first, then this times as many.
 FIRST, GROWTH = 4, 4
+_Found = dict[Span, float | None]  # spans of a sentence, with their probabilities
 log = logging.getLogger("biomerge")
 
 
@@ -64,22 +65,13 @@ class Tagger:
     answer: Callable[[list[Prompt]], list[RawAnswer]]
     at_once: int = 64
 
-    @overload
-    def predict(self, texts: str, **options: Any) -> list[FoundMention]: ...
-
-    @overload
-    def predict(self, texts: Iterable[str], **options: Any) -> list[list[FoundMention]]: ...
-
     def predict(self, texts: str | Iterable[str], **options: Any) -> list:
-        """The mentions of a text in their order, or of each of several texts; ``options`` as :meth:`find_parts`.
+        """The mentions of a text, or a list for each of several; ``options`` are those of :meth:`find_parts`.
 
         A mention has ``start``, ``end``, ``text`` and ``score``, its probability.
         """
-        return (
-            next(self.pipe([texts], **options))
-            if isinstance(texts, str)
-            else list(self.pipe(texts, **options))
-        )
+        found = list(self.pipe([texts] if isinstance(texts, str) else texts, **options))
+        return found[0] if isinstance(texts, str) else found
 
     def pipe(self, texts: Iterable[str], **options: Any) -> Iterator[list[FoundMention]]:
         """:meth:`predict` of texts that come one by one: memory holds a batch of them."""
@@ -112,8 +104,9 @@ class Tagger:
             DataError: a threshold, and a server that gives no probabilities.
             ServerError: a vLLM server cannot be reached or refuses.
         """
-        check_threshold(threshold)
-        ask = partial(self._answer, threshold=threshold, spaced=spaced, note=note)
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ParameterError(f"threshold={threshold} is no probability: give one from 0 to 1.")
+        ask = partial(self._ask, spaced=spaced, threshold=threshold)
         queue: deque[_Open] = deque()
         batch: list[tuple[_Open, Span]] = []
         at_once = min(FIRST, self.at_once)
@@ -125,36 +118,16 @@ class Tagger:
                 queue[-1].waiting += 1
                 batch.append((queue[-1], sentence))
                 if len(batch) == at_once:
-                    ask(batch)
+                    _answer(batch, ask, note)
                     batch = []
                     at_once = min(GROWTH * at_once, self.at_once)
                     yield from _take_parts(queue)
             queue[-1].is_read = True
             yield from _take_parts(queue)
-        ask(batch)
+        _answer(batch, ask, note)
         yield from _take_parts(queue)
 
-    def _answer(
-        self,
-        batch: Sequence[tuple[_Open, Span]],
-        *,
-        threshold: float | None,
-        spaced: bool,
-        note: Callable[[int], object] | None,
-    ) -> None:
-        sentences = [item.text[start:end] for item, (start, end) in batch]
-        for (item, (start, end)), found in zip(batch, self._ask(sentences, threshold, spaced), strict=True):
-            for (first, last), score in sorted(found.items()):
-                first, last = first + start, last + start
-                item.found.append(FoundMention(first, last, item.text[first:last], score))
-            item.waiting -= 1
-            item.answered = end
-        if note and batch:
-            note(sum(map(len, sentences)))
-
-    def _ask(
-        self, sentences: Sequence[str], threshold: float | None, spaced: bool
-    ) -> Iterator[dict[Span, float | None]]:
+    def _ask(self, sentences: Sequence[str], *, spaced: bool, threshold: float | None) -> Iterator[_Found]:
         pieces = [find_pieces(sentence, spaced=spaced) for sentence in sentences]
         shown = [
             " ".join(sentence[a:b] for a, b in words) if spaced else sentence
@@ -169,7 +142,7 @@ class Tagger:
         answers = self.answer(prompts) if prompts else []
         predictions = collect_predictions(records, prompts, answers, span_threshold=threshold)
         for prediction, words in zip(predictions, pieces, strict=True):
-            found: dict[Span, float | None] = {}
+            found: _Found = {}
             scores: Sequence[float | None] = prediction.probabilities or [None] * len(prediction.pred)
             for span, score in zip(prediction.pred, scores, strict=True):
                 if is_inside(span, len(prediction.text)):
@@ -187,6 +160,22 @@ class Tagger:
         return [replace(prompt, record_index=index) for prompt in prompts]
 
 
+def _answer(
+    batch: Sequence[tuple[_Open, Span]],
+    ask: Callable[[Sequence[str]], Iterable[_Found]],
+    note: Callable[[int], object] | None,
+) -> None:
+    sentences = [item.text[start:end] for item, (start, end) in batch]
+    for (item, (start, end)), found in zip(batch, ask(sentences), strict=True):
+        for (first, last), score in sorted(found.items()):
+            words = item.text[start + first : start + last]
+            item.found.append(FoundMention(start + first, start + last, words, score))
+        item.waiting -= 1
+        item.answered = end
+    if note and batch:
+        note(sum(map(len, sentences)))
+
+
 def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
     """What is known and not given yet: finished texts, which leave the queue, and the first part of the next one."""
     while queue and queue[0].is_read and not queue[0].waiting:
@@ -198,12 +187,6 @@ def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
         end = space.end() if space else item.answered
         yield Part(item.given, end, item.found, is_last=False)
         item.given, item.found = end, []
-
-
-def check_threshold(threshold: float | None) -> None:
-    """Raise ParameterError where a threshold is no probability."""
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ParameterError(f"threshold={threshold} is no probability: give one from 0 to 1.")
 
 
 def find_pieces(sentence: str, *, spaced: bool) -> list[Span]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from biomerge_lib.core.errors import BioMergeError
-from biomerge_lib.core.files import OBJECT, lock, locked, read_values, whole_folder, write_json, write_text
+from biomerge_lib.core.files import OBJECT, locked, read_values, whole_folder, write_json, write_text
 
 JOB_DIR = "BIOMERGE_JOB_DIR"  # folder of the messages
 ARCHIVE = "BIOMERGE_ARCHIVE"  # where the job copies run folders back to, when runs_dir is the node's own disk
@@ -94,23 +94,6 @@ def fetch_run(folder: Path) -> None:
     print(f"fetched {folder.name} from {kept.parent}")
 
 
-def places_of(folder: Path) -> list[Path]:
-    """A run's folder and, in a job with an archive, the run's folder there."""
-    return [folder, *([Path(os.environ[ARCHIVE]) / folder.name] if ARCHIVE in os.environ else [])]
-
-
-def is_trained_now(folder: Path) -> bool:
-    """Whether a process holds the lock of :func:`only_one`."""
-    try:
-        with (folder / LOCK).open() as stream:
-            lock(stream, or_raise=BlockingIOError())
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 @contextmanager
 def only_one(folder: Path) -> Iterator[IO]:
     """Refuse to train in a run folder, here or in the archive, while another process does.
@@ -118,7 +101,7 @@ def only_one(folder: Path) -> Iterator[IO]:
     Raises:
         BioMergeError: another process holds the folder's lock.
     """
-    kept = places_of(folder)[-1]
+    kept = Path(os.environ[ARCHIVE]) / folder.name if ARCHIVE in os.environ else folder
     taken = BioMergeError(f"{kept}: another process is training this run; wait for it or end it.")
     with locked(kept / LOCK, or_raise=taken) as held:
         yield held

@@ -282,19 +282,14 @@ def describe_start(name: str, overrides: Sequence[str], check: Check | None = No
     notebook, parameters = find_notebook(name), compose_parameters(overrides)
     folder, stage, found = PROJECT_DIR / parameters.run_folder, notebook.stem, ""
     if stage == TRAIN:
-        found = _check_start(check, parameters)
+        found = _check_start(check, parameters) + "\n"
         _refuse_other_training(folder, parameters)
     elif stage in SCORING_STAGES:
         parameters = _scoring_parameters(folder, parameters, override_names(overrides))
-    there = "a new folder"
-    if stage == TRAIN and (folder / "parameters.yaml").is_file():
-        aside = parameters.existing_run == "replace"
-        there = "the run that is there is moved aside" if aside else "it goes on with the run that is there"
-    elif folder.is_dir():
-        there = "it is there; what this notebook wrote before is written anew"
+    there = f"is there: existing_run={parameters.existing_run}" if folder.is_dir() else "a new folder"
     writes = STAGES[stage].writes.replace("<run_id>", folder.name)
     made = f"{stage} would run in {folder}/ ({there})\nand write {notebook.name}, metrics.json, {writes}"
-    return parameters, f"{found}\n{made}".strip()
+    return parameters, found + made
 
 
 def _check_start(check: Check | None, parameters: Parameters) -> str:
@@ -311,7 +306,7 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
     """Execute a notebook with papermill into its run folder; return the executed notebook's path.
 
     ``check`` refuses training parameters that cannot work before anything is made, or an earlier run moved aside. A
-    folder that is new is gone again where the notebook refuses its input before training begins.
+    folder with nothing but a notebook that refused its input is gone again.
 
     Raises:
         ParameterError: unknown notebook or parameter, or a run of other parameters, before anything starts.
@@ -338,7 +333,6 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
     executed = folder / notebook.name
     if training:
         _check_start(check, parameters)
-    new = [place for place in jobs.places_of(folder) if not place.exists()]
     with jobs.only_one(folder) if training else nullcontext() as lock:
         if training and parameters.existing_run == "resume":
             jobs.fetch_run(folder)
@@ -352,18 +346,11 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
         folder.mkdir(parents=True, exist_ok=True)
         chosen = {name: values[name] for name in sorted(told)}
         held = [lock] if lock else []
-        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, held, new)
+        _execute(Run(folder, notebook.stem, parameters), notebook, executed, chosen, held)
     return executed
 
 
-def _execute(
-    run: Run,
-    notebook: Path,
-    executed: Path,
-    chosen: Mapping[str, Any],
-    held: Sequence[IO],
-    new: Sequence[Path],
-) -> None:
+def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], held: Sequence[IO]) -> None:
     try:
         execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR, held=held)
     except KeyboardInterrupt:
@@ -376,10 +363,10 @@ def _execute(
             raise jobs.RunInterrupted(
                 f"{run.folder.name} stopped on the job's request, with a checkpoint"
             ) from None
-        refused = error.reason.partition(":")[0] in REFUSALS
-        if refused and new and not (run.folder / "parameters.yaml").is_file():  # 03 writes it when it begins
-            for place in new:
-                shutil.rmtree(place, ignore_errors=True)
+        left = {path.name for path in run.folder.iterdir()} - {executed.name, "metrics.json", jobs.LOCK}
+        stages = read_metrics(run.folder).get("stages", {})
+        if error.reason.partition(":")[0] in REFUSALS and not left and stages.keys() <= {run.stage}:
+            shutil.rmtree(run.folder)
             jobs.note_failure(f"\n{error.reason}")
             raise BioMergeError(f"{notebook.name}: {error.reason}") from None
         try:

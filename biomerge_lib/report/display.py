@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import html
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from biomerge_lib.core.markup import INERT
 from biomerge_lib.core.spans import Span, is_inside
-from biomerge_lib.corpora.writers import Tagged
 from biomerge_lib.decoding.predictions import Prediction
 from biomerge_lib.scoring.ner_metrics import SpanError, find_errors
 
@@ -39,17 +37,6 @@ LEGEND = (
     '<mark class="spurious">spurious</mark> '
     '<mark class="overlap">gold and predicted, but other boundaries</mark></div>'
 )
-# Parts of a text stand in one line, whose breaks are the text's own.
-PAGE_HEAD = f"""<!DOCTYPE html>
-<html><head><meta charset="utf-8">{INERT}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>Mentions</title>
-{STYLE}
-<style>
-body {{max-width: 48rem; margin: 2rem auto; padding: 0 1rem; font: 1.05rem system-ui, sans-serif;}}
-h2 {{margin: 2rem 0 .4rem; font-size: .9rem; opacity: .75; overflow-wrap: anywhere;}}
-.bm-text {{display: inline; white-space: pre-wrap;}}
-</style></head><body>"""
 ERROR_KINDS = {
     "missed": "a gold mention, and nothing predicted there",
     "spurious": "a prediction where gold has nothing",
@@ -59,19 +46,12 @@ ERROR_KINDS = {
 }
 
 
-def highlight(
-    text: str,
-    gold: Iterable[Span],
-    pred: Iterable[Span] | None = None,
-    note: str = "",
-    titles: Mapping[Span, str] | None = None,
-) -> str:
+def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = None, note: str = "") -> str:
     """HTML of a text with its spans marked.
 
     With ``gold`` alone the mentions are marked ``gold``. With ``pred`` a character is ``right`` inside a span that
     both have, ``missed`` inside a gold span that was not predicted, ``spurious`` inside a predicted span that is not
-    gold, and ``overlap`` inside both of the last two, i.e. where only the boundaries differ. ``titles``: what a gold
-    span says when it is pointed at.
+    gold, and ``overlap`` inside both of the last two, i.e. where only the boundaries differ.
     """
     gold = {span for span in gold if is_inside(span, len(text))}
     found = {span for span in pred or () if is_inside(span, len(text))}
@@ -83,9 +63,7 @@ def highlight(
         kinds = [kind for kind in layers if any(first <= start < last for first, last in layers[kind])]
         kind = "overlap" if kinds == ["spurious", "missed"] else "".join(kinds[:1])
         piece = html.escape(text[start:end])
-        said = [title for (first, last), title in (titles or {}).items() if first <= start < last]
-        title = f' title="{html.escape(said[-1])}"' if said else ""
-        pieces.append(f'<mark class="{kind}"{title}>{piece}</mark>' if kind else piece)
+        pieces.append(f'<mark class="{kind}">{piece}</mark>' if kind else piece)
     label = f' <span class="bm-note">{html.escape(note)}</span>' if note else ""
     return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
 
@@ -103,18 +81,6 @@ def bracket(text: str, spans: Iterable[Span], *, colour: bool = False) -> str:
     for position, letter in enumerate([*text, ""]):
         pieces.append(after * ends[position] + before * starts[position] + letter)
     return "".join(pieces)
-
-
-def write_html(tagged: Iterable[Tagged], out: TextIO) -> None:
-    """One page of all texts with their mentions coloured, each with its score as a title; it loads nothing."""
-    print(PAGE_HEAD, file=out)
-    for part in tagged:
-        if not part.start:
-            print(f"<h2>{html.escape(part.doc_id)}</h2>", file=out)
-        shown = (f"probability {score:.3f}" for score in part.scores if score is not None)
-        titles = dict(zip(part.spans, shown, strict=False))
-        print(highlight(part.text, part.spans, titles=titles), end="", file=out, flush=True)
-    print("\n</body></html>", file=out)
 
 
 def highlight_errors(

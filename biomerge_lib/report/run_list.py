@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from biomerge_lib.core.errors import DataError, nearest
-from biomerge_lib.experiment.jobs import is_trained_now
-from biomerge_lib.experiment.replaced import folder_size, list_replaced
-from biomerge_lib.report.report_runs import ReportedRun, collect_runs
+import pandas as pd
 
-SPANS_OF_TIME = {"d": 86400, "h": 3600, "min": 60, "s": 1}
+from biomerge_lib.core.errors import DataError, nearest
+from biomerge_lib.experiment.jobs import only_one
+from biomerge_lib.experiment.replaced import folder_size, list_replaced
+from biomerge_lib.report.report_runs import collect_runs
 
 
 class ListedRun(NamedTuple):
@@ -30,13 +30,6 @@ class ListedRun(NamedTuple):
     bytes: int
     changed: str
     reason: str
-
-    @property
-    def age(self) -> str:
-        """``5 h``: the time since it was last written, in its largest unit."""
-        seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(self.changed)).total_seconds())
-        unit = next((unit for unit, length in SPANS_OF_TIME.items() if seconds >= length), "s")
-        return f"{seconds / SPANS_OF_TIME[unit]:.0f} {unit}"
 
 
 def list_runs(runs_dir: Path) -> list[ListedRun]:
@@ -59,17 +52,12 @@ def list_runs(runs_dir: Path) -> list[ListedRun]:
         if is_listed and not folder.is_symlink():
             changed = (metrics if metrics.is_file() else folder).stat().st_mtime
             written = datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds")
-            status = "replaced" if folder.name in replaced else _status(folder, run)
-            reason, f1 = (run.reason, run.score) if run else ("", None)
+            status, f1, reason = (run.status, run.score, run.reason) if run else ("report", None, "")
+            if run and any(stage.get("status") == "running" for stage in run.stages.values()):
+                status = "running"
+            status = "replaced" if folder.name in replaced else status
             listed.append(ListedRun(folder.name, status, f1, folder_size(folder), written, reason))
     return sorted(listed, key=lambda run: run.changed, reverse=True)
-
-
-def _status(folder: Path, run: ReportedRun | None) -> str:
-    stages = run.stages.values() if run else ()
-    if is_trained_now(folder) or any(stage.get("status") == "running" for stage in stages):
-        return "running"
-    return run.status if run else "report"
 
 
 def choose_runs(runs: Sequence[ListedRun], runs_dir: Path, names: Sequence[str]) -> list[ListedRun]:
@@ -92,18 +80,19 @@ def choose_runs(runs: Sequence[ListedRun], runs_dir: Path, names: Sequence[str])
 
 
 def remove_runs(runs_dir: Path, runs: Sequence[ListedRun]) -> None:
-    """Remove run folders with all that is in them."""
+    """Remove run folders with all that is in them; BioMergeError where one is being trained."""
     for run in runs:
-        shutil.rmtree(runs_dir / run.run_id)
+        with only_one(runs_dir / run.run_id):
+            shutil.rmtree(runs_dir / run.run_id)
 
 
 def describe_runs(runs: Sequence[ListedRun]) -> str:
     """A line a run: name, status, F1, size, age, and why it is not finished."""
-    wide = max([len(run.run_id) for run in runs], default=0)
-    lines = [f"{'run':<{wide}}  {'status':<8}  {'F1':>5}  {'size':>10}  {'age':>6}"]
+    rows = []
     for run in runs:
+        hours = (datetime.now(UTC) - datetime.fromisoformat(run.changed)).total_seconds() / 3600
+        age = f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.1f} h"
         f1 = "" if run.f1 is None else f"{run.f1:.3f}"
         why = "" if run.status in ("finished", "running") else " ".join(run.reason.split())[:60]
-        line = f"{run.run_id:<{wide}}  {run.status:<8}  {f1:>5}  {run.bytes / 1e6:>7,.1f} MB  {run.age:>6}  {why}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        rows.append((run.run_id, run.status, f1, f"{run.bytes / 1e6:,.1f} MB", age, why))
+    return pd.DataFrame(rows, columns=["run", "status", "F1", "size", "age", ""]).to_string(index=False)

@@ -340,13 +340,9 @@ def test_a_page_of_mentions_keeps_the_text_and_loads_nothing(scoring, tmp_path):
     assert "<h2>a&amp;b</h2>" in body and INERT in page
     assert "prefers-color-scheme: dark" in page and 'content="light dark"' in page
     text = html.unescape(re.sub(r"</?(?:div|mark)[^>]*>", "", body.partition("</h2>")[2]))
-    assert text.strip().removesuffix("\n\n</body></html>") == (tmp_path / "a&b.txt").read_text().strip()
-    marks = re.findall(r'<mark class="gold" title="probability (.*?)">(.*?)</mark>', body)
-    assert (
-        len(marks) > 9
-        and marks[0] == ("0.900", "&lt;")
-        and {score for score, _ in marks} == {"0.900", "0.300"}
-    )
+    assert text.partition("</body>")[0].strip() == (tmp_path / "a&b.txt").read_text().strip()
+    marks = re.findall(r'<mark class="gold">(.*?)</mark>', body)
+    assert len(marks) > 9 and marks[0] == "&lt;"
 
 
 def test_predicted_jsonl_is_read_as_the_projects_records(scoring, tmp_path):

@@ -200,9 +200,10 @@ def test_what_a_first_cell_refuses_leaves_no_folder_and_a_fault_does(tmp_path, m
         run_notebook("02_data", words)
     assert {"02_data.ipynb", "metrics.json"} <= set(os.listdir(tmp_path / "runs/mine"))
     notebook.write_text(text)
+    (tmp_path / "runs/mine/01_tokenizer.ipynb").touch()
     with pytest.raises(BioMergeError, match="to see it in place"):
         run_notebook("02_data", words)
-    assert (tmp_path / "runs/mine/02_data.ipynb").is_file()  # as the folder was there before
+    assert (tmp_path / "runs/mine/01_tokenizer.ipynb").is_file()
 
 
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(tmp_path, capsys):

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.experiment import jobs
-from biomerge_lib.report.run_list import choose_runs, list_runs
+from biomerge_lib.report.run_list import choose_runs, list_runs, remove_runs
 
 REPLACED = ".replaced-old-20261130T181659123456"
 
@@ -69,8 +69,9 @@ def test_only_what_is_named_is_removed_and_only_when_told(runs, capsys, monkeypa
         assert "nothing was removed" in capsys.readouterr().err
     assert main(["runs", "--yes", "--remove", "doen"]) == 2
     assert "Did you mean 'done'?" in capsys.readouterr().err
-    with jobs.only_one(runs / "broken"), pytest.raises(DataError, match="broken: it is running"):
-        choose_runs(list_runs(runs), runs, ["broken"])
+    with jobs.only_one(runs / "broken"), pytest.raises(BioMergeError, match="is training this run"):
+        remove_runs(runs, choose_runs(list_runs(runs), runs, ["broken"]))
+    (runs / "broken/.lock").unlink()
     assert sorted(os.listdir(runs)) == before
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
     assert main(["runs", "--remove", "runs/done/", "done", REPLACED]) == 0
