@@ -222,6 +222,9 @@ class Parameters(BaseModel):
     )
     wandb_project: Beside[str] = Field(min_length=1, description="Weights & Biases project")
     runs_dir: Beside[str] = Field(min_length=1, description="Folder of all run folders")
+    merge: Beside[bool] = Field(
+        True, description="03 writes the merged model, which 04, 05 and predict need (0.5 GB, 16 GB of an 8B)"
+    )
     run_id: Beside[str | None] = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         description="Name of the run folder; null = from the parameters",

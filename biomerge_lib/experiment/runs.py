@@ -495,6 +495,9 @@ def _scoring_parameters(folder: Path, parameters: Parameters, given: frozenset[s
         raise ParameterError(
             f"run {folder.name} was trained on dev, which says nothing of it: set split=test."
         )
+    if not (folder / "merged/config.json").is_file():
+        again = f"papermill notebooks/{TRAIN}.ipynb {folder}/{TRAIN}.ipynb -f {folder}/parameters.yaml -p merge True"
+        raise DataError(f"{folder}/merged: no merged model. 03_train makes it of the checkpoint: {again}")
     return chosen
 
 

@@ -119,6 +119,33 @@ def test_papermill_sees_every_parameter_of_a_notebook(notebook, capfd):
     assert list(inspected) == notebook_parameter_names(NOTEBOOKS / notebook)
 
 
+def test_papermill_knows_every_name_of_the_files_that_it_is_given(tmp_path, caplog):
+    """It warns of each that the parameters cell does not list; a name that is none is the next cell's to refuse."""
+    import papermill
+
+    values = {"learning_rat": 3e-4}
+    for name in ("task/ner_span", "model/lora_ner_unsloth", "runtime/a100"):
+        values |= yaml.safe_load((PARAMETERS_DIR / f"{name}.yaml").read_text())
+    with caplog.at_level("WARNING", logger="papermill"):
+        notebook = papermill.execute_notebook(
+            NOTEBOOKS / "03_train.ipynb", tmp_path / "out.ipynb", values, prepare_only=True
+        )
+    assert caplog.messages == ["Passed unknown parameter: learning_rat"]
+    cells = [
+        cell.source
+        for cell in notebook.cells
+        if {"parameters", "injected-parameters"} & {*cell.metadata.tags}
+    ]
+    with pytest.raises(ParameterError, match=r"'learning_rat'\. Did you mean 'learning_rate'"):
+        read_notebook_parameters(namespace(cells))
+    assert notebook_parameter_names(NOTEBOOKS / "03_train.ipynb") == list(dict.fromkeys(assigned(cells[0])))
+    assert {*assigned(cells[0])} == PARAMETER_NAMES
+
+
+def assigned(cell: str) -> list[str]:
+    return [node.targets[0].id for node in ast.parse(cell).body]
+
+
 def namespace(cells: list[str]) -> dict:
     values: dict = {}
     for cell in cells:

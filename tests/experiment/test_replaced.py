@@ -7,12 +7,19 @@ import pytest
 import yaml
 
 from biomerge_lib.__main__ import main
-from biomerge_lib.core.errors import ParameterError
+from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.experiment.provenance import TEST_LOG, data_hashes, log_test_scoring
 from biomerge_lib.experiment.replaced import list_replaced
-from biomerge_lib.experiment.runs import Run, current_stages, open_run, prepare_run_folder, read_metrics
+from biomerge_lib.experiment.runs import (
+    Run,
+    current_stages,
+    describe_start,
+    open_run,
+    prepare_run_folder,
+    read_metrics,
+)
 from biomerge_lib.report.page import read_answers, write_page
 from biomerge_lib.report.published import results_table
 from biomerge_lib.report.report_runs import collect_runs
@@ -70,6 +77,17 @@ def test_dev_is_not_scored_with_a_model_that_was_trained_on_it(parameters):
     names["In"] = ["\n".join(["# Parameters (mine)", *(f"{name} = {names[name]!r}" for name in names)])]
     with pytest.raises(ParameterError, match=r"run mine was trained on dev, .*set split=test"):
         open_run("04_greedy_dev", names)
+
+
+def test_a_run_without_its_merged_model_says_how_to_make_it(parameters):
+    folder = train(parameters(merge=False), b"weights")
+    words = [f"runs_dir={folder.parent}", f"run_id={folder.name}"]
+    with pytest.raises(
+        DataError, match=rf"mine/merged: no merged model\..* -f {folder}/parameters.yaml -p merge True"
+    ):
+        describe_start("04_greedy_dev", words)
+    (folder / "merged/config.json").touch()
+    assert not describe_start("04_greedy_dev", words)[0].merge
 
 
 def test_a_replaced_run_goes_with_all_that_was_made_of_it(parameters):
