@@ -8,16 +8,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import NoReturn
+
+import yaml
 
 from biomerge_lib import __version__
 from biomerge_lib.core.errors import BioMergeError, nearest
 from biomerge_lib.core.files import names_full_disk
 from biomerge_lib.core.parameters import Parameters, compose_parameters
-from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
 from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 
@@ -30,7 +31,8 @@ OF_THE_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
-REPLACED = ".replaced-my-run-20261130T181659123456"
+COMMANDS = Path(__file__).with_name("commands.yaml")
+TYPES = {"int": int, "float": float}
 # Flags that may also stand behind a command's overrides, for which argparse would take them.
 ANYWHERE = ("-h", "--help", "--dry-run", "--run", "--pending")
 
@@ -51,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of every command, with examples."""
+    """The commands of ``commands.yaml``, each of which runs the function of its name here."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         prog="python -m biomerge_lib",
@@ -60,163 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"BioMerge {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    first_examples = []
-
-    def add(verb: Callable[[argparse.Namespace], int], help: str, *examples: str) -> argparse.ArgumentParser:
-        """A command named as its function; ``examples`` are what stands behind its name."""
-        name = verb.__name__.strip("_").replace("_", "-")
-        lines = [f"  python -m biomerge_lib {name} {example}".rstrip() for example in examples]
-        first_examples.append(lines[0])
-        epilog = "\n".join(["examples:", *lines])
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=f"{help[0].upper()}{help[1:]}.",
-            epilog=epilog,
-            formatter_class=layout,
-        )
-        command.set_defaults(verb=verb, refuse=command.refuse)
-        return command
-
-    def take_overrides(command: argparse.ArgumentParser, of: str = "") -> None:
-        command.add_argument("overrides", nargs=argparse.REMAINDER, help=f"group=choice and name=value{of}")
-
-    run = add(
-        _run,
-        "execute a notebook with papermill into its run folder",
-        "03_train task=ner_span model=lora_ner_unsloth runtime=a100 learning_rate=3e-4",
-        "02_data corpora=[corpora/bc5cdr_iob] data_dir=data/bc5cdr/ner",
-        "05_vllm_eval run_id=my-run",
-        "03_train learning_rate=3e-4 --dry-run",
-    )
-    run.add_argument("notebook", help="01_tokenizer ... 06_report")
-    run.add_argument("--dry-run", action="store_true", help="say what would be run and made, and stop")
-    take_overrides(run, ", as Hydra takes them")
-    show = add(
-        _parameters,
-        "list every parameter with its value and meaning",
-        "",
-        "model=lora_ner_unsloth runtime=h100",
-    )
-    show.add_argument(
-        "--markdown", action="store_true", help="the page docs/parameters.md (for every model and runtime)"
-    )
-    take_overrides(show)
-    preflight = add(
-        _preflight,
-        "say in seconds whether these data, tokenizer and parameters can train",
-        "data_dir=data/bc5cdr/ner corpus_cue=true",
-    )
-    take_overrides(preflight)
-    report = add(
-        _report,
-        "write one report page from run folders",
-        "runs",
-        "runs/one runs/two --out comparison.html",
-    )
-    report.add_argument("runs", nargs="+", help="run folders, or folders of run folders")
-    report.add_argument(
-        "--out", default="reports/report.html", help="the page to write (default: %(default)s)"
-    )
-    compare = add(
-        _compare,
-        "say whether runs differ by more than chance, by a test paired over documents",
-        "runs/one runs/two",
-        "runs/one runs/two --split test --decoder vllm",
-    )
-    compare.add_argument("runs", nargs="+", help="run folders or predictions files; each against the first")
-    compare.add_argument("--split", choices=SPLITS, default="dev", help="of run folders (%(default)s)")
-    compare.add_argument("--decoder", choices=["greedy", "vllm"], default="greedy", help="(%(default)s)")
-    publish = add(
-        _publish,
-        "copy finished runs to reports/ and rewrite the README's table",
-        "runs/my-run",
-        "runs/lr-* --into ablation",
-        "",
-    )
-    publish.add_argument("runs", nargs="*", help="run folders (none: only rewrite the table)")
-    publish.add_argument(
-        "--into", metavar="NAME", help="publish in reports/NAME/, whose README.md has a table of its own"
-    )
-    for verb, what, name in (
-        (_runs, "list the runs (status, F1, size, age), the newest first, or remove some for good", "my-run"),
-        (_replaced, "the same of the runs that existing_run=replace moved aside", REPLACED),
-    ):
-        runs = add(verb, what, "", "--json", f"runs --remove {name}")
-        runs.add_argument("runs_dir", nargs="?", default="runs", help="folder of run folders (%(default)s)")
-        runs.add_argument("--json", action="store_true", help="the list as JSON")
-        runs.add_argument("--remove", nargs="+", default=[], metavar="NAME", help="names that the list has")
-        runs.add_argument("--yes", action="store_true", help="remove without asking")
-    sweep = add(
-        _sweep,
-        "rank a sweep file's points, or run them without a server",
-        "parameters/sweep/lora_ner_span.yaml",
-        "--run parameters/sweep/lora_ner_span.yaml runtime=a100",
-        "--point 3 parameters/sweep/lora_ner_span.yaml runtime=a100",
-    )
-    todo = sweep.add_mutually_exclusive_group()
-    todo.add_argument(
-        "--point", type=int, metavar="N", help="train point N, unless it is finished (SLURM arrays)"
-    )
-    todo.add_argument("--run", action="store_true", help="train all points here, one after the other")
-    todo.add_argument(
-        "--pending", action="store_true", help="print the unfinished points as sbatch --array takes them"
-    )
-    sweep.add_argument("file", help="parameters/sweep/NAME.yaml, as wandb sweep takes it")
-    take_overrides(sweep, " for all points")
-    predict = add(
-        _predict,
-        "find the mentions of texts, files or folders",
-        '"Aspirin can trigger asthma attacks ."',
-        "--file abstract.txt --out mentions.html",
-        "--format jsonl --threshold 0.5 < abstract.txt",
-        "--file abstracts.jsonl --out mentions.jsonl",
-        "--file brat_folder --format brat --out predicted",
-        "--file corpus.PubTator.txt --out mentions.conll --model runs/my-run",
-        "--file abstracts.jsonl --out mentions.jsonl --base-url http://127.0.0.1:8001",
-    )
-    predict.add_argument("texts", nargs="*", help="texts to read (none: standard input)")
-    predict.add_argument(
-        "--file",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a .txt, .jsonl or PubTator file, a folder of them (BRAT's .ann are ignored), or - for standard input; "
-        "may be repeated",
-    )
-    predict.add_argument(
-        "--format",
-        choices=["text", "jsonl", "html", "conll", "brat"],
-        help="how answers are written (default: by --out's ending, else text with the mentions in brackets)",
-    )
-    predict.add_argument("--out", metavar="PATH", help="file to write, for brat a folder (default: print)")
-    predict.add_argument(
-        "--threshold", type=float, metavar="P", help="leave out mentions of a lower score, 0 to 1"
-    )
-    choice = predict.add_mutually_exclusive_group()
-    choice.add_argument("--adapter", help="folder made by export-adapter (default: the shipped one)")
-    choice.add_argument("--model", help="run folder or merged model folder")
-    predict.add_argument("--base-url", metavar="URL", help="vLLM server that answers (key: VLLM_API_KEY)")
-    predict.add_argument("--cue", help="corpus whose annotation policy is wanted, if the model knows several")
-    predict.add_argument(
-        "--as-is", action="store_true", help="leave punctuation at its words, as in the text"
-    )
-    predict.add_argument("--batch-size", type=int, default=16, help="sentences at a time (default: 16)")
-    predict.add_argument(
-        "--print-model-folder",
-        action="store_true",
-        help="print the folder of the model that would answer, for a vLLM server to load, and stop",
-    )
-    export = add(
-        _export_adapter,
-        "write a run's best adapter to a folder to share, with a model card",
-        "runs/my-run my-adapter",
-    )
-    export.add_argument("run", help="run folder")
-    export.add_argument("out", help="folder to write; its name is the adapter's")
-    sync = add(_wandb_sync, "send to W&B what runs could not send while they ran", "runs/my-run")
-    sync.add_argument("runs", nargs="+", help="run folders")
-    parser.epilog = "\n".join(["examples:", *first_examples, "", fill(EXIT_CODES, 100)])
+    lines = ["examples:"]
+    for name, said in yaml.safe_load(COMMANDS.read_text(encoding="utf-8")).items():
+        examples = [f"  python -m biomerge_lib {name} {example}".rstrip() for example in said["examples"]]
+        lines.append(examples[0])
+        text = {"help": said["help"], "description": f"{said['help'][0].upper()}{said['help'][1:]}."}
+        epilog = "\n".join(["examples:", *examples])
+        command = commands.add_parser(name, **text, epilog=epilog, formatter_class=layout)
+        command.set_defaults(verb=globals()[f"_{name.replace('-', '_')}"], refuse=command.refuse)
+        exclusive = said.get("exclusive", ())
+        group = command.add_mutually_exclusive_group() if exclusive else command
+        for option, settings in said["options"].items():
+            types = {"type": TYPES[settings["type"]]} if "type" in settings else {}
+            (group if option in exclusive else command).add_argument(option, **settings | types)
+    parser.epilog = "\n".join([*lines, "", fill(EXIT_CODES, 100)])
     return parser
 
 

@@ -12,7 +12,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,6 @@ class Tagger:
         """
         if threshold is not None and not 0 <= threshold <= 1:
             raise ParameterError(f"threshold={threshold} is no probability: give one from 0 to 1.")
-        ask = partial(self._ask, spaced=spaced, threshold=threshold)
         queue: deque[_Open] = deque()
         batch: list[tuple[_Open, Span]] = []
         at_once = min(FIRST, self.at_once)
@@ -118,14 +116,27 @@ class Tagger:
                 queue[-1].waiting += 1
                 batch.append((queue[-1], sentence))
                 if len(batch) == at_once:
-                    _answer(batch, ask, note)
+                    self._answer(batch, note, spaced=spaced, threshold=threshold)
                     batch = []
                     at_once = min(GROWTH * at_once, self.at_once)
                     yield from _take_parts(queue)
             queue[-1].is_read = True
             yield from _take_parts(queue)
-        _answer(batch, ask, note)
+        self._answer(batch, note, spaced=spaced, threshold=threshold)
         yield from _take_parts(queue)
+
+    def _answer(
+        self, batch: Sequence[tuple[_Open, Span]], note: Callable[[int], object] | None, **how: Any
+    ) -> None:
+        sentences = [item.text[start:end] for item, (start, end) in batch]
+        for (item, (start, end)), found in zip(batch, self._ask(sentences, **how), strict=True):
+            for (first, last), score in sorted(found.items()):
+                words = item.text[start + first : start + last]
+                item.found.append(FoundMention(start + first, start + last, words, score))
+            item.waiting -= 1
+            item.answered = end
+        if note and batch:
+            note(sum(map(len, sentences)))
 
     def _ask(self, sentences: Sequence[str], *, spaced: bool, threshold: float | None) -> Iterator[_Found]:
         pieces = [find_pieces(sentence, spaced=spaced) for sentence in sentences]
@@ -158,22 +169,6 @@ class Tagger:
             log.warning("a word over %d tokens is left out with its sentence: %r", limit, record.text[:60])
             return []
         return [replace(prompt, record_index=index) for prompt in prompts]
-
-
-def _answer(
-    batch: Sequence[tuple[_Open, Span]],
-    ask: Callable[[Sequence[str]], Iterable[_Found]],
-    note: Callable[[int], object] | None,
-) -> None:
-    sentences = [item.text[start:end] for item, (start, end) in batch]
-    for (item, (start, end)), found in zip(batch, ask(sentences), strict=True):
-        for (first, last), score in sorted(found.items()):
-            words = item.text[start + first : start + last]
-            item.found.append(FoundMention(start + first, start + last, words, score))
-        item.waiting -= 1
-        item.answered = end
-    if note and batch:
-        note(sum(map(len, sentences)))
 
 
 def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
