@@ -213,12 +213,21 @@ def _watch_cells(run: Run) -> None:
             error._render_traceback_ = lambda: [told]  # type: ignore[attr-defined]  # IPython asks for it
             if UNWATCHED in os.environ:  # papermill has gone, and what the kernel says of that is noise
                 logging.disable()
-        else:
+        elif UNWATCHED in os.environ or not _forget(run, kind.__name__, {"metrics.json"}):
             run.fail(f"{kind.__name__}: {error}")
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     if shell := get_ipython():
         shell.set_custom_exc((KeyboardInterrupt, Exception), note)
+
+
+def _forget(run: Run, error: str, known: set[str]) -> bool:
+    """Remove a folder in which a notebook refused its input, where it holds no more than ``known`` files of it."""
+    left = {path.name for path in run.folder.iterdir()} - known if run.folder.is_dir() else known
+    if error not in REFUSALS or left or read_metrics(run.folder).get("stages", {}).keys() - {run.stage}:
+        return False
+    shutil.rmtree(run.folder)
+    return True
 
 
 def prepare_run_folder(run: Run) -> None:
@@ -363,10 +372,7 @@ def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]
             raise jobs.RunInterrupted(
                 f"{run.folder.name} stopped on the job's request, with a checkpoint"
             ) from None
-        left = {path.name for path in run.folder.iterdir()} - {executed.name, "metrics.json", jobs.LOCK}
-        stages = read_metrics(run.folder).get("stages", {})
-        if error.reason.partition(":")[0] in REFUSALS and not left and stages.keys() <= {run.stage}:
-            shutil.rmtree(run.folder)
+        if _forget(run, error.reason.partition(":")[0], {executed.name, "metrics.json", jobs.LOCK}):
             jobs.note_failure(f"\n{error.reason}")
             raise BioMergeError(f"{notebook.name}: {error.reason}") from None
         try:

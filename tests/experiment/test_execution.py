@@ -10,6 +10,8 @@ import time
 import nbformat
 import pytest
 import yaml
+from papermill import execute_notebook as papermill_alone
+from papermill.exceptions import PapermillExecutionError
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import BioMergeError, DataError, ModelError, ParameterError
@@ -204,6 +206,19 @@ def test_what_a_first_cell_refuses_leaves_no_folder_and_a_fault_does(tmp_path, m
     with pytest.raises(BioMergeError, match="to see it in place"):
         run_notebook("02_data", words)
     assert (tmp_path / "runs/mine/01_tokenizer.ipynb").is_file()
+
+
+def test_what_a_notebook_refuses_in_jupyterlab_leaves_no_folder(tmp_path):
+    """As papermill alone, which begins no run of its own."""
+    begin = "from biomerge_lib.experiment.runs import open_run; run = open_run('02_data', globals())"
+    refuse = "from biomerge_lib.core.errors import DataError; raise DataError('no such corpus')"
+    for last, is_left in ((refuse, False), ("1 / 0", True)):
+        notebook = write_notebook(tmp_path / "in.ipynb", begin, last)
+        text = notebook.read_text().replace("# Parameters", "# Parameters (mine)")
+        notebook.write_text(text.replace("x = 1", f"runs_dir = '{tmp_path}/runs'; run_id = 'mine'"))
+        with pytest.raises(PapermillExecutionError):
+            papermill_alone(str(notebook), None, cwd=str(runs.PROJECT_DIR), progress_bar=False)
+        assert (tmp_path / "runs/mine/metrics.json").is_file() == (tmp_path / "runs/mine").is_dir() == is_left
 
 
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(tmp_path, capsys):
