@@ -3,14 +3,14 @@
     adapter folder --[merge_for_use]--> <cache>/models/<name>-<hash>/, a plain causal LM that vLLM serves, too
 
 The cache folder is ``$BIOMERGE_CACHE``, or ``biomerge`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. A merged SmolLM2-135M
-takes 540 MB there; deleting the folder is safe. Loading it takes neither PEFT nor the adapter (3 s on a CPU).
+takes 540 MB there; deleting the folder is safe. Loading it takes neither PEFT nor the adapter.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +74,29 @@ def find_model(
 
 
 def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:
-    """A merged model's tokenizer, and transformers' greedy decoding with it, in float32."""
-    from biomerge_lib.decoding.greedy import greedy_decode
+    """A merged model's tokenizer, and greedy decoding with it in float32: on a CPU a Llama's without transformers."""
+    import torch
+
+    from biomerge_lib.decoding.greedy import decode_batches, greedy_decode
+    from biomerge_lib.decoding.plain_llama import load_plain_llama
+    from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
+
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": None}
+    llama = None if torch.cuda.is_available() else load_plain_llama(folder)
+    if llama:
+        plain = load_plain_tokenizer(folder)
+
+        def decode(
+            _: Sequence[Prompt], *inputs: torch.Tensor, **how: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return llama.decode(*inputs, eos_token_id=plain.eos_token_id, **how)
+
+        return plain, lambda prompts: decode_batches(decode, plain, prompts, **limits)
     from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
     from biomerge_lib.prompts.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer(folder), load_causal_lm(folder, dtype="float32")
-
-    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
-        return greedy_decode(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=None
-        )
-
-    return tokenizer, answer
+    return tokenizer, lambda prompts: greedy_decode(model, tokenizer, prompts, **limits)
 
 
 def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any, Answerer]:

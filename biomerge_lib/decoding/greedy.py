@@ -1,4 +1,4 @@
-"""Knows greedy decoding with transformers: prompts in, answers out."""
+"""Knows greedy decoding: prompts in, answers out, with transformers or a decoder of the caller's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
 
-    from biomerge_lib.decoding.graphed_decoding import GraphedDecoder
     from biomerge_lib.model.backbones import CausalLM
+    from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
+
+    Written = tuple[
+        torch.Tensor, torch.Tensor
+    ]  # ids (B, N), and each step's two best log-probabilities (B, N, 2)
 
 # One row in so many may stay unfinished when a batch is left, and goes on with others like it behind the last batch:
 # the longest answer is several times as long as most, and would hold up all of its batch.
@@ -40,26 +44,51 @@ def greedy_decode(
     progress bar; None shows none. The model is left in the mode it was in.
     """
     import torch
-    from tqdm.auto import tqdm
 
     from biomerge_lib.decoding.graphed_decoding import GraphedDecoder, can_graph
 
-    eos = cast(int, tokenizer.eos_token_id)
     graphed = constrained_decoding == "off" and can_graph(model)
-    decoder = GraphedDecoder(model, eos_token_id=eos) if graphed else None
+    decoder = GraphedDecoder(model, eos_token_id=cast(int, tokenizer.eos_token_id)) if graphed else None
     masks_of = _grammar_masks(tokenizer, model.config.vocab_size, constrained_decoding)
+
+    def decode(batch: Sequence[Prompt], *inputs: torch.Tensor, max_new_tokens: int, leave: int) -> Written:
+        ids, mask = (values.to(model.device) for values in inputs)
+        if decoder is not None:
+            return decoder.decode(ids, mask, max_new_tokens=max_new_tokens, leave=leave)
+        return _generate(model, tokenizer, ids, mask, max_new_tokens, masks_of(batch))
+
+    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    with decoding_mode(model), torch.inference_mode():
+        return decode_batches(decode, tokenizer, prompts, **limits, progress=progress)
+
+
+def decode_batches(
+    decode: Callable[..., Written],
+    tokenizer: PreTrainedTokenizerFast | PlainTokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None,
+) -> list[RawAnswer]:
+    """What :func:`greedy_decode` does, whoever decodes.
+
+    ``decode`` takes a batch's prompts, and all that ``GraphedDecoder.decode`` takes, which says what it gives back.
+    """
+    from tqdm.auto import tqdm
+
+    eos = cast(int, tokenizer.eos_token_id)
     rows = [_Row(prompt) for prompt in prompts]
     bar = tqdm(total=len(rows), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
-    with decoding_mode(model), torch.inference_mode(), bar:
+    with bar:
         waiting = list(rows)
         while waiting:
             waiting.sort(key=lambda row: -len(row.prompt.prompt_ids) - len(row.ids))
             batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
             waiting = []
             for batch in batches:
-                masks = masks_of(batch)
                 leave = len(batch) // SHARE_LEFT if len(batches) > 1 else 0
-                _continue(model, tokenizer, batch, max_new_tokens, masks=masks, decoder=decoder, leave=leave)
+                _continue(decode, cast(int, tokenizer.pad_token_id), batch, max_new_tokens, leave)
                 unfinished = [row for row in batch if eos not in row.ids and len(row.ids) < max_new_tokens]
                 bar.update(len(batch) - len(unfinished))
                 waiting += unfinished
@@ -82,7 +111,7 @@ def decoding_mode(model: CausalLM | PeftModel) -> Iterator[None]:
 
 def read_answer(
     token_ids: Sequence[int],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | PlainTokenizer,
     top_two: Sequence[tuple[float, float]] = (),
 ) -> RawAnswer:
     """The answer in generated ids: everything before the first EOS; without one it ran into the length limit.
@@ -94,7 +123,7 @@ def read_answer(
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
         finish = "eos"
-    text = cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    text = cast(str, tokenizer.decode(ids, skip_special_tokens=False))
     top_two = top_two[: len(ids) + (finish == "eos")]
     logprobs = [best for best, _ in top_two]
     return RawAnswer(
@@ -123,10 +152,10 @@ class _TopTwo:
 
 def _grammar_masks(
     tokenizer: PreTrainedTokenizerFast, vocab_size: int, constraint: str
-) -> Callable[[Sequence[_Row]], list[Callable]]:
-    """What makes the logits processors that mask what each row's grammar forbids; none for ``off``."""
+) -> Callable[[Sequence[Prompt]], list[Callable]]:
+    """What makes the logits processors that mask what each prompt's grammar forbids; none for ``off``."""
     if constraint == "off":
-        return lambda rows: []
+        return lambda prompts: []
     import xgrammar
     from xgrammar.contrib.hf import LogitsProcessor
 
@@ -135,8 +164,8 @@ def _grammar_masks(
     )
     compiler = xgrammar.GrammarCompiler(info)
 
-    def masks(rows: Sequence[_Row]) -> list[Callable]:
-        grammars = (cast(str, build_grammar(row.prompt.chunk.record.text, constraint)) for row in rows)
+    def masks(prompts: Sequence[Prompt]) -> list[Callable]:
+        grammars = (cast(str, build_grammar(prompt.chunk.record.text, constraint)) for prompt in prompts)
         return [LogitsProcessor([compiler.compile_grammar(grammar) for grammar in grammars])]
 
     return masks
@@ -152,42 +181,47 @@ class _Row:
 
 
 def _continue(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    decode: Callable[..., Written],
+    pad: int,
     rows: list[_Row],
     max_new_tokens: int,
-    *,
-    masks: list[Callable],
-    decoder: GraphedDecoder | None,
     leave: int,
 ) -> None:
-    """Write on behind each row; with a ``decoder`` as many as ``leave`` may stay unfinished."""
+    """Write on behind each row; as many as ``leave`` may stay unfinished."""
     import torch
-    from transformers import LogitsProcessorList
 
     read = [row.prompt.prompt_ids + row.ids for row in rows]
     longest = max(map(len, read))
     # Padding is known by length, not by id: pad and EOS are the same token.
-    input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in read])
+    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in read])
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in read])
-    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
-    if decoder is not None:
-        most = max_new_tokens - min(len(row.ids) for row in rows)
-        ids, logprobs = decoder.decode(**inputs, max_new_tokens=most, leave=leave)
-        written = zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
-    else:
-        processor = _TopTwo()
-        generated = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([*masks, processor]),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        top_two = torch.stack(processor.steps, dim=1)
-        written = zip(rows, generated[:, longest:].tolist(), top_two.tolist(), strict=True)
-    for row, new_ids, top in written:
+    batch, most = [row.prompt for row in rows], max_new_tokens - min(len(row.ids) for row in rows)
+    ids, logprobs = decode(batch, input_ids, attention_mask, max_new_tokens=most, leave=leave)
+    for row, new_ids, top in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
         room = max_new_tokens - len(row.ids)
         row.ids += new_ids[:room]
         row.top_two += top[:room]
+
+
+def _generate(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    max_new_tokens: int,
+    masks: list[Callable],
+) -> Written:
+    import torch
+    from transformers import LogitsProcessorList
+
+    processor = _TopTwo()
+    generated = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([*masks, processor]),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return generated[:, input_ids.shape[1] :], torch.stack(processor.steps, dim=1)

@@ -66,6 +66,15 @@ def test_a_release_of_transformers_that_asks_otherwise_starts_all_the_same(tmp_p
     assert imported_by(program, "transformers", "sklearn", "scipy") == ["transformers"]
 
 
+def test_texts_are_answered_on_a_cpu_without_transformers(tiny_prepared):
+    program = (
+        "from biomerge_lib.apply.ready_models import decode_here\n"
+        f"decode_here(__import__('pathlib').Path({str(tiny_prepared)!r}), max_new_tokens=4, batch_size=1)"
+    )
+    dear = ("transformers", "torch._dynamo", "sympy", "scipy", "peft", "pandas")
+    assert imported_by(program, "torch", *dear) == ["torch"]
+
+
 def test_notebooks_without_a_model_import_nothing_of_the_training_stack():
     """02, 05 and 06: all of their imports, in one process."""
     statements = [
