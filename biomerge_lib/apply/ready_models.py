@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import file_sha256, locked
@@ -74,29 +78,57 @@ def find_model(
 
 
 def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:
-    """A merged model's tokenizer, and greedy decoding with it in float32: on a CPU a Llama's without transformers."""
+    """A merged model's tokenizer, and greedy decoding with it in float32: on a CPU a Llama's without transformers.
+
+    Each batch takes as many of PyTorch's threads as there are cores that nobody else uses: where threads must wait for
+    one that another program has put off, two are slower than one.
+    """
+    free = FreeCores()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning takes the cores from whom they wait for
     import torch
 
     from biomerge_lib.decoding.greedy import decode_batches, greedy_decode
     from biomerge_lib.decoding.plain_llama import load_plain_llama
-    from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 
-    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": None}
-    llama = None if torch.cuda.is_available() else load_plain_llama(folder)
-    if llama:
-        plain = load_plain_tokenizer(folder)
+    tokenizer: Any
+    decode: Any
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": None}
+    if not torch.cuda.is_available() and (llama := load_plain_llama(folder)):
+        from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 
-        def decode(
-            _: Sequence[Prompt], *inputs: torch.Tensor, **how: int
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            return llama.decode(*inputs, eos_token_id=plain.eos_token_id, **how)
+        tokenizer = load_plain_tokenizer(folder)
+        end = tokenizer.eos_token_id
+        decode = partial(
+            decode_batches, lambda _, *ids, **how: llama.decode(*ids, eos_token_id=end, **how), tokenizer
+        )
+    else:
+        from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
+        from biomerge_lib.prompts.tokenizer import load_tokenizer
 
-        return plain, lambda prompts: decode_batches(decode, plain, prompts, **limits)
-    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
-    from biomerge_lib.prompts.tokenizer import load_tokenizer
+        tokenizer = load_tokenizer(folder)
+        decode = partial(greedy_decode, load_causal_lm(folder, dtype="float32"), tokenizer)
 
-    tokenizer, model = load_tokenizer(folder), load_causal_lm(folder, dtype="float32")
-    return tokenizer, lambda prompts: greedy_decode(model, tokenizer, prompts, **limits)
+    def answer(prompts: list[Prompt]) -> list[RawAnswer]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, min(threads, round(free.count()))))
+        try:
+            return decode(prompts, **options)
+        finally:
+            torch.set_num_threads(threads)
+
+    return tokenizer, answer
+
+
+class FreeCores:
+    """How many cores this process had or could have had since it was asked last."""
+
+    def __init__(self) -> None:
+        self.count()
+
+    def count(self) -> float:
+        last, self._at = getattr(self, "_at", (0.0, 0.0)), (time.monotonic(), time.process_time())
+        idle = (1 - psutil.cpu_percent() / 100) * (psutil.cpu_count() or 1)
+        return idle + (self._at[1] - last[1]) / (self._at[0] - last[0])
 
 
 def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any, Answerer]:
