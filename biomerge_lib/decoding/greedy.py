@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from biomerge_lib.decoding.answer_grammar import build_grammar
-from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, show_progress, sum_parts
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +57,14 @@ def greedy_decode(
             return decoder.decode(ids, mask, max_new_tokens=max_new_tokens, leave=leave)
         return _generate(model, tokenizer, ids, mask, max_new_tokens, masks_of(batch))
 
-    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    limits: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    one_first = progress is not None and model.device.type == "cpu"  # where a batch takes long
     with decoding_mode(model), torch.inference_mode():
-        return decode_batches(decode, tokenizer, prompts, **limits, progress=progress)
+        return decode_batches(decode, tokenizer, prompts, **limits, one_first=one_first)
 
 
 def decode_batches(
@@ -70,27 +75,26 @@ def decode_batches(
     max_new_tokens: int,
     batch_size: int,
     progress: str | None,
+    one_first: bool = False,
 ) -> list[RawAnswer]:
-    """What :func:`greedy_decode` does, whoever decodes.
+    """What :func:`greedy_decode` does, whoever decodes; ``one_first``: rate and time left are wanted in a second.
 
     ``decode`` takes a batch's prompts, and all that ``GraphedDecoder.decode`` takes, which says what it gives back.
     """
-    from tqdm.auto import tqdm
-
     eos = cast(int, tokenizer.eos_token_id)
     rows = [_Row(prompt) for prompt in prompts]
-    bar = tqdm(total=len(rows), desc=progress, unit="sentence", disable=progress is None, mininterval=2.0)
-    with bar:
+    with show_progress(len(rows), name=progress) as count:
         waiting = list(rows)
         while waiting:
             waiting.sort(key=lambda row: -len(row.prompt.prompt_ids) - len(row.ids))
+            alone, one_first = [waiting.pop(len(waiting) // 2)] if one_first else [], False
             batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
-            waiting = []
+            batches, waiting = [alone, *batches] if alone else batches, []
             for batch in batches:
                 leave = len(batch) // SHARE_LEFT if len(batches) > 1 else 0
                 _continue(decode, cast(int, tokenizer.pad_token_id), batch, max_new_tokens, leave)
                 unfinished = [row for row in batch if eos not in row.ids and len(row.ids) < max_new_tokens]
-                bar.update(len(batch) - len(unfinished))
+                count(len(batch) - len(unfinished))
                 waiting += unfinished
     return [read_answer(row.ids, tokenizer, row.top_two) for row in rows]
 

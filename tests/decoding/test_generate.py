@@ -1,5 +1,6 @@
 """Greedy decoding gives proper tag strings, whatever the batch."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,23 @@ def test_a_trained_model_writes_its_sentences_spans(trained, tokenizer, batch_si
         ("d2", []),
         ("d3", []),
     ]
+
+
+def test_rate_and_time_left_are_shown_before_the_first_batch_has_ended(
+    trained, tokenizer, capsys, monkeypatch
+):
+    """On a CPU one sentence of middling length goes first; its answer moves the bar."""
+    rows = []
+    generate = trained.generate
+    monkeypatch.setattr(
+        trained, "generate", lambda **given: rows.append(len(given["input_ids"])) or generate(**given)
+    )
+    prompts = build_prompts(RECORDS * 2, tokenizer, PROMPTS)
+    answers = greedy_decode(trained, tokenizer, prompts, max_new_tokens=40, batch_size=4)
+    assert rows == [1, 4, 1]
+    assert [f"<TAG>{answer.text}" for answer in answers] == ["<TAG> 0-7 ; 20-34", "<TAG> 0-6", "<TAG>"] * 2
+    shown = capsys.readouterr().err.split("\r")
+    assert re.search(r"decoding:  17%.* 1/6 \[00:\d\d<\d\d:\d\d, +[\d.]+\w+/", shown[2])
 
 
 def test_decoding_leaves_the_model_in_training_mode(trained, tokenizer):
