@@ -2,6 +2,7 @@
 
     python -m benchmarks.readiness                      # one GPU; 50 GB of disk: backbone and two merged models
     python -m benchmarks.readiness --shape tiny         # the same way on a CPU, to try it
+    python -m benchmarks.readiness --start --threads    # what people wait for on a laptop (benchmarks/start.py)
 
 The brief's batch (8 x 4), LoRA r = 8 and token head on the real Llama-3 tokenizer, with and without gradient
 checkpointing, side by side. Writes reports/readiness.json and reports/readiness.md.
@@ -16,6 +17,7 @@ from typing import Any
 
 from benchmarks.common import REPORTS, command, read_log, write_report
 from benchmarks.random_llama import SHAPES, TOKENIZER_DIR, find_backbone
+from benchmarks.start import compare_starts, compare_threads
 from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 from biomerge_lib.report.display import markdown_table
 
@@ -90,7 +92,17 @@ def main() -> None:
     parser.add_argument(
         "--report", action="store_true", help="only write the table of the runs that are there"
     )
+    parser.add_argument("--start", action="store_true", help="reports/start.md instead (benchmarks/start.py)")
+    parser.add_argument("--threads", action="store_true", help="reports/threads.md instead")
+    parser.add_argument("--sentences", type=int, default=8, help="of each process of --threads (%(default)s)")
+    parser.add_argument("--beside", metavar="PYTHON", help="interpreter with spaCy, for --start")
     options = parser.parse_args()
+    if options.start or options.threads:
+        if options.start:
+            compare_starts(options.beside)
+        if options.threads:
+            compare_threads(options.sentences)
+        return
     if not options.report:
         run_notebooks(options.shape)
     rows = []
