@@ -18,7 +18,7 @@ arguments=()
 for argument in "$@"; do
   if [[ $argument == --with-vllm ]]; then leave_out=''; else arguments+=("$argument"); fi
 done
-if [[ -z $leave_out ]] && ! "$python" -c 'import vllm' 2>/dev/null; then
+if [[ -z $leave_out ]] && ! "$python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("vllm") is None)'; then
   leave_out=05_vllm_eval
   echo "vLLM is not installed here: $leave_out is left out"
 fi

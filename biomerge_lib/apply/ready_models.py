@@ -110,7 +110,7 @@ def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[
 
     def answer(prompts: list[Prompt]) -> list[RawAnswer]:
         threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, min(threads, round(free.count()))))
+        torch.set_num_threads(free.threads(threads))
         try:
             return decode(prompts, **options)
         finally:
@@ -120,15 +120,20 @@ def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[
 
 
 class FreeCores:
-    """How many cores this process had or could have had since it was asked last."""
+    """Counts the cores that this process had or could have had since the last count."""
 
     def __init__(self) -> None:
-        self.count()
+        psutil.cpu_percent()
+        self._at, self._own, self._free = time.monotonic(), time.process_time(), 1e3
 
-    def count(self) -> float:
-        last, self._at = getattr(self, "_at", (0.0, 0.0)), (time.monotonic(), time.process_time())
-        idle = (1 - psutil.cpu_percent() / 100) * (psutil.cpu_count() or 1)
-        return idle + (self._at[1] - last[1]) / (self._at[0] - last[0])
+    def threads(self, most: int) -> int:
+        """As many threads as there were cores, 1 to ``most``; what less than a tenth of a second says is not heard."""
+        now, own = time.monotonic(), time.process_time()
+        if (passed := now - self._at) >= 0.1:
+            idle = (1 - psutil.cpu_percent() / 100) * (psutil.cpu_count() or 1)
+            self._free = idle + (own - self._own) / passed
+            self._at, self._own = now, own
+        return max(1, min(most, round(self._free)))
 
 
 def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any, Answerer]:

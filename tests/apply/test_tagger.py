@@ -3,6 +3,7 @@
 import pytest
 
 from biomerge_lib.__main__ import main
+from biomerge_lib.apply import ready_models
 from biomerge_lib.apply.tagger import Tagger, find_pieces, map_back
 from biomerge_lib.decoding.predictions import RawAnswer
 from biomerge_lib.report.display import bracket
@@ -39,3 +40,24 @@ def test_offsets_are_those_of_the_whole_document(tokenizer):
 def test_no_text_is_refused(capsys):
     assert main(["predict", "  "]) == 2
     assert "no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("busy_percent", "own_seconds", "threads"),
+    [(0.0, 0.0, 4), (50.0, 0.0, 2), (100.0, 4.0, 4), (100.0, 1.3, 1), (100.0, 0.2, 1), (40.0, 1.0, 3)],
+)
+def test_a_batch_takes_the_cores_that_nobody_else_uses(monkeypatch, busy_percent, own_seconds, threads):
+    """Of four cores, for a second: idle ones, and those that were its own; never none."""
+    clock = {"monotonic": 100.0, "process_time": 5.0}
+    for name in clock:
+        monkeypatch.setattr(ready_models.time, name, lambda name=name: clock[name])
+    monkeypatch.setattr(ready_models.psutil, "cpu_percent", lambda: busy_percent)
+    monkeypatch.setattr(ready_models.psutil, "cpu_count", lambda: 4)
+    free = ready_models.FreeCores()
+    clock["monotonic"] += 1
+    clock["process_time"] += own_seconds
+    assert free.threads(4) == threads
+    monkeypatch.setattr(ready_models.psutil, "cpu_percent", lambda: 0.0)
+    clock["monotonic"] += 0.01
+    assert free.threads(4) == threads  # too soon to say
+    assert free.threads(2) == min(threads, 2)
