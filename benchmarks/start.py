@@ -33,7 +33,8 @@ ROUNDS, ROUNDS_OF_THREADS = 5, 3
 LOADS = (0, 2, 6)
 THREADS = {
     "one": {"OMP_NUM_THREADS": "1"},
-    "all, spinning (PyTorch's default)": {"OMP_WAIT_POLICY": "active"},
+    "all, spinning": {"OMP_WAIT_POLICY": "active"},
+    "all, spinning some milliseconds (OpenMP's default)": {"GOMP_SPINCOUNT": "300000"},
     "all, sleeping": {"OMP_WAIT_POLICY": "passive"},
     "chosen (what predict does)": {},
 }
