@@ -31,11 +31,13 @@ FIRST_USE = f"import biomerge_lib.experiment.provenance as p, pathlib; p.PROJECT
 IMPORT = "import torch; from transformers import LlamaForCausalLM"
 ROUNDS, ROUNDS_OF_THREADS = 5, 3
 LOADS = (0, 2, 6)
-THREADS = {
+THREADS: dict[str, dict[str, str]] = {
     "one": {"OMP_NUM_THREADS": "1"},
-    "all, spinning": {"OMP_WAIT_POLICY": "active"},
-    "all, spinning some milliseconds (OpenMP's default)": {"GOMP_SPINCOUNT": "300000"},
-    "all, sleeping": {"OMP_WAIT_POLICY": "passive"},
+    "all, spinning as OpenMP does": {"GOMP_SPINCOUNT": "300000"},
+    "all, 100,000 spins": {"GOMP_SPINCOUNT": "100000"},
+    "all, 30,000 spins": {"GOMP_SPINCOUNT": "30000"},
+    "all, 10,000 spins": {"GOMP_SPINCOUNT": "10000"},
+    "all, sleeping": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
     "chosen (what predict does)": {},
 }
 ANSWER = """
@@ -44,7 +46,7 @@ from statistics import median
 from biomerge_lib.apply import ready_models
 from biomerge_lib.apply.tagger import load_tagger
 if sys.argv[1] != "chosen":
-    ready_models.FreeCores.threads = lambda self, most: most
+    ready_models.FreeCores.count = lambda self, most: most
 tagger = load_tagger()
 seconds = []
 for number in range(int(sys.argv[2])):

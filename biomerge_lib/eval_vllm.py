@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, ServerError
 from biomerge_lib.core.files import file_sha256, fingerprint_weights, write_json
 from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat
@@ -26,7 +28,6 @@ from biomerge_lib.decoding.predictions import (
     RawAnswer,
     build_prompts,
     collect_predictions,
-    show_progress,
     write_predictions,
 )
 from biomerge_lib.decoding.vllm_client import API_KEY, GreedyClient, RunningServer, find_served_model
@@ -114,14 +115,19 @@ def evaluate_split(
     with PartialAnswers(f"{out}.partial.jsonl", job) as partial:
         resumed = len(partial.answers)
         todo = {number: prompt for number, prompt in enumerate(prompts) if number not in partial.answers}
+        options: dict[str, Any] = {"unit": "sentence", "mininterval": 0, "disable": progress is None}
+        bar = tqdm(total=len(prompts), initial=resumed, desc=progress, **options)
 
         def keep(number: int, answer: RawAnswer) -> None:
             partial.add(number, answer)
-            count(1)
+            bar.update()
+            bar.mininterval = (
+                2.0  # rate and time left are there with the first answer; each tick is a line in a log
+            )
 
         started = time.monotonic()
         try:
-            with show_progress(len(prompts), done=resumed, name=progress) as count:
+            with bar:
                 retries = client.answer_all(todo, keep)
         except ServerError as error:
             raise ServerError(

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,10 @@ from biomerge_lib.model.adapters import CONFIG, SHIPPED, WEIGHTS, read_adapter
 from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest, read_model_folder
 
 ADAPTER_FILES = (WEIGHTS, CONFIG, FILE)
+CPU_QUOTA = Path(
+    "/sys/fs/cgroup/cpu.max"
+)  # of a container, in microseconds: "200000 100000" are two cores, or "max"
+SPINS = "30000"
 Answerer = Callable[[list[Prompt]], list[RawAnswer]]
 log = logging.getLogger("biomerge")
 
@@ -80,39 +83,33 @@ def find_model(
 def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:
     """A merged model's tokenizer, and greedy decoding with it in float32: on a CPU a Llama's without transformers.
 
-    Each batch takes as many of PyTorch's threads as there are cores that nobody else uses: where threads must wait for
-    one that another program has put off, two are slower than one.
+    Each batch takes as many of PyTorch's threads as there are free cores: where threads wait for one that another
+    program has put off, two are slower than one.
     """
     free = FreeCores()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning takes the cores from whom they wait for
+    # Who waits for a thread spins for a millisecond at most (OpenMP's default: 15), and takes no core from it longer.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     import torch
 
-    from biomerge_lib.decoding.greedy import decode_batches, greedy_decode
+    from biomerge_lib.decoding.greedy import greedy_decode
     from biomerge_lib.decoding.plain_llama import load_plain_llama
+    from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 
-    tokenizer: Any
-    decode: Any
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": None}
-    if not torch.cuda.is_available() and (llama := load_plain_llama(folder)):
-        from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
-
-        tokenizer = load_plain_tokenizer(folder)
-        end = tokenizer.eos_token_id
-        decode = partial(
-            decode_batches, lambda _, *ids, **how: llama.decode(*ids, eos_token_id=end, **how), tokenizer
-        )
-    else:
+    tokenizer: Any = load_plain_tokenizer(folder)
+    model: Any = None
+    if not torch.cuda.is_available():
+        model = load_plain_llama(folder, eos_token_id=tokenizer.eos_token_id)
+    if model is None:
         from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
-        from biomerge_lib.prompts.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(folder)
-        decode = partial(greedy_decode, load_causal_lm(folder, dtype="float32"), tokenizer)
+        model = load_causal_lm(folder, dtype="float32")
 
     def answer(prompts: list[Prompt]) -> list[RawAnswer]:
         threads = torch.get_num_threads()
-        torch.set_num_threads(free.threads(threads))
+        torch.set_num_threads(free.count(threads))
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         try:
-            return decode(prompts, **options)
+            return greedy_decode(model, tokenizer, prompts, **options, progress=None)
         finally:
             torch.set_num_threads(threads)
 
@@ -120,20 +117,23 @@ def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[
 
 
 class FreeCores:
-    """Counts the cores that this process had or could have had since the last count."""
+    """Counts the cores that this process had or could have had since the last count, of those that it may use."""
 
     def __init__(self) -> None:
-        psutil.cpu_percent()
         self._at, self._own, self._free = time.monotonic(), time.process_time(), 1e3
+        psutil.cpu_percent(percpu=True)
+        quota, period = CPU_QUOTA.read_text().split() if CPU_QUOTA.is_file() else ("max", "1")
+        self._most = 1e3 if quota == "max" else int(quota) / int(period)
 
-    def threads(self, most: int) -> int:
-        """As many threads as there were cores, 1 to ``most``; what less than a tenth of a second says is not heard."""
+    def count(self, most: int) -> int:
+        """At least one and at most ``most``; a tenth of a second must have passed since the last count."""
         now, own = time.monotonic(), time.process_time()
         if (passed := now - self._at) >= 0.1:
-            idle = (1 - psutil.cpu_percent() / 100) * (psutil.cpu_count() or 1)
+            busy = dict(enumerate(psutil.cpu_percent(percpu=True)))
+            idle = sum(1 - busy.get(core, 0) / 100 for core in os.sched_getaffinity(0))
             self._free = idle + (own - self._own) / passed
             self._at, self._own = now, own
-        return max(1, min(most, round(self._free)))
+        return max(1, min(most, round(min(self._free, self._most))))
 
 
 def ask_server(folder: Path, base_url: str, *, max_new_tokens: int) -> tuple[Any, Answerer]:

@@ -1,26 +1,25 @@
-"""Knows greedy decoding: prompts in, answers out, with transformers or a decoder of the caller's."""
+"""Knows greedy decoding, batch after batch: prompts in, answers out."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from biomerge_lib.decoding.answer_grammar import build_grammar
-from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, show_progress, sum_parts
+from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
 
+    from biomerge_lib.decoding.graphed_decoding import GraphedDecoder
+    from biomerge_lib.decoding.plain_llama import PlainLlama
     from biomerge_lib.model.backbones import CausalLM
     from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer
-
-    Written = tuple[
-        torch.Tensor, torch.Tensor
-    ]  # ids (B, N), and each step's two best log-probabilities (B, N, 2)
 
 # One row in so many may stay unfinished when a batch is left, and goes on with others like it behind the last batch:
 # the longest answer is several times as long as most, and would hold up all of its batch.
@@ -28,8 +27,8 @@ SHARE_LEFT = 8
 
 
 def greedy_decode(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: CausalLM | PlainLlama,
+    tokenizer: PreTrainedTokenizerFast | PlainTokenizer,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -44,70 +43,43 @@ def greedy_decode(
     progress bar; None shows none. The model is left in the mode it was in.
     """
     import torch
+    from tqdm.auto import tqdm
 
-    from biomerge_lib.decoding.graphed_decoding import GraphedDecoder, can_graph
-
-    graphed = constrained_decoding == "off" and can_graph(model)
-    decoder = GraphedDecoder(model, eos_token_id=cast(int, tokenizer.eos_token_id)) if graphed else None
-    masks_of = _grammar_masks(tokenizer, model.config.vocab_size, constrained_decoding)
-
-    def decode(batch: Sequence[Prompt], *inputs: torch.Tensor, max_new_tokens: int, leave: int) -> Written:
-        ids, mask = (values.to(model.device) for values in inputs)
-        if decoder is not None:
-            return decoder.decode(ids, mask, max_new_tokens=max_new_tokens, leave=leave)
-        return _generate(model, tokenizer, ids, mask, max_new_tokens, masks_of(batch))
-
-    limits: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
-    one_first = progress is not None and model.device.type == "cpu"  # where a batch takes long
-    with decoding_mode(model), torch.inference_mode():
-        return decode_batches(decode, tokenizer, prompts, **limits, one_first=one_first)
-
-
-def decode_batches(
-    decode: Callable[..., Written],
-    tokenizer: PreTrainedTokenizerFast | PlainTokenizer,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    progress: str | None,
-    one_first: bool = False,
-) -> list[RawAnswer]:
-    """What :func:`greedy_decode` does, whoever decodes; ``one_first``: rate and time left are wanted in a second.
-
-    ``decode`` takes a batch's prompts, and all that ``GraphedDecoder.decode`` takes, which says what it gives back.
-    """
     eos = cast(int, tokenizer.eos_token_id)
+    decoder = _find_decoder(model, eos) if constrained_decoding == "off" else None
+    masks_of = _grammar_masks(tokenizer, model.config.vocab_size, constrained_decoding)
     rows = [_Row(prompt) for prompt in prompts]
-    with show_progress(len(rows), name=progress) as count:
+    bar = tqdm(total=len(rows), desc=progress, unit="sentence", disable=progress is None, mininterval=0)
+    with decoding_mode(model), torch.inference_mode(), bar:
         waiting = list(rows)
+        # On a CPU a batch takes long, so that one sentence tells rate and time left first.
+        one_first = progress is not None and model.device.type == "cpu"
         while waiting:
             waiting.sort(key=lambda row: -len(row.prompt.prompt_ids) - len(row.ids))
-            alone, one_first = [waiting.pop(len(waiting) // 2)] if one_first else [], False
+            alone = [waiting.pop(len(waiting) // 2)] if one_first else []
             batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
-            batches, waiting = [alone, *batches] if alone else batches, []
-            for batch in batches:
+            waiting, one_first = [], False
+            for batch in [alone, *batches] if alone else batches:
                 leave = len(batch) // SHARE_LEFT if len(batches) > 1 else 0
-                _continue(decode, cast(int, tokenizer.pad_token_id), batch, max_new_tokens, leave)
+                masks = masks_of(batch)
+                _continue(model, tokenizer, batch, max_new_tokens, masks=masks, decoder=decoder, leave=leave)
                 unfinished = [row for row in batch if eos not in row.ids and len(row.ids) < max_new_tokens]
-                count(len(batch) - len(unfinished))
+                bar.update(len(batch) - len(unfinished))
+                bar.mininterval = 2.0  # each tick is a line in a log
                 waiting += unfinished
     return [read_answer(row.ids, tokenizer, row.top_two) for row in rows]
 
 
 @contextmanager
-def decoding_mode(model: CausalLM | PeftModel) -> Iterator[None]:
+def decoding_mode(model: CausalLM | PeftModel | PlainLlama) -> Iterator[None]:
     """Evaluation mode with a KV cache and nothing compiled inside the block; mode and flags as before after it."""
     import torch
 
     was_training = model.training
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        # Importing the compiler takes seconds, and before that nothing is compiled.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
         model.train(was_training)
@@ -140,6 +112,15 @@ def read_answer(
     )
 
 
+def _find_decoder(model: Any, eos_token_id: int) -> GraphedDecoder | PlainLlama | None:
+    """What decodes without ``generate``: a model that does it itself, or its CUDA graph where that can be captured."""
+    if hasattr(model, "decode"):
+        return model
+    from biomerge_lib.decoding.graphed_decoding import GraphedDecoder, can_graph
+
+    return GraphedDecoder(model, eos_token_id=eos_token_id) if can_graph(model) else None
+
+
 class _TopTwo:
     """A logits processor that changes nothing and keeps each step's two best log-probabilities.
 
@@ -155,21 +136,23 @@ class _TopTwo:
 
 
 def _grammar_masks(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, constraint: str
-) -> Callable[[Sequence[Prompt]], list[Callable]]:
-    """What makes the logits processors that mask what each prompt's grammar forbids; none for ``off``."""
+    tokenizer: PreTrainedTokenizerFast | PlainTokenizer, vocab_size: int, constraint: str
+) -> Callable[[Sequence[_Row]], list[Callable]]:
+    """What makes the logits processors that mask what each row's grammar forbids; none for ``off``."""
     if constraint == "off":
-        return lambda prompts: []
+        return lambda rows: []
     import xgrammar
     from xgrammar.contrib.hf import LogitsProcessor
 
     info = xgrammar.TokenizerInfo.from_huggingface(
-        tokenizer, vocab_size=vocab_size, stop_token_ids=tokenizer.eos_token_id
+        cast("PreTrainedTokenizerFast", tokenizer),
+        vocab_size=vocab_size,
+        stop_token_ids=tokenizer.eos_token_id,
     )
     compiler = xgrammar.GrammarCompiler(info)
 
-    def masks(prompts: Sequence[Prompt]) -> list[Callable]:
-        grammars = (cast(str, build_grammar(prompt.chunk.record.text, constraint)) for prompt in prompts)
+    def masks(rows: Sequence[_Row]) -> list[Callable]:
+        grammars = (cast(str, build_grammar(row.prompt.chunk.record.text, constraint)) for row in rows)
         return [LogitsProcessor([compiler.compile_grammar(grammar) for grammar in grammars])]
 
     return masks
@@ -185,47 +168,43 @@ class _Row:
 
 
 def _continue(
-    decode: Callable[..., Written],
-    pad: int,
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast | PlainTokenizer,
     rows: list[_Row],
     max_new_tokens: int,
+    *,
+    masks: list[Callable],
+    decoder: GraphedDecoder | PlainLlama | None,
     leave: int,
 ) -> None:
-    """Write on behind each row; as many as ``leave`` may stay unfinished."""
+    """Write on behind each row; with a ``decoder`` as many as ``leave`` may stay unfinished."""
     import torch
 
     read = [row.prompt.prompt_ids + row.ids for row in rows]
     longest = max(map(len, read))
     # Padding is known by length, not by id: pad and EOS are the same token.
-    input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in read])
+    input_ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in read])
     attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in read])
-    batch, most = [row.prompt for row in rows], max_new_tokens - min(len(row.ids) for row in rows)
-    ids, logprobs = decode(batch, input_ids, attention_mask, max_new_tokens=most, leave=leave)
-    for row, new_ids, top in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    if decoder is not None:
+        most = max_new_tokens - min(len(row.ids) for row in rows)
+        ids, logprobs = decoder.decode(**inputs, max_new_tokens=most, leave=leave)
+        written = zip(rows, ids.tolist(), logprobs.tolist(), strict=True)
+    else:
+        from transformers import LogitsProcessorList
+
+        processor = _TopTwo()
+        generated = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([*masks, processor]),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        top_two = torch.stack(processor.steps, dim=1)
+        written = zip(rows, generated[:, longest:].tolist(), top_two.tolist(), strict=True)
+    for row, new_ids, top in written:
         room = max_new_tokens - len(row.ids)
         row.ids += new_ids[:room]
         row.top_two += top[:room]
-
-
-def _generate(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    max_new_tokens: int,
-    masks: list[Callable],
-) -> Written:
-    import torch
-    from transformers import LogitsProcessorList
-
-    processor = _TopTwo()
-    generated = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([*masks, processor]),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return generated[:, input_ids.shape[1] :], torch.stack(processor.steps, dim=1)

@@ -5,6 +5,7 @@ prompt ids (B, P) --[prefill]--> keys and values --[one pass a token]--> token i
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.nn import Linear, Module, ModuleDict, ModuleList, RMSNorm, functional
+from torch.nn import Linear, Module, ModuleDict, ModuleList, RMSNorm
+from torch.nn.functional import embedding, scaled_dot_product_attention, silu
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import OBJECT, read_values
@@ -47,57 +49,51 @@ class _Config(BaseModel):
 class PlainLlama(Module):
     """Modules and weights are named as in transformers, whose answers these are (a test compares them)."""
 
-    def __init__(self, config: _Config):
+    device = torch.device("cpu")
+
+    def __init__(self, config: _Config, *, eos_token_id: int):
         super().__init__()
-        self.config = config
-        hidden, inner = config.hidden_size, config.intermediate_size
+        self.config, self.eos_token_id = config, eos_token_id
+        hidden, inner, rows = config.hidden_size, config.intermediate_size, config.vocab_size
         asked, kept = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
+        shapes = {"q_proj": (hidden, asked), "k_proj": (hidden, kept), "v_proj": (hidden, kept)}
+        shapes |= {"o_proj": (asked, hidden), "gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
+        shapes |= {"down_proj": (inner, hidden)}
         linear, norm = partial(Linear, bias=False), partial(RMSNorm, hidden, eps=config.rms_norm_eps)
-        layers = [
+        norms = ("input_layernorm", "post_attention_layernorm")
+        self.layers = ModuleList(
             ModuleDict(
-                dict(input_layernorm=norm(), post_attention_layernorm=norm())
-                | dict(q_proj=linear(hidden, asked), k_proj=linear(hidden, kept), v_proj=linear(hidden, kept))
-                | dict(o_proj=linear(asked, hidden), down_proj=linear(inner, hidden))
-                | dict(gate_proj=linear(hidden, inner), up_proj=linear(hidden, inner))
+                {name: linear(*shape) for name, shape in shapes.items()} | {name: norm() for name in norms}
             )
             for _ in range(config.num_hidden_layers)
-        ]
-        self.layers, self.norm = ModuleList(layers), norm()
-        # Both (V, H). Embedding would import PyTorch's compiler to draw numbers that are not wanted.
-        self.embed_tokens, self.lm_head = linear(hidden, config.vocab_size), linear(hidden, config.vocab_size)
+        )
+        # Both tables are (V, H). Embedding would import PyTorch's compiler to draw numbers that are not wanted.
+        self.norm, self.embed_tokens, self.lm_head = norm(), linear(hidden, rows), linear(hidden, rows)
 
     @torch.inference_mode()
     def decode(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        *,
-        eos_token_id: int,
-        max_new_tokens: int,
-        leave: int = 0,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, max_new_tokens: int, leave: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy continuations as ``GraphedDecoder.decode`` gives them: token ids (B, N) and log-probabilities."""
         batch, length = input_ids.shape
-        config = self.config
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads)
-        cache = torch.empty(*shape, length + max_new_tokens, config.head_dim)
+        heads, size = self.config.num_key_value_heads, self.config.head_dim
+        cache = torch.empty(len(self.layers), 2, batch, heads, length + max_new_tokens, size)
         seen = torch.cat([attention_mask.bool(), torch.ones(batch, max_new_tokens, dtype=torch.bool)], dim=-1)
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         # A place of the padding sees itself, as something must be seen.
         allowed = (causal & seen[:, None, :length]) | torch.eye(length, dtype=torch.bool)
-        ids, start, steps = input_ids, 0, []
-        ended = torch.zeros(batch, dtype=torch.bool)
+        ids, start, steps, ended = input_ids, 0, [], torch.zeros(batch, dtype=torch.bool)
         for end in range(length, length + max_new_tokens):
             logits = self(ids, positions[:, start:end], allowed[:, None], cache[..., :end, :])
             steps.append(logits.log_softmax(-1).topk(2))
             ids = steps[-1].indices[:, :1]
-            ended |= ids[:, 0] == eos_token_id
+            ended |= ids[:, 0] == self.eos_token_id
             if ended.sum() >= batch - leave:
                 break
             start, allowed = end, seen[:, None, : end + 1]
-        written, logprobs = zip(*((step.indices[:, 0], step.values) for step in steps), strict=True)
-        return torch.stack(written, dim=1), torch.stack(logprobs, dim=1)
+        written = torch.stack([step.indices[:, 0] for step in steps], dim=1)
+        return written, torch.stack([step.values for step in steps], dim=1)
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, allowed: torch.Tensor, cache: torch.Tensor
@@ -113,40 +109,36 @@ class PlainLlama(Module):
             first, second = heads.chunk(2, dim=-1)
             return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
-        hidden = functional.embedding(ids, self.embed_tokens.weight)
-        modules: Any
-        for modules, (keys, values) in zip(self.layers, cache, strict=True):
-            read = modules["input_layernorm"](hidden)
+        hidden = embedding(ids, self.embed_tokens.weight)
+        layer: Any
+        for layer, (keys, values) in zip(self.layers, cache, strict=True):
+            read = layer["input_layernorm"](hidden)
             query, key, value = (
-                modules[name](read).view(batch, length, -1, size).transpose(1, 2)
+                layer[name](read).view(batch, length, -1, size).transpose(1, 2)
                 for name in ("q_proj", "k_proj", "v_proj")
             )
             keys[:, :, -length:], values[:, :, -length:] = rotated(key), value
-            seen = functional.scaled_dot_product_attention(
+            seen = scaled_dot_product_attention(
                 rotated(query), keys, values, attn_mask=allowed, enable_gqa=True
             )
-            hidden = hidden + modules["o_proj"](seen.transpose(1, 2).reshape(batch, length, -1))
-            read = modules["post_attention_layernorm"](hidden)
-            inner = functional.silu(modules["gate_proj"](read)) * modules["up_proj"](read)
-            hidden = hidden + modules["down_proj"](inner)
+            hidden = hidden + layer["o_proj"](seen.transpose(1, 2).reshape(batch, length, -1))
+            read = layer["post_attention_layernorm"](hidden)
+            hidden = hidden + layer["down_proj"](silu(layer["gate_proj"](read)) * layer["up_proj"](read))
         return self.lm_head(self.norm(hidden[:, -1]))
 
 
-def load_plain_llama(folder: Path) -> PlainLlama | None:
+def load_plain_llama(folder: Path, *, eos_token_id: int) -> PlainLlama | None:
     """The Llama in a folder, in float32; None where transformers must read it, or say what is wrong."""
     try:
         config = _Config(**read_values(folder / "config.json", OBJECT, raises=ModelError))
         weights = load_file(folder / "model.safetensors")
     except (ValidationError, OSError, SafetensorError):
         return None
-    ours = {
-        name.replace("self_attn.", "").replace("mlp.", "").removeprefix("model."): values.float()
-        for name, values in weights.items()
-    }
-    if config.tie_word_embeddings:
+    ours = {re.sub("(model|self_attn|mlp)[.]", "", name): rows.float() for name, rows in weights.items()}
+    if config.tie_word_embeddings and "embed_tokens.weight" in ours:
         ours["lm_head.weight"] = ours["embed_tokens.weight"]
     with torch.device("meta"):
-        llama = PlainLlama(config)
+        llama = PlainLlama(config, eos_token_id=eos_token_id)
     try:
         llama.load_state_dict(ours, assign=True)
     except RuntimeError:  # other names or shapes

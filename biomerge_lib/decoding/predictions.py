@@ -8,14 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from tqdm.auto import tqdm
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import parse_json, whole_file
@@ -94,24 +91,6 @@ class Prediction:
     def document(self) -> tuple[str, str]:
         """The record's document; one whose ``doc_id`` is empty is a document of its own."""
         return self.dataset, self.doc_id or f"\0{self.index}"
-
-
-@contextmanager
-def show_progress(total: int, *, done: int = 0, name: str | None) -> Iterator[Callable[[int], object]]:
-    """A bar of answered sentences; what is given is called with how many more. None as ``name`` shows none.
-
-    The first answer shows rate and time left at once, later ones every two seconds (each tick is a line in a log).
-    """
-    with tqdm(
-        total=total, initial=done, desc=name, unit="sentence", disable=name is None, mininterval=0
-    ) as bar:
-
-        def count(more: int) -> None:
-            bar.update(more)
-            if more:
-                bar.mininterval = 2.0
-
-        yield count
 
 
 def build_prompts(

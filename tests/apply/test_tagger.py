@@ -43,21 +43,35 @@ def test_no_text_is_refused(capsys):
 
 
 @pytest.mark.parametrize(
-    ("busy_percent", "own_seconds", "threads"),
-    [(0.0, 0.0, 4), (50.0, 0.0, 2), (100.0, 4.0, 4), (100.0, 1.3, 1), (100.0, 0.2, 1), (40.0, 1.0, 3)],
+    ("busy_percent", "own_seconds", "quota", "threads"),
+    [
+        (0.0, 0.0, None, 4),
+        (50.0, 0.0, None, 2),
+        (100.0, 4.0, "max 100000", 4),
+        (100.0, 1.3, None, 1),
+        (100.0, 0.2, None, 1),
+        (40.0, 1.0, None, 3),
+        (0.0, 1.0, "200000 100000", 2),
+    ],
 )
-def test_a_batch_takes_the_cores_that_nobody_else_uses(monkeypatch, busy_percent, own_seconds, threads):
-    """Of four cores, for a second: idle ones, and those that were its own; never none."""
+def test_a_batch_takes_the_cores_that_nobody_else_uses(
+    monkeypatch, tmp_path, busy_percent, own_seconds, quota, threads
+):
+    """Of the four that it may use of eight, for a second: idle ones, and those that were its own; never none."""
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
     clock = {"monotonic": 100.0, "process_time": 5.0}
     for name in clock:
         monkeypatch.setattr(ready_models.time, name, lambda name=name: clock[name])
-    monkeypatch.setattr(ready_models.psutil, "cpu_percent", lambda: busy_percent)
-    monkeypatch.setattr(ready_models.psutil, "cpu_count", lambda: 4)
+    load = [busy_percent] * 4 + [0.0] * 4
+    monkeypatch.setattr(ready_models.psutil, "cpu_percent", lambda percpu: load)
+    monkeypatch.setattr(ready_models.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr(ready_models, "CPU_QUOTA", tmp_path / "cpu.max")
     free = ready_models.FreeCores()
     clock["monotonic"] += 1
     clock["process_time"] += own_seconds
-    assert free.threads(4) == threads
-    monkeypatch.setattr(ready_models.psutil, "cpu_percent", lambda: 0.0)
+    assert free.count(4) == threads
+    load[:4] = [0.0] * 4
     clock["monotonic"] += 0.01
-    assert free.threads(4) == threads  # too soon to say
-    assert free.threads(2) == min(threads, 2)
+    assert free.count(4) == threads  # too soon to say
+    assert free.count(2) == min(threads, 2)
