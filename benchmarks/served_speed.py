@@ -2,22 +2,29 @@
 
     python -m benchmarks.served_speed --data_dir data/bc5cdr_iob/ner          # one GPU; about 4 minutes, 17 GB of disk
     python -m benchmarks.served_speed --data_dir data/sample/ner --shape tiny --limit 8         # on a CPU, to try it
+    python -m benchmarks.served_speed --data_dir data/bc5cdr_iob/ner --ways --out reports/served_start_8b.json  # 5 min
 
 The 8B has Llama-3's shape and tokenizer and random bfloat16 weights: its answers mean nothing and never end, so each
-is cut at 64 tokens, more than a trained model writes. The trained model is the shipped adapter, merged. Writes
-reports/served_speed.json and .md after each part, so that a part that fails costs no other.
+is cut at 64 tokens, more than a trained model writes. The trained model is the shipped adapter, merged. ``--ways``
+takes the seconds of a start apart instead, in the ways to start (``WAYS``; all but the last three by default), and has
+one server answer for several runs. Writes the report after each part, so that a part that fails costs no other.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from benchmarks.common import REPORTS, origin, origin_of_dev, write_report
@@ -41,7 +48,37 @@ RANDOM = Manifest(
     max_new_tokens=64,
 )
 WARM_UP = 8  # sentences answered before the clock of "answering" starts; their time counts as start-up
+FEW_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 16, 128, 256]}
+FEW = ["--compilation-config", json.dumps(FEW_GRAPHS)]
+LEAN = [*FEW, "--kernel-config", json.dumps({"enable_flashinfer_autotune": False})]
+FORK = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # the engine need not import again what its server has
+# How a server is started: execution, arguments that come after the library's own, environment.
+WAYS: dict[str, tuple[str, list[str], dict[str, str]]] = {
+    "as the library does": ("graphs", [], {}),
+    "fork": ("graphs", [], FORK),
+    "fork, 4 graphs, no autotuning": ("graphs", LEAN, FORK),
+    "fork, 4 graphs, no autotuning, fixed cache": (
+        "graphs",
+        [*LEAN, "--kv-cache-memory-bytes", str(16 * 2**30)],
+        FORK,
+    ),
+    "fork, eager": ("eager", [], FORK),
+    "4 graphs": ("graphs", FEW, {}),
+    "fork, weights read at once": ("graphs", ["--safetensors-load-strategy", "eager"], FORK),
+    "fork, no weights read": ("graphs", ["--load-format", "dummy"], FORK),
+}
+BY_DEFAULT = [*WAYS][:-3]
+# What a server's log says of its start. The engine's first line comes when all is imported, twice without fork.
+PHASES = {
+    "weights s": r"Loading weights took ([\d.]+) seconds",
+    "model s": r"Model loading took .* and ([\d.]+) seconds",
+    "graphs s": r"Graph capturing finished in ([\d.]+) secs",
+    "engine s": r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s",
+}
+ENGINE_BEGINS = r"(\d\d-\d\d \d\d:\d\d:\d\d) .*Initializing a V1 LLM engine"
 PARTS = {
+    "starts": "",
+    "reloads": "## Several runs through one server",
     "served": "",
     "decoded": "## The same in transformers",
     "parity": "## Parity of the trained model",
@@ -58,7 +95,8 @@ class Measurement:
         self.report: dict[str, Any] = {
             **origin("served_speed"),
             **origin_of_dev(options.data_dir, self.records),
-            **{"served": [], "decoded": [], "parity": [], "failed": {}},
+            **{part: [] for part in PARTS},
+            "failed": {},
         }
 
     @contextmanager
@@ -109,6 +147,64 @@ class Measurement:
         )
         return done.predictions
 
+    def start(self, model_dir: Path, way: str) -> None:
+        """A row of where a start's seconds go, from nothing to the score."""
+        execution, arguments, environment = WAYS[way]
+        os.environ.update(environment)
+        began = datetime.now()
+        try:
+            options: dict[str, Any] = {
+                "dtype": "bfloat16",
+                "execution": execution,
+                "extra_arguments": arguments,
+            }
+            with serve(model_dir, RANDOM, **options) as (server, ask):
+                done = ask(self.records, concurrency=self.options.concurrency)
+                together = (datetime.now() - began).total_seconds()
+                log = server.log_path.read_text(encoding="utf-8", errors="replace")
+        finally:
+            for name in environment:
+                del os.environ[name]
+        begins = re.search(ENGINE_BEGINS, log)
+        said = {name: re.search(pattern, log) for name, pattern in PHASES.items()}
+        self.report["starts"].append(
+            {
+                "way": way,
+                "until the engine begins s": begins and seconds_between(began, begins[1]),
+                **{name: found and round(float(found[1]), 1) for name, found in said.items()},
+                "start-up s": round(cast(float, server.startup_seconds), 1),
+                "answering s": round(done.seconds, 1),
+                "together s": round(together, 1),
+                "sentences": len(self.records),
+                "vLLM": server.version,
+            }
+        )
+
+    def reload(self, models: list[Path], manifest: Manifest, *, dtype: str) -> None:
+        """Rows of one server that answers for several models, one after the other, and for the first again."""
+        first, *others = models
+        with serve(first, manifest, dtype=dtype, others=others) as (server, ask):
+            found: dict[str, list[Prediction]] = {}
+            for model_dir in [*models, first]:
+                started = time.monotonic()
+                server.load(model_dir)
+                loaded = time.monotonic() - started
+                done = ask(self.records, concurrency=self.options.concurrency)
+                before = found.setdefault(server.model_id, done.predictions)
+                pairs = zip(before, done.predictions, strict=True)
+                same = sum(one.answer_ids == other.answer_ids for one, other in pairs)
+                self.report["reloads"].append(
+                    {
+                        "model": server.model_id,
+                        "dtype": dtype,
+                        "start-up s": None if found.keys() - {server.model_id} else server.startup_seconds,
+                        "reload s": round(loaded, 1),
+                        "answering s": round(done.seconds, 1),
+                        "F1": round(score_predictions(done.predictions)["ner_f1"], 4),
+                        "as the first time": f"{same} of {len(before)}",
+                    }
+                )
+
     def decode(self, model_dir: Path, manifest: Manifest, *, dtype: str) -> list[Prediction]:
         """The same with transformers; the F1 of random weights means nothing."""
         batch_size = self.options.batch_size
@@ -128,6 +224,30 @@ class Measurement:
         return found
 
 
+def seconds_between(began: datetime, clock: str) -> float:
+    """From then to a log's ``12-31 23:59:59``."""
+    then = datetime.strptime(f"{began.year}-{clock}", "%Y-%m-%d %H:%M:%S")
+    return round((then - began).total_seconds(), 1)
+
+
+def make_twin(model_dir: Path, scratch: Path, noise: float) -> Path:
+    """The model under another name: its files as links, its weights with ``noise`` of their spread (0: as they are)."""
+    twin = scratch / "twin"
+    twin.mkdir()
+    for path in model_dir.iterdir():
+        (twin / path.name).symlink_to(path.resolve())
+    if noise:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        torch.manual_seed(0)
+        weights = load_file(model_dir / "model.safetensors")
+        moved = {name: rows + noise * rows.std() * torch.randn_like(rows) for name, rows in weights.items()}
+        (twin / "model.safetensors").unlink()
+        save_file(moved, twin / "model.safetensors", metadata={"format": "pt"})
+    return twin
+
+
 def describe(report: dict[str, Any]) -> Iterator[str]:
     """The page's lines."""
     yield from (
@@ -141,7 +261,8 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
         "project's own client. *start*: the first of a model in this run, the second (kernels that Triton compiles at "
         "first use are kept on disk). The random model never writes EOS, so that each of its answers is cut at "
         f"{RANDOM.max_new_tokens} tokens. *execution*: eager, with CUDA graphs, or compiled with "
-        "torch.compile and graphs.",
+        "torch.compile and graphs. *until the engine begins*: what is imported; *model*: made and its weights read; "
+        "*engine*: profiled, cache made, warmed up, graphs captured. *together*: from nothing to the last answer.",
         "",
     )
     for part, title in PARTS.items():
@@ -150,6 +271,19 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
             yield from (markdown_table(rows[0], [row.values() for row in rows]), "")
     if report["failed"]:
         yield from ("## Failed", "", *(f"- {what}: {why}" for what, why in report["failed"].items()))
+
+
+def compare_starts(measured: Measurement, ways: list[str]) -> None:
+    model_dir = find_backbone(measured.options.shape)
+    with TemporaryDirectory() as scratch, measured.part("reload of the random model"):
+        measured.reload([model_dir, make_twin(model_dir, Path(scratch), 0.0)], RANDOM, dtype="bfloat16")
+    for way in ways:
+        with measured.part(way):
+            measured.start(model_dir, way)
+    with TemporaryDirectory() as scratch, measured.part("reload of the trained model"):
+        trained = merge_for_use(SHIPPED)
+        manifest = Manifest.of(read_manifest(trained), where=trained)
+        measured.reload([make_twin(trained, Path(scratch), 0.5), trained], manifest, dtype="float32")
 
 
 def main() -> None:
@@ -164,6 +298,8 @@ def main() -> None:
     parser.add_argument(
         "--execution", nargs="+", choices=EXECUTION, default=["graphs"], help="of the random model's servers"
     )
+    ways = "take the start apart instead, in these ways (none named: the first five)"
+    parser.add_argument("--ways", nargs="*", choices=WAYS, help=ways)
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     parser.add_argument(
         "--dtypes",
@@ -177,6 +313,9 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     measured = Measurement(options)
+    if options.ways is not None:
+        compare_starts(measured, options.ways or BY_DEFAULT)
+        sys.exit(1 if measured.report["failed"] else 0)
     if options.shape != "none":
         model_dir = find_backbone(options.shape)
         for execution in options.execution:

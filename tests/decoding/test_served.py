@@ -76,6 +76,25 @@ def served_folder(model, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def other_model(model):
+    """One of the same architecture that answers otherwise."""
+    other = deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weights in other.parameters():
+            weights += 0.1 * weights.std() * torch.randn_like(weights)
+    return other
+
+
+@pytest.fixture(scope="module")
+def other_folder(other_model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "other-llama" / "merged"
+    other_model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def decode(model, tokenizer, records):
     def run(constraint="off", model=model):
         prompts = build_prompts(records, tokenizer, PROMPTS)
@@ -97,11 +116,12 @@ def plain(served_folder):
 
 
 @pytest.fixture(scope="module")
-def server(served_folder, tmp_path_factory):
+def server(served_folder, other_folder, tmp_path_factory):
     if find_spec("vllm") is None:
         skip_but_fail_in_ci("vLLM is not installed")
     log_path = tmp_path_factory.mktemp("log") / "vllm.log"
-    with VllmServer(served_folder, dtype="float32", log_path=log_path, max_model_len=512) as server:
+    options = {"dtype": "float32", "log_path": log_path, "max_model_len": 512, "others": [other_folder]}
+    with VllmServer(served_folder, **options) as server:
         group = server._process.group
         assert len(find_group_members(group)) > 1
         yield server
@@ -141,6 +161,18 @@ def test_vllm_answers_as_transformers_does(server, ask, greedy, plain, tokenizer
     spans = [(p.probabilities, q.probabilities) for p, q in zip(served, greedy, strict=True)]
     assert sum(len(theirs) for theirs, _ in spans) > 20
     assert all(theirs == pytest.approx(ours, abs=1e-3) for theirs, ours in spans)
+
+
+def test_one_server_answers_for_several_models_one_after_the_other(
+    server, served_folder, other_folder, other_model, ask, decode, greedy
+):
+    server.load(other_folder)
+    expected, served = decode(model=other_model), ask(server)
+    assert server.model_id == "other-llama"
+    assert [p.answer_ids for p in served] == [p.answer_ids for p in expected]
+    assert sum(p.answer_ids != q.answer_ids for p, q in zip(expected, greedy, strict=True)) > 10
+    server.load(served_folder)
+    assert [p.answer_ids for p in ask(server)] == [p.answer_ids for p in greedy]
 
 
 @pytest.mark.parametrize("constraint", ["format", "offsets"])

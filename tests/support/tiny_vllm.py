@@ -186,7 +186,7 @@ class FakeServer:
 
 STUB_SERVER = """
 import http.server, json, os, signal, subprocess, sys, threading
-arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+arguments = {flag: value for flag, value in zip(sys.argv, sys.argv[1:]) if flag.startswith("--")}
 # An engine process that does not mind SIGTERM, as a worker in a long kernel.
 ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 mind = "import time; time.sleep(600)"
@@ -207,11 +207,8 @@ def make_stub_python(folder: Path, *, version: str = "vllm==0.0.1", run: str | N
     """A program that looks like an interpreter with vLLM and runs the stub server (or the shell line ``run``)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stub_server.py").write_text(STUB_SERVER)
-    # $1 $2 are "-m vllm.entrypoints.openai.api_server"; flags without a value would shift the stub's pairs.
-    start = (
-        run
-        or f'shift 2; exec {sys.executable} {folder}/stub_server.py $(echo "$@" | sed "s/--disable-[a-z-]*//")'
-    )
+    # $1 $2 are "-m vllm.entrypoints.openai.api_server".
+    start = run or f'shift 2; exec {sys.executable} {folder}/stub_server.py "$@"'
     program = folder / "python"
     program.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo "{version}"; exit 0; fi\n{start}\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
