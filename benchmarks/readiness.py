@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--start", action="store_true", help="reports/start.md instead (benchmarks/start.py)")
     parser.add_argument("--threads", action="store_true", help="reports/threads.md instead")
     parser.add_argument("--sentences", type=int, default=8, help="of each process of --threads (%(default)s)")
-    parser.add_argument("--beside", metavar="PYTHON", help="interpreter with spaCy, for --start")
+    parser.add_argument("--beside", metavar="PYTHON", help="interpreter with GLiNER and spaCy, for --start")
     options = parser.parse_args()
     if options.start or options.threads:
         if options.start:

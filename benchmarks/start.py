@@ -29,6 +29,10 @@ PREDICT = f"from biomerge_lib.__main__ import main; main(['predict', {TEXT!r}])"
 # Without the backbone that this checkout may have prepared already.
 FIRST_USE = f"import biomerge_lib.experiment.provenance as p, pathlib; p.PROJECT_DIR = pathlib.Path('/none'); {PREDICT}"
 IMPORT = "import torch; from transformers import LlamaForCausalLM"
+BESIDE = {
+    "GLiNER: `import gliner`": "import gliner",
+    "spaCy: `spacy.blank('en')` and its tokens of the sentence": f"import spacy; spacy.blank('en')({TEXT!r})",
+}
 ROUNDS, ROUNDS_OF_THREADS = 5, 3
 LOADS = (0, 2, 6)
 THREADS: dict[str, dict[str, str]] = {
@@ -82,10 +86,7 @@ def compare_starts(beside: str | None) -> None:
         "`predict`, first use": (sys.executable, FIRST_USE),
     }
     if beside:
-        programs["spaCy: `spacy.blank('en')` and its tokens of the sentence"] = (
-            beside,
-            f"import spacy; spacy.blank('en')({TEXT!r})",
-        )
+        programs |= {name: (beside, program) for name, program in BESIDE.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     measure(PREDICT)  # merges once where that has not been done
     for _ in range(ROUNDS):

@@ -12,14 +12,13 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import OBJECT, file_sha256, read_values, remember
+from biomerge_lib.core.files import file_sha256, remember
 from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, iter_records
 from biomerge_lib.corpora.draws import document_of, draw_share, place_in_draw
@@ -136,19 +135,12 @@ def describe_model(parameters: Parameters) -> Manifest:
 
 
 def train_datasets(data_dir: Path | str) -> frozenset[str]:
-    """The data sets of the training records: from the data card while it fits ``train.jsonl``, else by reading.
+    """The data sets of the training records.
 
     Raises:
         DataError: ``train.jsonl`` is missing or broken.
     """
-    path = Path(data_dir) / "train.jsonl"
-    card_path = Path(data_dir) / "data_card.json"
-    if path.is_file() and card_path.is_file():
-        with suppress(DataError, LookupError, TypeError, AttributeError):  # a card that is broken, or older
-            card = read_values(card_path, OBJECT)["splits"]["train"]
-            if card["sha256"] == file_sha256(path):
-                return frozenset(dataset for dataset, sizes in card["datasets"].items() if sizes["sentences"])
-    return frozenset(record.dataset for record in _parse(path))
+    return frozenset(record.dataset for record in _parse(Path(data_dir) / "train.jsonl"))
 
 
 def cue_record(

@@ -111,13 +111,6 @@ def test_a_run_trains_and_is_scored_with_the_cues_its_parameters_ask_for(tiny_pa
     assert not any(record.cue for split in plain.values() for record in split)
 
 
-def test_the_data_sets_of_train_come_from_the_card_while_it_fits(data_dir, tmp_path):
-    assert train_datasets(data_dir) == {"sample"}
-    write_corpus(["sample"], tmp_path)
-    write_records(tmp_path / "train.jsonl", [ASPIRIN])
-    assert train_datasets(tmp_path) == {"example"}
-
-
 def test_some_training_records_learn_the_default_cue_and_always_the_same_ones(data_dir):
     options = {"default_cue": "any", "cue_dropout": 0.25}
     records = read_split(data_dir, "train", **options, seed=3)
