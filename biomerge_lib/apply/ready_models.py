@@ -172,11 +172,13 @@ def _prepare(backbone: str) -> Path:
     from biomerge_lib.core.parameters import compose_parameters
     from biomerge_lib.experiment.provenance import PROJECT_DIR
     from biomerge_lib.model.backbones import backbone_name, build_tokenizer, prepare_backbone
+    from biomerge_lib.model.reach_ins import gguf_opened_once
 
     name = backbone_name(backbone)
     prepared = PROJECT_DIR / compose_parameters([]).backbones_dir / name
     if read_manifest(prepared).get("backbone") == backbone:
         return prepared
     tokenizer_dir = cache_dir() / "tokenizers" / name
-    build_tokenizer(backbone, tokenizer_dir)
-    return prepare_backbone(backbone, tokenizer_dir, cache_dir() / "backbones")
+    with gguf_opened_once():
+        build_tokenizer(backbone, tokenizer_dir)
+        return prepare_backbone(backbone, tokenizer_dir, cache_dir() / "backbones")
