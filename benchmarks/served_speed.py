@@ -181,13 +181,19 @@ class Measurement:
         )
 
     def reload(self, models: list[Path], manifest: Manifest, *, dtype: str) -> None:
-        """Rows of one server that answers for several models, one after the other, and for the first again."""
+        """Rows of one server that answers for several models, one after the other, and for the first again.
+
+        Of tied models, too, which the library does not reload: the last two columns tell whether it could.
+        """
+        os.environ["VLLM_SERVER_DEV_MODE"] = "1"
         first, *others = models
         with serve(first, manifest, dtype=dtype, others=others) as (server, ask):
             found: dict[str, list[Prediction]] = {}
             for model_dir in [*models, first]:
                 started = time.monotonic()
-                server.load(model_dir)
+                if model_dir.resolve() != server.model_dir:  # in place, also where `load` would start anew
+                    server._reload(model_dir.resolve())
+                    server.model_dir, server.model_id = model_dir.resolve(), served_names(model_dir)[0]
                 loaded = time.monotonic() - started
                 done = ask(self.records, concurrency=self.options.concurrency)
                 before = found.setdefault(server.model_id, done.predictions)

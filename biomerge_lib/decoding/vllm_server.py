@@ -162,10 +162,11 @@ class VllmServer:
         return self
 
     def load(self, model_dir: Path | str) -> None:
-        """Let the running server answer for one of ``others`` (or the first again): vLLM reads its weights in place.
+        """Let the server answer for one of ``others`` (or the first again): vLLM reads its weights in place.
 
         vLLM's developer endpoints do that, which ask for no key: they are open to this machine's users, and only on a
-        server that was started with ``others``.
+        server that was started with ``others``. Models with tied embeddings are started anew (vLLM 0.32 on a CPU would
+        go on with the output table of the model before, and say nothing).
 
         Raises:
             ServerError: vLLM cannot (with the end of its log); then its weights may be mixed, and it must be stopped.
@@ -173,12 +174,24 @@ class VllmServer:
         folder = Path(model_dir).resolve()
         if folder == self.model_dir:
             return
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        if self._reloads:
+            self._reload(folder)
+        else:
+            self.stop()
+        self.model_dir, self.model_id = folder, served_names(folder)[0]
+        self.start()  # unless it runs
+
+    @property
+    def _reloads(self) -> bool:
+        return bool(self.others) and _architecture(self.model_dir)[0].get("tie_word_embeddings") is False
+
+    def _reload(self, folder: Path) -> None:
+        said = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         # What the weights before have computed of a prompt's beginning must go with them.
-        for path, said in (("collective_rpc", reload), ("reset_prefix_cache", {})):
+        for path, body in (("collective_rpc", said), ("reset_prefix_cache", {})):
             address = f"http://{HOST}:{self.port}/{path}"
             try:
-                answer = httpx.post(address, json=said, timeout=self.ready_seconds, trust_env=False)
+                answer = httpx.post(address, json=body, timeout=self.ready_seconds, trust_env=False)
                 failed = answer.is_error or answer.json().get("success") is False
             except (httpx.HTTPError, ValueError):
                 failed = True
@@ -187,7 +200,6 @@ class VllmServer:
                     f"vLLM did not load {folder} in place of {self.model_dir} ({path}). Score it with a server of its "
                     f"own. The end of the log {self.log_path}:\n{read_log_tail(self.log_path)}"
                 )
-        self.model_dir, self.model_id = folder, served_names(folder)[0]
 
     def stop(self) -> None:
         """Stop the server with all its children; may be called at any time, any number of times."""
@@ -211,7 +223,7 @@ class VllmServer:
         # The key goes through the environment: every user of the machine can read a command line.
         environment = {**os.environ, "VLLM_API_KEY": self.api_key, "VLLM_HOST_IP": HOST}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        if self.others:
+        if self._reloads:
             environment["VLLM_SERVER_DEV_MODE"] = "1"
         environment.pop("MPLBACKEND", None)  # Jupyter's, which another environment cannot import
         if _is_cpu_build(self.version):

@@ -813,13 +813,31 @@ def test_models_of_two_architectures_share_no_server(start_stub, tmp_path):
         start_stub(others=[tmp_path / "nowhere"]).start()
 
 
-def test_a_server_that_cannot_reload_weights_says_so(start_stub, tmp_path):
-    other = make_model_folder(tmp_path / "other" / "merged")
-    with start_stub(others=[other]) as server:
-        server.load(server.model_dir)  # nothing to do
+def make_two_models(tmp_path, **config):
+    folders = [make_model_folder(tmp_path / name / "merged") for name in (MODEL_ID, "other")]
+    for folder in folders:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folders
+
+
+def test_a_server_that_cannot_reload_weights_says_so(tmp_path):
+    one, other = make_two_models(tmp_path, tie_word_embeddings=False)
+    options = {"dtype": "float32", "log_path": tmp_path / "log", "max_model_len": 64, "others": [other]}
+    with VllmServer(one, python=make_stub_python(tmp_path / "stub"), **options) as server:
+        server.load(one)  # nothing to do
         with pytest.raises(ServerError, match=r"vLLM did not load .*other/merged .*\(collective_rpc\)"):
             server.load(other)
         assert server.model_id == MODEL_ID
+
+
+def test_tied_models_are_started_anew(tmp_path):
+    one, other = make_two_models(tmp_path, tie_word_embeddings=True)
+    options = {"dtype": "float32", "log_path": tmp_path / "log", "max_model_len": 64, "others": [other]}
+    with VllmServer(one, python=make_stub_python(tmp_path / "stub"), **options) as server:
+        first = server._process
+        server.load(other)
+        assert server._process is not first and server.is_running and server.model_id == "other"
+        assert first.exit_code is not None
 
 
 def test_log_tail_reads_through_vllms_colours(tmp_path):
