@@ -28,7 +28,7 @@ ADAPTER_FILES = (WEIGHTS, CONFIG, FILE)
 CPU_QUOTA = Path(
     "/sys/fs/cgroup/cpu.max"
 )  # of a container, in microseconds: "200000 100000" are two cores, or "max"
-SPINS = "30000"
+SPINS = "100000"
 Answerer = Callable[[list[Prompt]], list[RawAnswer]]
 log = logging.getLogger("biomerge")
 
@@ -87,7 +87,7 @@ def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[
     program has put off, two are slower than one.
     """
     free = FreeCores()
-    # Who waits for a thread spins for a millisecond at most (OpenMP's default: 15), and takes no core from it longer.
+    # A thread that waits for another spins a third as long as by OpenMP's default, then leaves it the core.
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     import torch
 
