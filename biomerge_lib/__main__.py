@@ -20,7 +20,7 @@ from biomerge_lib.core.errors import BioMergeError, nearest
 from biomerge_lib.core.files import names_full_disk
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
-from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
+from biomerge_lib.experiment.runs import quiet_libraries
 
 EXIT_CODES = (
     f"exit codes: 0 done; 1 a fault of the program, please report it; 2 the input is at fault, the message says how; "
@@ -175,7 +175,7 @@ def _publish(options: argparse.Namespace) -> int:
     reports = folder_of_reports(options.into) if options.into else REPORTS_DIR
     for folder in options.runs:
         print(publish_run(Path(folder), reports))
-    write_results((reports if options.into else PROJECT_DIR) / "README.md", reports)
+    write_results(reports)
     return 0
 
 

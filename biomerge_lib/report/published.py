@@ -1,4 +1,4 @@
-"""Knows ``reports/``: publishes a run there and writes the README's results table from what is there."""
+"""Knows ``reports/``: publishes a run there and writes the table of its README from what is there."""
 
 from __future__ import annotations
 
@@ -118,19 +118,19 @@ def results_table(reports_dir: Path = REPORTS_DIR) -> str:
     ranked = [run for run in (collect_runs(reports_dir) if folders else []) if run.rank]
     header = ["run", "data", "training", "device, seconds"]
     header += ["dev F1, Trainer", "dev F1, 04 greedy", "dev F1, 05 vLLM"]
-    above = "" if reports_dir != REPORTS_DIR else f"{REPORTS_DIR.name}/"
-    table = markdown_table(header, [_cells(run.folder, read_metrics(run.folder), above) for run in ranked])
+    table = markdown_table(header, [_cells(run.folder, read_metrics(run.folder)) for run in ranked])
     seeds = seeds_table(ranked).map(in_markdown)
     return table + (f"\n\n{markdown_table(seeds.columns, seeds.to_numpy())}\n" if len(seeds) else "\n")
 
 
-def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
-    """Write the table between the markers of a README, which is made where it is missing.
+def write_results(reports_dir: Path = REPORTS_DIR) -> None:
+    """Write the table between the markers of the folder's README, which is made where it is missing.
 
     Raises:
         DataError: the markers are missing.
     """
-    new = f"# {readme.parent.name}\n\n{BEGIN}\n{END}\n"
+    readme = reports_dir / "README.md"
+    new = f"# {reports_dir.name}\n\n{BEGIN}\n{END}\n"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else new
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -139,7 +139,7 @@ def write_results(readme: Path, reports_dir: Path = REPORTS_DIR) -> None:
     write_text(readme, f"{before}{BEGIN}\n{results_table(reports_dir)}{END}{after}")
 
 
-def _cells(folder: Path, metrics: Mapping[str, Any], above: str) -> list[str]:
+def _cells(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
     parameters, stages = metrics["parameters"], current_stages(metrics)
     training = stages["03_train"]
     split = parameters["split"]
@@ -157,7 +157,7 @@ def _cells(folder: Path, metrics: Mapping[str, Any], above: str) -> list[str]:
     )
     provenance = training["provenance"]
     return [
-        f"[{in_markdown(folder.name)}]({above}{quote(folder.name)}/03_train.ipynb)",
+        f"[{in_markdown(folder.name)}]({quote(folder.name)}/03_train.ipynb)",
         in_markdown(data),
         in_markdown(how),
         f"{in_markdown(provenance['device'])}, {training['metrics']['train_seconds']:,.0f}",

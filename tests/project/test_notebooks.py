@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def test_the_table_of_stages_is_the_notebooks_and_the_readmes():
     assert [path.stem for path in NOTEBOOKS] == list(STAGES)
-    readme = (NOTEBOOKS[0].parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (NOTEBOOKS[0].parent.parent / "docs/pipeline.md").read_text(encoding="utf-8")
     rows = [f"| {name} | {stage.reads} | {stage.writes} |\n" for name, stage in STAGES.items()]
     assert "| notebook | reads | writes |\n|---|---|---|\n" + "".join(rows) in readme
 

@@ -121,14 +121,14 @@ def _anchors(page: Path) -> set[str]:
 
 
 def test_the_results_table_is_made_from_the_files():
-    between = README.split(BEGIN, 1)[1].split(END, 1)[0].strip()
+    between = (ROOT / "reports/README.md").read_text().split(BEGIN, 1)[1].split(END, 1)[0].strip()
     assert between == results_table().strip()
 
 
 def test_the_first_figures_are_what_the_command_beside_them_gives():
-    result = README.split("**Results.**", 1)[1]
+    result = README.split("## Results", 1)[1]
     command = next(line for line in commands_of(ROOT / "README.md") if "model=smollm2_135m" in line)
-    assert result.index(command) < result.index(BEGIN)
+    assert command in result
     given = compose_parameters([word for word in command.split() if "=" in word]).model_dump()
     figures = []
     for seed in (42, 43, 44):
@@ -212,11 +212,11 @@ def test_the_table_holds_what_metrics_json_says(tmp_path):
     (tmp_path / "again/metrics.json").write_text(json.dumps(metrics))
     assert "| again, mine | 7, 42 | 0.600 ± 0.141 |" in (table := results_table(tmp_path))
     readme = tmp_path / "README.md"
+    write_results(tmp_path)  # the first runs of a folder
+    assert f"{BEGIN}\n{table}{END}\n" in readme.read_text()
     readme.write_text(f"a\n{BEGIN}\nold\n{END}\nz")
-    write_results(readme, tmp_path)
+    write_results(tmp_path)
     assert readme.read_text() == f"a\n{BEGIN}\n{table}{END}\nz"
-    write_results(tmp_path / "new.md", tmp_path)  # the first runs of a folder
-    assert f"{BEGIN}\n{table}{END}\n" in (tmp_path / "new.md").read_text()
 
 
 def finished_run(folder):

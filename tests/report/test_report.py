@@ -507,20 +507,29 @@ def test_twelve_runs_with_predictions_take_under_ten_seconds(tmp_path):
 
 
 def test_the_readme_picture_marks_the_offsets_that_the_model_answers():
+    sentence = "Cisplatin caused acute kidney injury and hearing loss ."
     path = ROOT / "docs" / "tagged_sentence.svg"
     name = "{http://www.w3.org/2000/svg}"
     root = ElementTree.parse(path).getroot()
     lines = ["".join(text.itertext()) for text in root.iter(f"{name}text") if text.get("class") == "line"]
-    assert lines == [f"<NER> {ASPIRIN}", "<TAG> 0-7 ; 20-34"]
+    assert lines == [f"<NER> {sentence}", "<TAG> 0-9 ; 17-36 ; 41-53"]
     words = [text for text in root.iter(f"{name}text") if text.get("class", "").startswith("mono")]
-    assert " ".join(word.text for word in words) == ASPIRIN
-    width = int(words[0].get("textLength")) / len("Aspirin")
+    assert " ".join(word.text for word in words) == sentence
+    width = int(words[0].get("textLength")) / len("Cisplatin")
     offset = {word: (int(word.get("x")) - int(words[0].get("x"))) / width for word in words}
-    assert all(ASPIRIN.startswith(word.text, int(offset[word])) for word in words)
-    bold = [(offset[word], word.text) for word in words if word.get("class") == "mono mention"]
-    assert bold == [(0, "Aspirin"), (20, "asthma"), (27, "attacks")]
+    assert all(sentence.startswith(word.text, int(offset[word])) for word in words)
+    spans = parse_spans(lines[1])
+    bold = [int(offset[word]) for word in words if word.get("class") == "mono mention"]
+    assert bold == [
+        m.start() for m in re.finditer(r"\S+", sentence) if any(a <= m.start() < b for a, b in spans)
+    ]
     ticks = [int(text.text) for text in root.iter(f"{name}text") if text.get("class") == "offset"]
-    assert ticks == [edge for span in parse_spans(lines[1]) for edge in span] == [0, 7, 20, 34]
+    assert ticks == [edge for span in spans for edge in span]
+    marked = sentence
+    for start, end in reversed(spans):
+        marked = f"{marked[:start]}[{marked[start:end]}]{marked[end:]}"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f'predict "{sentence}"' in readme and f"    {marked}\n" in readme
 
 
 def test_the_best_runs_notebooks_are_rendered_and_the_rest_are_linked(tmp_path, monkeypatch):
