@@ -13,14 +13,6 @@
 # pip's own settings (index-url, extra-index-url, find-links, no-index, trusted-host, cert, proxy) hold for uv as well.
 set -euo pipefail
 
-ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=$(realpath -ms -- "${VENV:-$ROOT/.venv}")
-STAMP=$VENV/biomerge-env.stamp           # what is installed here
-UNFINISHED=$VENV/biomerge-env.unfinished # there while it is being installed, and after an interruption
-TORCH_INDEX=${BIOMERGE_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
-PYTHONS=${PYTHON:-python3.11 python3.12 python3 python}
-unset PYTHONHOME PYTHONPATH # a cluster's modules set them; they would shadow the pinned packages
-
 say() { printf 'setup_env: %s\n' "$*"; }
 die() {
   printf 'setup_env: error: %s\n' "$1" >&2
@@ -28,6 +20,17 @@ die() {
   (($#)) && printf '           %s\n' "$@" >&2
   exit 1
 }
+
+[[ $(uname -sm) == "Linux x86_64" ]] || # before a word that a Mac's tools do not know
+  die "the pinned sets are for Linux on x86_64, this is $(uname -sm)." "A Linux container or WSL 2 runs them."
+
+ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$(realpath -ms -- "${VENV:-$ROOT/.venv}")
+STAMP=$VENV/biomerge-env.stamp           # what is installed here
+UNFINISHED=$VENV/biomerge-env.unfinished # there while it is being installed, and after an interruption
+TORCH_INDEX=${BIOMERGE_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+PYTHONS=${PYTHON:-python3.11 python3.12 python3 python}
+unset PYTHONHOME PYTHONPATH # a cluster's modules set them; they would shadow the pinned packages
 
 choose_device() {
   DEVICE=${BIOMERGE_DEVICE:-}
@@ -113,8 +116,6 @@ list_packages() { ls "$VENV"/lib/python3.*/site-packages; }
 
 install() {
   local uv torch
-  [[ $(uname -sm) == "Linux x86_64" ]] ||
-    die "the pinned sets are for Linux on x86_64, this is $(uname -sm)." "A Linux container or WSL 2 runs them."
   [[ -e $STAMP || -e $UNFINISHED || -z $(ls -A -- "$VENV" 2>/dev/null) ]] ||
     die "$VENV is there, and this script did not make it: it is left alone." \
       "Remove it yourself, or name another place with VENV=."

@@ -316,6 +316,15 @@ def test_setup_leaves_alone_what_it_did_not_make(paper: Paper) -> None:
     assert paper.packages.is_dir() and not paper.asked
 
 
+def test_setup_says_on_a_mac_what_it_runs_on(tmp_path: Path) -> None:
+    write_program(tmp_path / "uname", "echo Darwin arm64")
+    write_program(tmp_path / "realpath", "exit 1")  # a Mac's knows no -m
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", ROOT / "slurm/setup_env.sh"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "for Linux on x86_64, this is Darwin arm64" in done.stderr
+
+
 def test_setup_refuses_what_it_does_not_know(paper: Paper) -> None:
     assert "unknown argument '--compil'" in paper.setup("--compil").stderr
 
