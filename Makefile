@@ -56,8 +56,8 @@ format: env ## ruff's fixes and layout, outputs stripped from notebooks
 	@$(BIN)/ruff format .
 	@$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
 
-lab: env ## JupyterLab in notebooks/ (LAB_ARGS=--no-browser)
-	@$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_ARGS)
+lab: env ## JupyterLab at the project (LAB_ARGS=--no-browser); its kernels import this checkout's library
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/jupyter lab --notebook-dir="$(CURDIR)" $(LAB_ARGS)
 
 requirements: env ## new pins: requirements/*.in -> requirements/*.txt
 	@bash slurm/setup_env.sh --compile

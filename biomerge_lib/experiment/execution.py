@@ -1,6 +1,7 @@
-"""Knows how papermill executes a notebook beside others on one machine; knows nothing of runs or parameters.
+"""Knows how notebooks are executed, by papermill or by hand in JupyterLab; knows nothing of runs or parameters.
 
 notebook + parameters --[execute_notebook]--> executed notebook | NotebookFailed(cell, reason)
+notebook as JupyterLab saves it --[keep_executed_copy]--> executed notebook
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import IO, Any
 
-from biomerge_lib.core.errors import BioMergeError, DataError
-from biomerge_lib.core.files import OBJECT, read_values
+from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError
+from biomerge_lib.core.files import OBJECT, read_values, write_text
+from biomerge_lib.experiment.provenance import PROJECT_DIR
 
 KERNEL_STARTS = 3
 UNWATCHED = "BIOMERGE_UNWATCHED"  # in the environment of a kernel whose output nobody sees as it comes
@@ -136,3 +139,54 @@ def _running_cell(executed: Path) -> str | None:
     # Their status does not tell: papermill ends by calling all of them completed.
     begun = sum(cell["metadata"].get("papermill", {}).get("start_time") is not None for cell in code)
     return f"In [{begun}]" if begun else None
+
+
+def kernel_shell() -> Any:
+    """The IPython shell of the notebook that this process runs; None in a terminal or a job's process."""
+    return sys.modules["IPython"].get_ipython() if "ipykernel" in sys.modules else None
+
+
+def notebook_file() -> Path | None:
+    """The file of a notebook that a Jupyter server runs, as it was named when its kernel started; None elsewhere."""
+    path = Path(os.environ.get("JPY_SESSION_NAME", ""))
+    return path if path.suffix == ".ipynb" and path.is_file() else None
+
+
+def refuse_other_checkout() -> None:
+    """The notebook's project must be the library's: two clones may share an environment.
+
+    Raises:
+        ParameterError: the notebook lies in another checkout than the library that it imports.
+    """
+    path = (notebook_file() or Path.cwd() / "notebook").resolve()
+    own = next((folder for folder in path.parents if (folder / "biomerge_lib/__init__.py").is_file()), None)
+    if own not in (None, PROJECT_DIR):
+        raise ParameterError(
+            f"this notebook lies in {own}, but imports biomerge_lib from {PROJECT_DIR}. Start JupyterLab with "
+            f"`make lab` in {own} (or set PYTHONPATH={own}), and restart the kernel."
+        )
+
+
+def keep_executed_copy(executed: Path) -> None:
+    """From now on, whatever JupyterLab saves of this notebook stands in ``executed``, too.
+
+    A kernel knows neither the notebook in the browser nor how to have it saved, so the copy is as old as Lab's last
+    save (every two minutes, while a browser is open), and ends with the kernel.
+    """
+    _copied[:] = [executed]
+    if (path := notebook_file()) and UNWATCHED not in os.environ:
+        Thread(target=_copy_when_saved, args=(path, executed, path.stat().st_mtime_ns), daemon=True).start()
+
+
+def _copy_when_saved(path: Path, executed: Path, seen: int) -> None:
+    while True:
+        time.sleep(1)
+        if _copied[0] is not executed:  # the kernel has opened a run again
+            return
+        with suppress(OSError):  # renamed, deleted, or a full disk: the next save may do
+            if (saved := path.stat().st_mtime_ns) != seen:
+                write_text(executed, path.read_text(encoding="utf-8"))
+                seen = saved
+
+
+_copied: list[Path] = []  # where the kernel's notebook is copied now

@@ -36,7 +36,14 @@ from biomerge_lib.core.parameters import (
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment import jobs
 from biomerge_lib.experiment.checkpoints import find_resumable_checkpoint
-from biomerge_lib.experiment.execution import UNWATCHED, NotebookFailed, execute_notebook
+from biomerge_lib.experiment.execution import (
+    UNWATCHED,
+    NotebookFailed,
+    execute_notebook,
+    keep_executed_copy,
+    kernel_shell,
+    refuse_other_checkout,
+)
 from biomerge_lib.experiment.guarded_process import name_process
 from biomerge_lib.experiment.provenance import (
     PROJECT_DIR,
@@ -184,26 +191,27 @@ def open_run(stage: str, namespace: Mapping[str, Any], check: Check | None = Non
             from the run's.
         DataError: a scoring notebook's run does not exist.
     """
+    refuse_other_checkout()
     os.chdir(PROJECT_DIR)
     quiet_libraries()
     parameters, given = read_notebook_parameters(namespace)
     folder = parameters.run_folder
     if stage in SCORING_STAGES:
         parameters = _scoring_parameters(folder, parameters, given)
-    if check:
-        print(check(parameters))
+    found = check(parameters) if check else None
     run = Run(folder, stage, parameters)
     if stage == TRAIN:
         prepare_run_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
+    keep_executed_copy(PROJECT_DIR / folder / f"{stage}.ipynb")
+    print(*[found] if check else [], f"{stage} of {PROJECT_DIR}", sep="\n")
     run.start()
-    print(f"{stage}: run {folder.name} in {folder}/ on {device_name()}")
+    print(f"run {folder.name} in {folder}/ on {device_name()}")
     return run
 
 
 def _watch_cells(run: Run) -> None:
     """From now on the notebook's failing cells are recorded, and an interrupt is one line instead of a traceback."""
-    from IPython import get_ipython
 
     def note(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
         if not run.is_open:
@@ -217,7 +225,7 @@ def _watch_cells(run: Run) -> None:
             run.fail(f"{kind.__name__}: {error}")
         shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
-    if shell := get_ipython():
+    if shell := kernel_shell():
         shell.set_custom_exc((KeyboardInterrupt, Exception), note)
 
 
@@ -463,7 +471,10 @@ def quiet_libraries() -> None:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     for noisy in ("torchao", "torch.utils._pytree", "httpx", "httpx2", "unsloth", "bitsandbytes"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    shell = kernel_shell()
+    # In a notebook, stderr is shown on red.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout if shell else sys.stderr)
+    logging.captureWarnings(shell is not None)
     for chatty in ("hydra", "datasets", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # It sets a level of its own when it is imported, and warns of a machine without a GPU.
@@ -516,9 +527,7 @@ def _differences(stored: Parameters, parameters: Parameters, names: frozenset[st
 
 
 def _glue(metrics: Mapping[str, Any]) -> None:
-    from IPython import get_ipython
-
-    if get_ipython() is None:
+    if kernel_shell() is None:
         return
     import scrapbook
 

@@ -49,6 +49,9 @@ class PlainTokenizer:
     def convert_tokens_to_ids(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def __len__(self) -> int:
+        return len(self.get_vocab())
+
     def get_vocab(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
 
@@ -70,8 +73,8 @@ def load_plain_tokenizer(folder: Path | str) -> PlainTokenizer:
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: no tokenizer here ({', '.join(missing)} missing). Run 01_tokenizer first, with "
-            "the same tokenizer_dir; to score a model, name its merged folder."
+            f"{folder}: no tokenizer here ({', '.join(missing)} missing). Run 01_tokenizer first (`python -m "
+            f"biomerge_lib run 01_tokenizer tokenizer_dir={folder}`); to score a model, name its merged folder."
         )
     try:
         tokenizer = PlainTokenizer(folder)

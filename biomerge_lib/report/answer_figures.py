@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -19,8 +20,9 @@ def draw_weaknesses(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
     """A figure of bars for each table of :func:`find_weaknesses`."""
     figures = {}
     for title, table in tables.items():
-        figure, axis = new_axes(4.5, 0.8 + 0.28 * len(table), title, grid="x")
-        names = [name if len(name) <= 24 else f"{name[:22]}…" for name in map(str, table.index)]
+        names = [literal(textwrap.fill(str(name), 26)) for name in table.index]
+        height = 0.8 + 0.28 * len(table) + 0.12 * sum(name.count("\n") for name in names)
+        figure, axis = new_axes(4.5, height, title, grid="x")
         rows = range(len(table))
         if title == BOUNDARIES:
             labels = [f"{errors:,}" for errors in table["errors"]]
@@ -35,7 +37,7 @@ def draw_weaknesses(tables: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
             bars = axis.barh(rows, table["recall"], height=0.62, color=LIGHT[0])
             axis.set(xlabel="recall", xlim=(0, 1.42), xticks=[0, 0.25, 0.5, 0.75, 1])
         axis.bar_label(bars, labels, padding=4)
-        axis.set_yticks(rows, list(map(literal, names)))
+        axis.set_yticks(rows, names)
         axis.invert_yaxis()
         said = ", ".join(f"{name} {label}" for name, label in zip(table.index, labels, strict=True))
         figure.set_label(f"{title}: {said}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -16,22 +17,23 @@ if TYPE_CHECKING:
     from IPython.display import HTML
 
 # Okabe and Ito's colour-blind-safe palette: blue, orange, vermilion, purple; the underline's shape repeats the colour.
-STYLE = """<style>
+MARKS = {
+    "right": "background-color: #56b4e94d; border-bottom: 3px solid #0072b2;",
+    "gold": "background-color: #56b4e94d; border-bottom: 3px solid #0072b2;",
+    "missed": "background-color: #e69f004d; border-bottom: 3px dashed #b37400;",
+    "spurious": "background-color: #d55e0033; border-bottom: 3px double #d55e00;",
+    "overlap": "background-color: #cc79a740; border-bottom: 3px dotted #b8578c;",
+}
+STYLE = (
+    """<style>
 .bm-text {line-height: 2.1; margin: 4px 0; max-width: 72em; overflow-wrap: anywhere;}
 .bm-text mark {color: inherit; padding: 1px 2px; border-radius: 3px; -webkit-box-decoration-break: clone;
   box-decoration-break: clone;}
-.bm-text mark.right, .bm-text mark.gold {background: #56b4e94d; border-bottom: 3px solid #0072b2;}
-.bm-text mark.missed {background: #e69f004d; border-bottom: 3px dashed #b37400;}
-.bm-text mark.spurious {background: #d55e0033; border-bottom: 3px double #d55e00;}
-.bm-text mark.overlap {background: #cc79a740; border-bottom: 3px dotted #b8578c;}
 .bm-text .bm-note {opacity: .75; font-size: 85%;}
-@media (prefers-color-scheme: dark) {
-.bm-text mark.right, .bm-text mark.gold {border-color: #56b4e9;}
-.bm-text mark.missed {border-color: #e69f00;}
-.bm-text mark.spurious {border-color: #f0803c;}
-.bm-text mark.overlap {border-color: #e3a0c6;}
-}
-</style>"""
+"""
+    + "".join(f".bm-text mark.{kind} {{{style}}}\n" for kind, style in MARKS.items())
+    + "</style>"
+)
 LEGEND = (
     '<div class="bm-text"><mark class="right">found</mark> <mark class="missed">missed</mark> '
     '<mark class="spurious">spurious</mark> '
@@ -137,8 +139,12 @@ def _cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def show_html(parts: Sequence[str]) -> HTML:
-    """An IPython HTML object of highlighted texts, with their style."""
+def show_html(parts: Iterable[str]) -> HTML:
+    """An IPython HTML object of highlighted texts; Lab takes style sheets out of notebooks that were run elsewhere."""
     from IPython.display import HTML
 
-    return HTML(STYLE + "".join(parts))
+    text = "".join(parts)
+    for kind, style in MARKS.items():
+        marked = f'<span style="{style}" class="{kind}">\\1</span>'
+        text = re.sub(f'<mark class="{kind}">(.*?)</mark>', marked, text, flags=re.DOTALL)
+    return HTML(STYLE + text)

@@ -37,15 +37,14 @@ from biomerge_lib.report.report_figures import (
 )
 from biomerge_lib.report.report_notebooks import link_notebooks
 from biomerge_lib.report.report_runs import (
-    AGREEMENT_COLUMNS,
     COST_COLUMNS,
     ReportedRun,
     changed_words,
     collect_runs,
+    group_runs,
     is_number,
     runs_table,
     seeds_table,
-    split_runs,
     values_table,
 )
 from biomerge_lib.scoring.breakdown import find_weaknesses
@@ -62,91 +61,87 @@ def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> P
 def write_page(runs: Sequence[ReportedRun], out: Path | str) -> Path:
     """Write the page about collected runs, atomically, as one HTML file that loads nothing else."""
     out = Path(out)
-    ranked, apart, others = split_runs(runs)
+    groups, others = group_runs(runs)
+    ranked = groups[0] if groups else []
     answers = read_answers(ranked)
     figures = {"scores": draw_scores(ranked), "sweep": draw_sweep(ranked), "curves": draw_curves(ranked)}
     figures |= {"confidence": answers["confidence"]}
+    link = Markup('<a href="{}">{}</a>')
+    notebooks = {
+        run: Markup(" ").join(link.format(at, name) for name, at in found) or None
+        for run, found in link_notebooks(runs, out).items()
+    }
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    page.filters |= {"show": show_value}
+    page.filters |= {"show": show_value, "quote": shlex.quote}
     html = page.get_template("report.html.j2").render(
         ranked=ranked,
-        finished=len(ranked) + len(apart),
+        finished=sum(map(len, groups)),
+        gpu_hours=sum(run.gpu_hours or 0 for group in groups for run in group),
         others=others,
-        command=_command(ranked[0]) if ranked else "",
+        command_of=command_of,
         style=STYLE,
         colours=(LIGHT, DARK),
         legend=LEGEND,
         figures={name: list(map(as_svg, drawn)) for name, drawn in figures.items()},
         weak={title: as_svg(figure) for title, figure in draw_weaknesses(answers["weaknesses"]).items()},
-        tables=_tables(runs, link_notebooks(runs, out)),
+        groups=[_describe_group(group, notebooks) for group in groups],
+        apart=pd.DataFrame(
+            [(run.name, run.status, run.reason, notebooks[run]) for run in others],
+            columns=["run", "status", "reason", "executed notebooks"],
+            dtype=object,
+        ).dropna(axis=1, how="all"),
+        tables=_tables(ranked) if ranked else {},
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         inert=INERT,
-        notes=_page_notes(ranked),  # reading answers and curves adds to the runs' notes
+        # Reading answers and curves adds to the runs' notes; a notebook that draws before it writes reads twice.
+        notes=list(dict.fromkeys(f"Run {run.rank}: {note}." for run in ranked for note in run.notes)),
         **answers,
     )
     write_text(out, html)
     return out
 
 
-def _tables(
-    runs: Sequence[ReportedRun], links: Mapping[ReportedRun, Sequence[tuple[str, str]]]
-) -> dict[str, pd.DataFrame]:
-    """What the page tabulates of the runs themselves; Markup, in columns of objects, may hold elements."""
-    ranked, apart, others = split_runs(runs)
-    link, code = Markup('<a href="{}">{}</a>'), Markup('<code title="{}">{}</code>')
-    linked = {run: Markup(" ").join(link.format(at, name) for name, at in links[run]) for run in runs}
-    notebooks = {run: found or "none kept" for run, found in linked.items()}
-    kept_of = lambda part: {"executed notebooks": pd.Series([notebooks[run] for run in part], dtype=object)}  # noqa: E731
-    agreement = values_table(ranked, AGREEMENT_COLUMNS)
-    watched, greedy, again, vllm, _ = (agreement[name] for name in AGREEMENT_COLUMNS)
-    agreement.insert(2, "watch metric", [run.watch_metric for run in ranked])
-    agreement.insert(5, "difference", greedy - watched)
-    agreement.insert(8, "difference (05)", vllm - again)
-    software, data, stages = [], [], []
+def _describe_group(
+    group: Sequence[ReportedRun], notebooks: Mapping[ReportedRun, Markup | None]
+) -> dict[str, Any]:
+    """What the page says of runs that can be compared with each other."""
+    kept = {"executed notebooks": pd.Series([notebooks[run] for run in group], dtype=object)}
+    seeds = seeds_table(group, ("greedy dev F1", "precision", "recall", "test F1"))
+    return {
+        "on": group[0].scored_on,
+        "runs": runs_table(group).assign(**kept).dropna(axis=1, how="all"),
+        "seeds": seeds,
+    }
+
+
+def _tables(ranked: Sequence[ReportedRun]) -> dict[str, pd.DataFrame]:
+    """What else the page tabulates of ranked runs; Markup, in columns of objects, may hold elements."""
+    code = Markup('<code title="{}">{}</code>')
+    device, made_with = [], dict[str, dict[str, Any]]()
     for run in ranked:
         made = run.provenance
         versions = {"Python": made.get("python"), **made.get("versions", {})}
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-        software.append({"commit": made.get("commit"), "device": made.get("device"), "versions": listed})
-        hashes = {split: run.data[split] for split in SPLITS if run.data.get(split)}
-        data.append(
-            {"folder": run.parameters.get("data_dir")}
-            | {split: code.format(digest, digest[:16]) for split, digest in hashes.items()}
-        )
-        for stage, fields in sorted(run.stages.items()):
-            row = {"rank": run.rank, "run": run.name, "stage": stage}
-            row |= {name: fields.get(name) for name in ("status", "started")}
-            stages.append(row | {"seconds": (fields.get("metrics") or {}).get("stage_seconds")})
+        device.append(made.get("device"))
+        row = {"commit": made.get("commit"), "device": device[-1], "versions": listed}
+        row["data"] = run.parameters.get("data_dir")
+        row |= {
+            split: code.format(run.data[split], run.data[split][:16]) for split in SPLITS if split in run.data
+        }
+        made_with.setdefault(str(row), {"runs": [], **row})["runs"].append(run.rank)
+    cost = values_table(ranked, COST_COLUMNS)
+    cost.insert(2, "GPU hours", pd.Series([run.gpu_hours for run in ranked], dtype=float))
     tables = {
-        "runs": runs_table(ranked).assign(**kept_of(ranked)),
-        "apart": runs_table(apart).assign(**kept_of(apart)),
-        "seeds": seeds_table([*ranked, *apart]),
-        "others": pd.DataFrame(
-            [(run.name, run.status, run.reason, notebooks[run]) for run in others],
-            columns=["run", "status", "reason", "executed notebooks"],
-            dtype=object,
-        ),
         "parameters": pd.DataFrame(
-            ranked[0].parameters.items() if ranked else [], columns=["parameter", "value"], dtype=object
+            ranked[0].parameters.items(), columns=["parameter", "value"], dtype=object
         ),
-        "agreement": agreement[watched.notna() | vllm.notna()],
-        "cost": values_table(ranked, COST_COLUMNS).assign(device=[made["device"] for made in software]),
-        "software": _group(ranked, software),
-        "data": _group(ranked, data),
-        "stages": pd.DataFrame(stages),
+        "cost": cost.assign(device=device),
+        "provenance": pd.DataFrame(
+            [{**row, "runs": ", ".join(map(str, row["runs"]))} for row in made_with.values()], dtype=object
+        ),
     }
     return {name: table.dropna(axis=1, how="all") for name, table in tables.items()}
-
-
-def _group(ranked: Sequence[ReportedRun], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row for the runs that have it in common."""
-    groups: dict[str, dict[str, Any]] = {}
-    for run, row in zip(ranked, rows, strict=True):
-        groups.setdefault(str(row), {"runs": [], **row})["runs"].append(run.rank)
-    return pd.DataFrame(
-        [{**row, "runs": ", ".join(map(str, row["runs"]))} for row in groups.values()], dtype=object
-    )
 
 
 def show_value(value: Any, column: str = "") -> str:
@@ -155,10 +150,8 @@ def show_value(value: Any, column: str = "") -> str:
         return "–"
     if not is_number(value):
         return value if isinstance(value, str) else str(value)
-    if "F1" in column:
+    if "F1" in column or column in ("precision", "recall"):
         return f"{value:.3f}"
-    if column.startswith("difference"):
-        return f"{value:+.3f}".replace("-", "−") + (" ▲" if abs(value) > 0.01 else "")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -230,13 +223,7 @@ def _score_corpora(compared: Sequence[tuple[ReportedRun, list[Prediction]]]) -> 
     return pd.DataFrame(rows)
 
 
-def _page_notes(ranked: Sequence[ReportedRun]) -> list[str]:
-    """What a reader must know before comparing the runs' numbers."""
-    notes = [f"Run {run.rank}: {note}." for run in ranked for note in run.notes]
-    return list(dict.fromkeys(notes))  # a notebook that draws before it writes reads, and notes, twice
-
-
-def _command(run: ReportedRun) -> str:
-    """The command that trains the run."""
-    words = changed_words(run.parameters | {"run_id": run.name}, leave_out={"existing_run"})
+def command_of(run: ReportedRun, **other: Any) -> str:
+    """The command that trains the run, or one with ``other`` parameters."""
+    words = changed_words(run.parameters | {"run_id": run.name} | other, leave_out={"existing_run"})
     return " \\\n  ".join(["python -m biomerge_lib run 03_train", *map(shlex.quote, words)])

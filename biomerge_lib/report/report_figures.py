@@ -5,22 +5,23 @@ Runs differ in colour (Okabe and Ito 2008) and also in dash; other values of a r
 
 from __future__ import annotations
 
+import base64
 import io
 import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from biomerge_lib.report.report_runs import (
     F1_COLUMNS,
-    READINGS,
     ReportedRun,
     is_number,
     read_file,
@@ -28,17 +29,21 @@ from biomerge_lib.report.report_runs import (
     varying_parameters,
 )
 
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
 CURVES = {
     "Training loss": "loss",
-    "Dev loss": "eval_loss",
-    "Answer F1 on dev (teacher-forced)": "eval_answer_ner_f1",
-    "Token head F1 on dev": "eval_head_ner_f1",
     "Greedy F1 on dev": "greedy_dev_ner_f1",
+    "Answer F1 on dev (teacher-forced)": "eval_answer_ner_f1",
+    "Dev loss": "eval_loss",
+    "Token head F1 on dev": "eval_head_ner_f1",
     "Learning rate": "learning_rate",
 }
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b8578c", "#b37400")  # a run's or a value's colour on light paper
 DARK = ("#56b4e9", "#f0803c", "#2cc295", "#e3a0c6", "#e69f00")
 DASHES, MARKERS = ("-", (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (4, 2))), "osD^v"
+INK = "#777777"  # of a notebook's figures: readable on white and on black, as LIGHT is
 COMPARED = len(LIGHT)  # runs that curves and tables set side by side
 SCORE = "greedy dev F1"
 
@@ -63,6 +68,29 @@ def as_svg(figure: Figure) -> str:
     style = f"max-width:{1.7 * width:.0f}px;min-width:{0.95 * width if width > 330 else 0:.0f}px"
     head = f'<svg class="bm-figure" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}"'
     return f'{head} style="{style}">{svg}'
+
+
+def show_figures(figures: Iterable[Figure], shown: int = 6) -> HTML:
+    """Figures in a notebook's output: ``shown`` of them, and the rest folded; their labels are their alternative texts.
+
+    They are pictures, as Lab takes elements of SVG out of notebooks that were run elsewhere.
+    """
+    from IPython.display import HTML
+
+    images = list(map(_as_image, figures))
+    folded = f"<details><summary>{len(images) - shown} more</summary>{''.join(images[shown:])}</details>"
+    return HTML("".join(images[:shown]) + (folded if images[shown:] else ""))
+
+
+def _as_image(figure: Figure) -> str:
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = as_svg(figure).replace("<svg ", f'<svg {names} fill="{INK}" font-family="sans-serif" ', 1)
+    for number, colour in enumerate(LIGHT):
+        svg = svg.replace(f"var(--c{number})", colour)
+    svg = svg.replace("currentColor", INK).replace("var(--paper, Canvas)", "none")
+    data = base64.b64encode(svg.encode()).decode()
+    label, width = escape(str(figure.get_label())), 90 * figure.get_figwidth()
+    return f'<img alt="{label}" width="{width:.0f}" style="display: inline" src="data:image/svg+xml;base64,{data}">'
 
 
 def draw_curves(ranked: Sequence[ReportedRun], *, background: int = 40) -> list[Figure]:
@@ -95,8 +123,10 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure
     if not shown:
         return []
     title = "F1 with 95 % interval"
-    figure, axis = new_axes(4.8, 0.9 + 0.3 * len(shown), title, grid="x")
-    table = values_table(shown, {name: F1_COLUMNS[name] for name in F1_COLUMNS if name not in READINGS})
+    figure, axis = new_axes(5.6, 0.9 + 0.42 * len(shown), title, grid="x")
+    table = values_table(
+        shown, {name: F1_COLUMNS[name] for name in F1_COLUMNS if name.endswith(("dev F1", "test F1"))}
+    )
     for number, name in enumerate(table.columns[2:]):
         if table[name].notna().any():  # each a little lower, so that equal values stay visible
             style = {"marker": MARKERS[number], "color": LIGHT[number], "label": name}
@@ -104,38 +134,40 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure
     for row, run in enumerate(shown):
         if edges := run.interval():
             axis.plot(edges, [row, row], marker="|", color="black", alpha=0.5, linewidth=1)
-    names = [name if len(name) <= 20 else f"…{name[-18:]}" for name in table["run"]]  # their ends differ
-    labels = [f"{rank}  {literal(name)}" for rank, name in zip(table["rank"], names, strict=True)]
-    axis.set_yticks(range(len(shown)), labels)
-    axis.invert_yaxis()
+        above: dict[str, Any] = {
+            "textcoords": "offset points",
+            "xycoords": axis.get_yaxis_transform(),
+            "size": 8.5,
+        }
+        axis.annotate(literal(run.name), (0, row), (2, 5), **above)
+    axis.set_yticks(range(len(shown)), table["rank"])
+    axis.set_ylim(len(shown) - 0.5, -0.8)
     figure.legend(loc="outside lower left", ncols=2, frameon=False)
     figure.set_label(f"{title}: {len(shown)} rows; the numbers are in the table of ranked runs.")
     return [figure]
 
 
 def draw_sweep(ranked: Sequence[ReportedRun]) -> list[Figure]:
-    """A heat map of the two numeric hyperparameters that matter most, and parallel coordinates where more vary.
+    """Heat maps over what was swept, up to three, the hyperparameters that matter most first.
 
-    Nothing below 4 runs, and no heat map of more than 25 rows or columns, or where hardly two runs share a value.
+    What was swept together makes a grid: of the runs that are alike in all else but the seed, four cells or more, and
+    over two thirds of all.
     """
     varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
-    numeric = [name for name, values in varying.items() if all(map(is_number, values))]
-    columns = {name: v if name in numeric else [str(x) for x in v] for name, v in varying.items()}
-    table = pd.DataFrame({**columns, SCORE: [run.score for run in ranked]})
-    effects = {
-        name: table.groupby(name)[SCORE].mean()
-        for name in numeric
-        if table[name].nunique() <= min(25, len(ranked) / 2)
-    }
-    if len(ranked) < 4 or not varying:
-        return []
-    drawn = []
-    if len(effects) >= 2:
-        chosen = sorted(effects, key=lambda name: effects[name].min() - effects[name].max())[:2]
-        drawn.append(_heat_map(table, *sorted(chosen, key=numeric.index)))
-    if len(varying) > 2 or (len(numeric) == 2 and not drawn):
-        drawn.append(_parallel_coordinates(table))
-    return drawn
+    numeric = {name for name, values in varying.items() if all(map(is_number, values))}
+    table = pd.DataFrame(varying | {SCORE: [run.score for run in ranked]})
+    drawn: dict[Figure, float] = {}
+    for pair in map(list, combinations(varying, 2)):
+        others = table.drop(columns=[*pair, SCORE]).astype(str).agg(" ".join, axis=1)
+        part = table[others == others.mode()[0]] if len(varying) > 2 else table
+        part = part.astype({name: str for name in pair if name not in numeric})
+        for one, other in (pair, pair[::-1]):  # values that stand alone are of no grid
+            part = part[part.groupby(one)[other].transform("nunique") > 1]
+        (wide, high), cells = part[pair].nunique(), part.groupby(pair).ngroups
+        if cells >= 4 and min(wide, high) > 1 and 3 * cells > 2 * wide * high:
+            effects = [np.ptp(part.groupby(name)[SCORE].mean()) for name in pair]
+            drawn[_heat_map(part, *pair)] = sum(effects)
+    return sorted(drawn, key=lambda figure: -drawn[figure])[:3]
 
 
 def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
@@ -152,41 +184,12 @@ def _heat_map(table: pd.DataFrame, x_name: str, y_name: str) -> Figure:
         axis.text(column, row, f"{mean:.3f}" + (f" ({count})" if count > 1 else ""), ha="center", va="center")
     best = ys.index(best_y), 0.96, 0.94, xs.index(best_x) - 0.48
     axis.barh(*best, fill=False, edgecolor="black", linewidth=2)
-    axis.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
-    axis.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+    axis.set_xticks(range(len(xs)), [literal(textwrap.fill(str(x), 14)) for x in xs])
+    axis.set_yticks(range(len(ys)), [literal(textwrap.fill(str(y), 22)) for y in ys])
     axis.set(xlabel=literal(x_name), ylabel=literal(y_name))
     axis.spines[:].set_visible(False)
-    where = f"at {x_name} {best_x:g} and {y_name} {best_y:g}"
+    where = f"at {x_name} {best_x} and {y_name} {best_y}"
     figure.set_label(f"Heat map: best mean {SCORE} {high:.3f} {where}.")
-    return figure
-
-
-def _parallel_coordinates(table: pd.DataFrame) -> Figure:
-    """A line a run, best first, through its parameters' values, evenly spaced in their order, to its score."""
-    figure, axis = new_axes(max(4.5, 1.5 * len(table.columns)), 3.8, "", grid="")
-    fan = 0.05 * (0.618 * np.arange(len(table)) % 1 - 0.5)  # tells runs apart that share a value
-    heights = []
-    for number, name in enumerate(table):
-        codes, values = pd.factorize(table[name], sort=True)
-        places, ticks = codes / max(1, len(values) - 1) + fan, list(np.linspace(0, 1, len(values)))
-        if name == SCORE:
-            low, span = values[0], values[-1] - values[0] or 1
-            places = (table[name] - low) / span
-            values = [tick for tick in MaxNLocator(5).tick_values(low, low + span) if 0 <= tick - low <= span]
-            ticks = [(tick - low) / span for tick in values]
-        heights.append(places)
-        axis.axvline(number, color="black", alpha=0.4, linewidth=0.8)
-        axis.text(number, 1.1 + 0.08 * (number % 2), literal(name), ha="center", weight="bold")
-        for place, value in list(zip(ticks, values, strict=True))[:: len(ticks) // 12 + 1]:
-            label = literal(value[-14:]) if isinstance(value, str) else f"{value:g}"
-            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
-            axis.text(number - 0.03, place, label, ha="right", va="center", bbox=box)
-    for rank, line in reversed(list(enumerate(zip(*heights, strict=True), start=1))):
-        axis.plot(line, **_line(rank, faint=max(0.04, min(0.3, 15 / len(table)))))
-    axis.set_axis_off()
-    _name_ranks(axis)
-    over = f"{len(table)} runs over {', '.join(table.columns[:-1])}"
-    figure.set_label(f"Parallel coordinates of {over}; best {SCORE} {table[SCORE].max():.3f}.")
     return figure
 
 
@@ -203,10 +206,10 @@ def new_axes(width: float, height: float, title: str, *, grid: Any = "y") -> tup
     return figure, axis
 
 
-def _line(rank: int, *, faint: float = 0.2) -> dict[str, Any]:
+def _line(rank: int) -> dict[str, Any]:
     """How the line of a run looks: labelled, coloured and dashed if it is one of the best."""
     if rank > COMPARED:
-        return {"color": "black", "alpha": faint, "linewidth": 0.8}
+        return {"color": "black", "alpha": 0.2, "linewidth": 0.8}
     return {"label": rank, "color": LIGHT[rank - 1], "linestyle": DASHES[rank - 1], "linewidth": 1.5}
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import pandas as pd
 
@@ -31,9 +31,12 @@ READINGS = {  # of one forward pass
 }
 F1_COLUMNS = {
     "greedy dev F1": SCORE,
+    "precision": ((TRAIN, "greedy_dev_ner_precision"), (GREEDY, "greedy_dev_ner_precision")),
+    "recall": ((TRAIN, "greedy_dev_ner_recall"), (GREEDY, "greedy_dev_ner_recall")),
     **READINGS,
     "04 greedy dev F1": ((GREEDY, "greedy_dev_ner_f1"),),
     "05 vLLM dev F1": ((VLLM, "vllm_dev_ner_f1"),),
+    "05 sentences that differ": ((VLLM, "parity_differing_sentences"),),
     "test F1": ((TRAIN, "test_ner_f1"), (GREEDY, "greedy_test_ner_f1"), (VLLM, "vllm_test_ner_f1")),
 }
 COST_COLUMNS = {
@@ -46,13 +49,6 @@ COST_COLUMNS = {
     "greedy decoding s": ((GREEDY, "decode_seconds"), (TRAIN, "greedy_dev_seconds")),
     "vLLM sentences/s": ((VLLM, "vllm_sentences_per_second"),),
     "vLLM start-up s": ((VLLM, "vllm_startup_seconds"),),
-}
-AGREEMENT_COLUMNS = {
-    "F1 of the watch metric": ((TRAIN, "eval_ner_f1"),),
-    "greedy F1 (03)": ((TRAIN, "greedy_dev_ner_f1"),),
-    "greedy F1 (04)": ((GREEDY, "greedy_dev_ner_f1"),),
-    "vLLM F1 (05)": ((VLLM, "vllm_dev_ner_f1"),),
-    "sentences that differ": ((VLLM, "parity_differing_sentences"),),
 }
 
 
@@ -94,6 +90,13 @@ class ReportedRun:
         return (
             f"{sentences} sentences of dev {str(self.data.get('dev'))[:12]}, watch_metric={self.watch_metric}"
         )
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Hours of its stages, since their last starts, times the GPUs that 03 had; None on a CPU."""
+        gpus, _, card = str(self.provenance.get("device")).partition(" x ")
+        seconds = sum(metrics.get("stage_seconds", 0) for metrics in self.metrics.values())
+        return int(gpus) * seconds / 3600 if card and seconds else None
 
     @property
     def score(self) -> float | None:
@@ -149,41 +152,37 @@ def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
     return [*ranked, *others]
 
 
-def split_runs(runs: Sequence[ReportedRun]) -> tuple[list[ReportedRun], ...]:
-    """Of :func:`collect_runs`: the first ranking, the runs of other rankings, and those that have no rank."""
-    ranked = [run for run in runs if run.rank]
-    first = [run for run in ranked if run.scored_on == ranked[0].scored_on]
-    return first, ranked[len(first) :], list(runs[len(ranked) :])
+def group_runs(runs: Sequence[ReportedRun]) -> tuple[list[list[ReportedRun]], list[ReportedRun]]:
+    """Of :func:`collect_runs`: a ranking each for the runs that can be compared, and the runs that have no rank."""
+    groups = groupby((run for run in runs if run.rank), key=lambda run: run.scored_on)
+    return [list(group) for _, group in groups], [run for run in runs if not run.rank]
 
 
-def seeds_table(ranked: Sequence[ReportedRun]) -> pd.DataFrame:
-    """Runs of one ranking that differ by their seed alone: mean and standard deviation of their greedy dev F1."""
+def seeds_table(ranked: Sequence[ReportedRun], columns: Sequence[str] = ("greedy dev F1",)) -> pd.DataFrame:
+    """Runs of one ranking that differ by their seed alone: mean and standard deviation of ``columns``."""
     groups: dict[str, list[ReportedRun]] = {}
     for run in ranked:
         shared = sorted(item for item in run.parameters.items() if item[0] not in HIDDEN | {"seed"})
         groups.setdefault(f"{run.scored_on} {shared}", []).append(run)
     rows = []
     for group in groups.values():
-        scores = pd.Series(
-            [run.score for run in group], [run.parameters.get("seed") for run in group], dtype=float
-        )
-        if scores.index.nunique() > 1:
-            spread = f"{scores.mean():.3f} ± {scores.std():.3f}"
-            seeds = ", ".join(map(str, scores.index))
-            names = ", ".join(run.name for run in group)
-            rows.append({"runs": names, "seeds": seeds, "greedy dev F1, mean ± SD": spread})
+        seeds = [str(run.parameters.get("seed")) for run in group]
+        if len(set(seeds)) > 1:
+            row = {"runs": ", ".join(run.name for run in group), "seeds": ", ".join(seeds)}
+            values = values_table(group, {name: F1_COLUMNS[name] for name in columns})[list(columns)]
+            for name in values.dropna(axis=1):
+                row[f"{name}, mean ± SD"] = f"{values[name].mean():.3f} ± {values[name].std():.3f}"
+            rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
 
 def runs_table(runs: Sequence[ReportedRun]) -> pd.DataFrame:
-    """Ranked runs as a pandas table: their F1, the parameters that vary, then every other F1 that some run has."""
+    """Ranked runs as a pandas table: F1, precision, recall, the parameters that vary, then every other F1."""
     ranked = [run for run in runs if run.rank]
-    table = values_table(ranked, F1_COLUMNS).assign(**{"scored on": [run.scored_on for run in ranked]})
+    table = values_table(ranked, F1_COLUMNS)
     edges = [run.interval() for run in ranked]
-    between = [f"{pair[0]:.3f}–{pair[1]:.3f}" if pair else None for pair in edges]
-    for place, (name, values) in enumerate(
-        {"95 % interval": between, **varying_parameters(ranked)}.items(), start=3
-    ):
+    table.insert(3, "95 % interval", [f"{pair[0]:.3f}–{pair[1]:.3f}" if pair else None for pair in edges])
+    for place, (name, values) in enumerate(varying_parameters(ranked).items(), start=6):
         table.insert(place, name, values)
     return table.dropna(axis=1, how="all")
 
@@ -217,7 +216,7 @@ def changed_words(parameters: Mapping[str, Any], *, leave_out: Collection[str]) 
     )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
@@ -291,6 +290,9 @@ def _read_metrics(run: ReportedRun) -> None:
         begun = run.parameters.get("init_adapter")
         says = f"a check of the wiring, {steps} optimiser steps scored on {records} dev sentences"
         run.notes.append(says + (f": its F1 is that of the adapter it began with ({begun})" if begun else ""))
+    watched, greedy = run.value(((TRAIN, "eval_ner_f1"),)), run.value(SCORE[:1])
+    if watched and greedy and abs(watched - greedy) > 0.01:
+        run.notes.append(f"its watch metric says {watched:.3f}, its greedy answers {greedy:.3f}")
     if run.score is None:
         run.reason = "03_train finished, but no greedy dev F1 was recorded"
     else:

@@ -37,7 +37,7 @@ from biomerge_lib.training.finite_loss import FiniteLoss
 from biomerge_lib.training.graphed_pass import GraphedPass
 from biomerge_lib.training.trainer_callbacks import (
     EpochEndEvaluation,
-    ProgressBar,
+    LiveView,
     Seal,
     SteadySpeed,
     StopOnRequest,
@@ -95,7 +95,7 @@ class NerTrainer(Trainer):
             self.stop,
             TrackingCallback(parameters, checkpoints.parent, self.stop, lambda: int(self.tokens_seen)),
             self.speed,
-            ProgressBar(),
+            LiveView(),
             # After those that tell of its numbers.
             EpochEndEvaluation(self.stop, greedy_pass, watched=watched),
             Seal(),
@@ -268,7 +268,7 @@ class NerTrainer(Trainer):
                 dealt[rank::processes],
                 max_new_tokens=self.parameters.max_new_tokens,
                 batch_size=self.args.per_device_eval_batch_size,
-                progress=f"greedy {split}" if rank == 0 else None,
+                progress=None,
             )
         if processes > 1:
             shares = gather_object([answers])

@@ -1,7 +1,7 @@
 """Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B, who watches.
 
 an epoch's end --[EpochEndEvaluation]--> F1 and a checkpoint; stop request --[StopOnRequest]--> checkpoint;
-logged numbers --[TrackingCallback]--> W&B, --[ProgressBar]--> a bar; steps --[SteadySpeed]--> tokens a second
+logged numbers --[TrackingCallback]--> W&B, --[LiveView]--> curves and a table; steps --[SteadySpeed]--> tokens a second
 
 Of transformers' own: ``enable_jit_checkpoint`` listens for SIGTERM in the training process, which is a notebook's
 kernel or one of several processes here, so the request is a file. ``WandbCallback`` renames ``eval_ner_f1``, by
@@ -10,24 +10,42 @@ which a sweep ranks, and sends every argument.
 
 from __future__ import annotations
 
+import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from tqdm.auto import tqdm
+from pandas import DataFrame
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment import jobs, tracking
 from biomerge_lib.experiment.checkpoints import seal_checkpoint
+from biomerge_lib.experiment.execution import kernel_shell
 
 if TYPE_CHECKING:
     import wandb
 
 GREEDY_METRIC = "greedy_dev_ner_f1"
 WATCH_METRIC = "eval_ner_f1"  # of the reading that watch_metric names
+
+
+SHOWN = {
+    "loss": "training loss",
+    "eval_loss": "dev loss",
+    "eval_answer_ner_f1": "answer F1",
+    "eval_head_ner_f1": "token head F1",
+    "greedy_dev_ner_f1": "greedy F1",
+}
+CURVES = {
+    "training loss": "#8a8a8a",
+    "answer F1": "#2a8fd0",
+    "greedy F1": "#c9772b",
+}  # readable on white and black
+WIDTH, HEIGHT = 560, 150
 
 
 class StopOnRequest(TrainerCallback):
@@ -172,35 +190,71 @@ class SteadySpeed(TrainerCallback):
         }
 
 
-class ProgressBar(TrainerCallback):
-    """A bar with the time left and the last loss, and a line an evaluation, in place of a line a logged step."""
+class LiveView(TrainerCallback):
+    """In a notebook, a view that is written anew every two seconds, in place; else a line an evaluation."""
 
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
+    _view: Any = None
+    _begun: tuple[float, int] | None = None  # when, and at which step, while it trains
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            done = {"initial": state.global_step, "total": state.max_steps}
-            self._bar = tqdm(desc="training", unit="step", mininterval=2.0, **done)
+        self._begun, self._shown_at = (time.monotonic(), state.global_step), 0.0
+        if kernel_shell() and state.is_world_process_zero:
+            from IPython.display import HTML, display
+
+            self._view = display(HTML("training begins"), display_id=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        if self._view and time.monotonic() > self._shown_at + 2:
+            self._show(state)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if self._bar is None:
-            return
-        if "loss" in logs:
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        names = ("eval_ner_f1", "eval_answer_ner_f1", "eval_head_ner_f1", "greedy_dev_ner_f1")
-        scores = [f"{name} {logs[name]:.3f}" for name in names if name in logs]
-        if scores:
+        scores = [
+            f"{name} {logs[name]:.3f}" for name in ("eval_ner_f1", *SHOWN) if name in logs and "f1" in name
+        ]
+        if scores and self._view:
+            self._show(state)
+        elif scores and self._begun and state.is_world_process_zero:
             print(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        if self._view:
+            self._show(state)
+        self._view = self._begun = None
+
+    def _show(self, state: TrainerState) -> None:
+        from IPython.display import HTML
+
+        self._shown_at, (then, first) = time.monotonic(), cast(tuple[float, int], self._begun)
+        pace = (self._shown_at - then) / max(1, state.global_step - first)
+        left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
+        said = f"step {state.global_step:,} of {state.max_steps:,}, {1 / pace:.2f} steps/s, {left} left"
+        self._view.update(HTML(training_as_html(state.log_history, state.max_steps, said)))
+
+
+def training_as_html(history: Sequence[Mapping[str, Any]], max_steps: int, said: str) -> str:
+    """The numbers logged so far (``state.log_history``): what is ``said``, curves, and the last 20 evaluations."""
+    table = DataFrame(history, columns=["step", *SHOWN]).groupby("step", as_index=False).last()
+    table = table.rename(columns=SHOWN).dropna(axis=1, how="all")
+    lines = []
+    for name, colour in CURVES.items():
+        points = table.reindex(columns=["step", name]).dropna().to_numpy(float)
+        if len(points):
+            top = points[:, 1].max() if name == "training loss" else 1
+            places = points * [WIDTH / max_steps, -HEIGHT / (top or 1)] + [0, HEIGHT]
+            drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            lines.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            said += f', <b style="color:{colour}">{name} {points[-1, 1]:.3f}</b> (0 to {top:.3g})'
+    if "training loss" in table:
+        table["training loss"] = table["training loss"].ffill()
+    read = [name for name in SHOWN.values() if name in table and name != "training loss"]
+    evaluations = table.dropna(subset=read, how="all").tail(20) if read else DataFrame()
+    space = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 -3 {WIDTH} {HEIGHT + 6}"'
+    curves = base64.b64encode(f"<svg {space}>{''.join(lines)}</svg>".encode()).decode()
+    picture = (
+        f'<img alt="Curves of what is said below" src="data:image/svg+xml;base64,{curves}" width="{WIDTH}">'
+    )
+    rows = evaluations.to_html(index=False, border=0, na_rep="", float_format="{:.4f}".format) if read else ""
+    return f"{picture}<p>{said}</p>{rows}"
 
 
 def _any_process(asked: bool, args: TrainingArguments) -> bool:

@@ -24,8 +24,8 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 WAIT_SECONDS = 600  # a ceiling for a busy machine
-IMAGES = """return [...document.querySelectorAll(".jp-OutputArea img")]
-    .filter(image => image.complete && image.naturalWidth > 100 && image.naturalHeight > 100).length"""
+FIGURES = """return [...document.querySelectorAll(".jp-OutputArea img")]
+    .filter(image => image.complete && image.naturalWidth > 100 && image.alt.length > 20).length"""
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,8 @@ def run_notebook(browser, lab, name: str, **parameters) -> dict:
 def printed(notebook: dict) -> str:
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     errors = [output["evalue"] for output in outputs if output["output_type"] == "error"]
-    assert errors == []
+    on_red = ["".join(output["text"]) for output in outputs if output.get("name") == "stderr"]
+    assert (errors, on_red) == ([], [])
     return "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
 
 
@@ -146,14 +147,14 @@ def test_data_and_training_run_in_the_browser(lab, browser, tiny_backbone):
     places = {"data_dir": "data", "tokenizer_dir": "tok", "runs_dir": "runs"}
     shared = {name: str(folder / place) for name, place in places.items()} | {"run_id": "in-lab"}
     data = printed(run_notebook(browser, lab, "02_data.ipynb", **shared, max_per_corpus=120))
-    assert browser.execute_script(IMAGES) >= 1
+    assert browser.execute_script(FIGURES) >= 1
     assert "Next: 03_train.ipynb" in data
     train = (folder / "data/train.jsonl").read_text().splitlines()
     assert 60 < len(train) <= 160  # whole documents up to 120 sentences, of 400
 
     model = {"backbone": str(tiny_backbone), "backbones_dir": str(folder / "backbones"), "subsample": 0.5}
     training = printed(run_notebook(browser, lab, "03_train.ipynb", **shared, **model))
-    assert browser.execute_script(IMAGES) >= 1
+    assert browser.execute_script(FIGURES) >= 1
     assert "Next: 04_greedy_dev.ipynb" in training
     metrics = json.loads((folder / "runs/in-lab/metrics.json").read_text())
     assert {name: stage["status"] for name, stage in metrics["stages"].items()} == {
@@ -161,3 +162,6 @@ def test_data_and_training_run_in_the_browser(lab, browser, tiny_backbone):
         "03_train": "finished",
     }
     assert (folder / "runs/in-lab/merged/config.json").is_file()
+    kept = folder / "runs/in-lab/03_train.ipynb"  # as Lab saved it
+    wait(lambda: kept.is_file() and "Next: 04_greedy_dev.ipynb" in printed(json.loads(kept.read_text())))
+    assert f"03_train of {ROOT}\n" in training

@@ -1,6 +1,7 @@
 """Notebooks are narrative and calls: small cells, no definitions, no outputs, one parameters cell."""
 
 import json
+import re
 
 import pytest
 
@@ -34,3 +35,17 @@ def test_a_notebook_keeps_the_house_rules(path):
     assert "run.finish(" in "".join(code[-1]["source"])
     assert notebook["cells"][0]["cell_type"] == "markdown"
     assert notebook["cells"][0]["source"][0].startswith(f"# {path.stem[:2]} ")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_six_figures_at_most_and_folds_the_rest(path):
+    """All go through ``show_figures``, which gives them alternative texts and the ink of a dark theme."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "pyplot" not in source and "plt." not in source
+    calls = re.findall(r"show_figures\((\[figure\]|.*shown=(\d))\)", source)
+    assert len(calls) == source.count("show_figures(")
+    live = path.stem == "03_train"
+    assert sum(int(shown or 1) for _, shown in calls) + live <= 6
+    named = source.count("figure.set_label(")
+    assert named == sum(call == "[figure]" for call, _ in calls)

@@ -1,5 +1,7 @@
 """The report ranks finished runs only, says what is broken, escapes what it shows, and loads nothing."""
 
+import base64
+import itertools
 import json
 import re
 import time
@@ -19,11 +21,11 @@ from biomerge_lib.core.spans import parse_spans
 from biomerge_lib.decoding.predictions import Prediction, read_predictions, write_predictions
 from biomerge_lib.report import report_notebooks
 from biomerge_lib.report.answer_figures import draw_weaknesses
-from biomerge_lib.report.display import highlight, highlight_errors
+from biomerge_lib.report.display import MARKS, highlight, highlight_errors, show_html
 from biomerge_lib.report.page import read_answers, write_page, write_report
-from biomerge_lib.report.report_figures import as_svg, draw_scores, draw_sweep
+from biomerge_lib.report.report_figures import as_svg, draw_curves, draw_scores, draw_sweep, show_figures
 from biomerge_lib.report.report_notebooks import link_notebooks
-from biomerge_lib.report.report_runs import collect_runs, runs_table, seeds_table, split_runs
+from biomerge_lib.report.report_runs import collect_runs, group_runs, runs_table, seeds_table
 from biomerge_lib.scoring.breakdown import find_weaknesses
 from tests.conftest import ROOT
 
@@ -188,7 +190,7 @@ def test_finished_runs_are_ranked_by_greedy_dev_f1_and_no_others(tmp_path):
     assert "95 % interval 0.712–0.748" in page
     assert "3 finished, 1 failed, 1 partial" in page
     assert "OutOfMemoryError: &lt;b&gt;2 GiB&lt;/b&gt;" in page
-    assert page.count("<td>none kept</td>") == 2
+    assert page.count("executed notebooks") == 1  # the two others kept none
     assert "was killed (started 2026-11-20T10:00:00+00:00)" in page
     assert "0.990" not in page
 
@@ -196,7 +198,7 @@ def test_finished_runs_are_ranked_by_greedy_dev_f1_and_no_others(tmp_path):
 def test_the_command_names_what_differs_from_the_defaults(tmp_path):
     make_run(tmp_path, "best", 0.73, lora_rank=16, deepspeed="a b.json")
     page = page_of(tmp_path, tmp_path / "report.html")
-    command = re.search(r"<pre[^>]*>(.*?)</pre>", page, re.S)[1]
+    command = re.search(r'<pre[^>]*"Command of the best run">(.*?)</pre>', page, re.S)[1]
     assert command == (
         "python -m biomerge_lib run 03_train \\\n  deepspeed=a b.json \\\n  lora_rank=16 \\\n  run_id=best"
     ).replace("deepspeed=a b.json", "&#39;deepspeed=a b.json&#39;")
@@ -257,8 +259,8 @@ class Balance(HTMLParser):
 
 
 def test_the_page_is_balanced_html_with_headings_and_named_figures(tmp_path):
-    for number, rate in enumerate((0.001, 0.002, 0.003, 0.004)):
-        make_run(tmp_path, f"run{number}", 0.5 + number / 100, learning_rate=rate, lora_rank=4 + number % 2)
+    for number, (rate, rank) in enumerate(itertools.product((0.001, 0.002), (4, 8))):
+        make_run(tmp_path, f"run{number}", 0.5 + number / 100, learning_rate=rate, lora_rank=rank)
     page = page_of(tmp_path, tmp_path / "report.html")
     checker = Balance()
     checker.feed(page)
@@ -395,14 +397,63 @@ def test_only_runs_that_were_scored_on_the_same_are_ranked_against_each_other(tm
     (folder / "metrics.json").write_text(json.dumps(recorded))
     runs = collect_runs(tmp_path)
     assert [(run.rank, run.name) for run in runs] == [(1, "a"), (2, "b"), (1, "half"), (1, "other")]
-    assert [[run.name for run in part] for part in split_runs(runs)] == [["a", "b"], ["half", "other"], []]
+    groups, others = group_runs(runs)
+    assert ([[run.name for run in group] for group in groups], others) == (
+        [["a", "b"], ["half"], ["other"]],
+        [],
+    )
     assert runs[2].scored_on == "800 sentences of dev abababababab, watch_metric=token_head"
     page = page_of(tmp_path, tmp_path / "report.html")
     assert "These were scored on different dev files" in page
     assert "4 finished, 0 failed" in page and "<h1>a</h1>" in page
-    first, apart = re.findall(r'aria-label="(?:Finished runs|Ranked apart)">(.*?)</table>', page, re.S)
-    assert all((name in first) != (name in apart) for name in (">a<", ">b<", ">half<", ">other<"))
-    assert '<td class="wrap">all sentences of dev cdcdcdcdcdcd, watch_metric=token_head</td>' in apart
+    tables = re.findall(r'aria-label="(?:Finished runs|Ranked apart)">(.*?)</table>', page, re.S)
+    found = [[name for name in ("a", "b", "half", "other") if f">{name}<" in table] for table in tables]
+    assert found == [["a", "b"], ["half"], ["other"]]
+    assert "1 run scored on all sentences of dev cdcdcdcdcdcd, watch_metric=token_head" in page
+
+
+def test_the_page_says_what_to_do_next(tmp_path):
+    """From a check of the wiring to the adapter that is shared: one line, with its command."""
+
+    def todo() -> str:
+        page = page_of(tmp_path / "runs", tmp_path / "report.html")
+        found = re.search(r'<div class="next"><p><b>Next:</b> (.*?)</p><pre[^>]*>(.*?)</pre>', page, re.S)
+        return " ".join(found.groups())
+
+    def record(folder, stage, **metrics) -> None:
+        recorded = json.loads((folder / "metrics.json").read_text())
+        recorded["stages"].setdefault(stage, {"status": "finished", "metrics": {}})["metrics"] |= metrics
+        (folder / "metrics.json").write_text(json.dumps(recorded))
+
+    make_run(tmp_path / "runs", "stopped", 0, status="failed", notebook=False)
+    assert todo().startswith("mend what stopped stopped (03_train failed;")
+    best = make_run(tmp_path / "runs", "my best", 0.8)
+    record(best, "03_train", steps=5, stage_seconds=1800)
+    assert "checks that everything works" in todo()
+    record(best, "03_train", steps=500)
+    (best / "merged").mkdir()
+    place = f"run_id=&#39;my best&#39; runs_dir={tmp_path / 'runs'}"
+    assert f"run 04_greedy_dev {place}" in todo()
+    for name in ("my best", "second"):
+        folder = tmp_path / "runs" / name
+        folder = folder if folder.exists() else make_run(tmp_path / "runs", name, 0.79, lora_rank=16)
+        write_predictions(folder / FILE, [prediction(0, ASPIRIN, GOLD, GOLD)])
+    assert todo().startswith("the best two runs do not differ by more than chance")
+    page = (tmp_path / "report.html").read_text()
+    assert "p = 1.0000 in a paired test over 1 sentences: no more than chance" in page
+    assert "0.5 GPU hours" in page
+    write_predictions(tmp_path / "runs/second" / FILE, [prediction(0, ASPIRIN, GOLD, [])])
+    assert todo().startswith("the best two")  # one sentence says nothing
+    many = [[prediction(n, ASPIRIN, GOLD, found) for n in range(12)] for found in (GOLD, [])]
+    for name, found in zip(("my best", "second"), many, strict=True):
+        write_predictions(tmp_path / "runs" / name / FILE, found)
+    assert todo().startswith("one seed is one draw") and "seed=43" in todo()
+    make_run(tmp_path / "runs", "again", 0.78, seed=43)
+    recorded = yaml.safe_load((best / "parameters.yaml").read_text()) | {"seed": 42}
+    (best / "parameters.yaml").write_text(yaml.safe_dump(recorded))
+    assert todo().startswith("dev has chosen the best run")
+    record(best, "03_train", test_ner_f1=0.7)
+    assert todo().startswith("share the best run’s adapter")
 
 
 def test_runs_that_differ_by_their_seed_alone_have_a_mean_and_a_deviation(tmp_path):
@@ -429,43 +480,65 @@ def test_what_different_watch_metrics_say_stands_in_different_columns(tmp_path):
     assert table.loc["new", "answer F1"] == 0.604 and table["answer F1"].count() == 1
     assert list(table["token head F1"]) == [pytest.approx(0.704), 0.55]
     page = page_of(tmp_path, tmp_path / "report.html")
-    assert "watch_metric=answer" in page and "<td>token_head</td>" in page and "(watch_metric)" in page
+    assert "watch_metric=answer" in page and "watch_metric=token_head" in page
     assert "<h3>Ranked apart</h3>" in page
 
 
-@pytest.mark.slow
-def test_a_sweep_is_a_heat_map_of_two_numbers_and_parallel_coordinates_of_more(tmp_path):
-    for number in range(4):
-        grid = {"learning_rate": (0.001, 0.002)[number % 2], "lora_rank": (4, 8)[number // 2]}
-        make_run(tmp_path / "two", f"run{number}", 0.5 + number / 100, **grid)
-        make_run(tmp_path / "three", f"run{number}", 0.5 + number / 100, lora_dropout=number / 10, **grid)
-    two, three = (page_of(tmp_path / name, tmp_path / f"{name}.html") for name in ("two", "three"))
-    best = "Heat map: best mean greedy dev F1 0.530 at learning_rate 0.002 and lora_rank 8."
-    assert (best in two, "Parallel coordinates of" in two) == (True, False)
-    axes = "learning_rate, lora_dropout, lora_rank"
-    coordinates = f"Parallel coordinates of 4 runs over {axes}; best greedy dev F1 0.530."
-    assert (best in three, coordinates in three) == (True, True)  # lora_dropout has no value twice
-    fourth = tmp_path / "two" / "run3"
-    assert "Heat map" not in page_of(
-        [path for path in (tmp_path / "two").iterdir() if path != fourth], fourth / "x"
+def test_a_sweep_is_a_heat_map_over_what_was_swept(tmp_path):
+    """Not over what other runs of the folder have otherwise; unfinished points leave their cells empty."""
+    rates, ranks = (0.001, 0.002, 0.003), (4, 8)
+    for number, (rate, rank) in enumerate(itertools.product(rates, ranks)):
+        make_run(
+            tmp_path, f"run{number}", 0.5 + number / 100, learning_rate=rate, lora_rank=rank, seed=number
+        )
+    make_run(
+        tmp_path, "other", 0.9, learning_rate=0.01, lora_rank=64, lora_dropout=0.3, offset_anchors="none"
     )
+    runs = collect_runs(tmp_path)
+    best = "Heat map: best mean greedy dev F1 0.550 at learning_rate 0.003 and lora_rank 8."
+    assert [figure.get_label() for figure in draw_sweep(runs)] == [best]
+    assert best in page_of(tmp_path, tmp_path / "report.html")
+    five = [run for run in runs if run.name != "run0"]
+    assert [figure.get_label() for figure in draw_sweep(five)] == [best]
+    assert draw_sweep([run for run in runs if run.name not in ("run0", "run3")]) == []  # 4 of 6
 
 
-def test_a_heat_map_cell_is_the_mean_of_its_runs(tmp_path):
-    for number, (rate, rank, f1) in enumerate([(1, 4, 0.5), (1, 4, 0.7), (2, 4, 0.4), (1, 8, 0.3)]):
-        make_run(tmp_path, f"run{number}", f1, learning_rate=rate, lora_rank=rank)
+def test_a_heat_map_cell_is_the_mean_of_its_seeds_and_takes_names(tmp_path):
+    scores = {("none", 4): (0.5, 0.7), ("start", 4): (0.4,), ("none", 8): (0.3,), ("start", 8): (0.2,)}
+    for (anchors, rank), values in scores.items():
+        for seed, f1 in enumerate(values):
+            make_run(
+                tmp_path, f"{anchors}{rank}{seed}", f1, offset_anchors=anchors, lora_rank=rank, seed=seed
+            )
     [figure] = draw_sweep(collect_runs(tmp_path))
     texts = re.findall(r"<text[^>]*>(.*?)</text>", as_svg(figure))
-    assert [text for text in texts if text.startswith("0.")] == ["0.600 (2)", "0.400", "0.300"]
+    assert [text for text in texts if text.startswith("0.")] == ["0.600 (2)", "0.300", "0.400", "0.200"]
+    assert {"none", "start", "4", "8"} <= set(texts)
 
 
 def test_a_figure_has_the_pages_colours_and_takes_no_name_for_markup(tmp_path):
     make_run(tmp_path, "<b>$a_$", 0.5)
     [figure] = draw_scores(collect_runs(tmp_path))
     svg = as_svg(figure)
-    assert ">1  &lt;b&gt;$a_$</text>" in svg
+    assert ">&lt;b&gt;$a_$</text>" in svg
     assert "currentColor" in svg and "var(--c0)" in svg and "#0072b2" not in svg
     assert not re.search(r"https?:|url\(|<style|<image", svg)
+
+
+def test_a_notebooks_figures_are_pictures_with_alternative_texts_and_the_rest_folded(tmp_path):
+    """What JupyterLab leaves of a notebook that it did not run: pictures and inline styles, no elements of SVG."""
+    make_run(tmp_path, "<b>$a_$", 0.5)
+    drawn = [*draw_scores(collect_runs(tmp_path)), *draw_curves(collect_runs(tmp_path))]
+    html = show_figures(drawn, shown=2).data
+    seen, folded = html.split("<details><summary>1 more</summary>")
+    assert [part.count("<img alt=") for part in (seen, folded)] == [2, 1]
+    assert 'alt="Training loss against optimiser step: 1 ends at 0.222."' in seen and "<svg" not in html
+    [picture, *_] = re.findall(r"base64,([^\"]*)", html)
+    svg = ElementTree.fromstring(base64.b64decode(picture))
+    assert "<b>$a_$" in "".join(svg.itertext())
+    assert b"currentColor" not in base64.b64decode(picture) and b"var(" not in base64.b64decode(picture)
+    marked = show_html([highlight(ASPIRIN, [(0, 7)], [])]).data
+    assert f'<span style="{MARKS["missed"]}" class="missed">Aspirin</span> can' in marked
 
 
 def test_highlight_tells_boundary_errors_from_missed_and_spurious_ones():
