@@ -290,9 +290,6 @@ def _read_metrics(run: ReportedRun) -> None:
         begun = run.parameters.get("init_adapter")
         says = f"a check of the wiring, {steps} optimiser steps scored on {records} dev sentences"
         run.notes.append(says + (f": its F1 is that of the adapter it began with ({begun})" if begun else ""))
-    watched, greedy = run.value(((TRAIN, "eval_ner_f1"),)), run.value(SCORE[:1])
-    if watched and greedy and abs(watched - greedy) > 0.01:
-        run.notes.append(f"its watch metric says {watched:.3f}, its greedy answers {greedy:.3f}")
     if run.score is None:
         run.reason = "03_train finished, but no greedy dev F1 was recorded"
     else:
