@@ -36,7 +36,8 @@ from biomerge_lib.report.report_runs import changed_words
 
 COMMON = (
     "model=smollm2_135m runtime=h200 per_device_train_batch_size=16 per_device_eval_batch_size=256 num_workers=0 "
-    "logging_steps=10 wandb_mode=disabled keep_checkpoint=last max_target_tokens=256 max_new_tokens=256"
+    "logging_steps=10 wandb_mode=disabled keep_checkpoint=last max_target_tokens=256 max_new_tokens=256 "
+    "step_launch=compiled_graphed"
 )
 TEST = f"{COMMON} train_on=train_dev run_test_eval=true"
 QWEN = "model=qwen2_5_coder_1_5b per_device_eval_batch_size=128"

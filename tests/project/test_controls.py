@@ -102,6 +102,7 @@ def test_controls_train_and_score_test_once_on_a_tiny_model(
         write_records(tmp_path / f"data/{split}.jsonl", records)
     extra = [
         "runtime=cpu_debug",
+        "step_launch=auto",
         f"data_dir={tmp_path}/data",
         f"backbone={tiny_backbone}",
         f"tokenizer_dir={tiny_prepared.parents[1]}/tok",
