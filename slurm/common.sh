@@ -7,17 +7,25 @@
 # empty runs/. Relative paths mean the same there, so a run has the same parameters and the same name as on a laptop.
 # runs/ is copied to the archive every COPY_SECONDS and at every end: success, failure, scancel, time limit.
 
-# --- Your site: set these in the environment, or here. The defaults are the first user's. ----------------------------
-WORKROOT=${WORKROOT:-$HOME/nmishra/biomerge} # the project; the job files prefer the folder that sbatch was called in
-VENV=${VENV:-$HOME/envs/taskmerge}           # the environment; where it is missing, WORKROOT/.venv
-MODULES=${MODULES-2024 cuDNN/9.5.0.50-CUDA-12.6.0 NCCL/2.22.3-GCCcore-13.3.0-CUDA-12.6.0} # MODULES= for none
-ARCHIVE=${ARCHIVE:-runs}                     # folder of the run folders that stay; relative to WORKROOT
-PERSIST_DATA=${PERSIST_DATA:-data}           # what a job needs of the project's data; relative to WORKROOT
-MIN_TMP_GB=${MIN_TMP_GB:-20}                 # less than this free on the node's disk: the job works in the archive
-COPY_SECONDS=${COPY_SECONDS:-600}            # between two copies of runs/; a node that dies costs one
+# --- Your site: slurm/site.sh, made from site.example.sh. What the environment says counts more. ----------------------
+WORKROOT=${WORKROOT:-$PWD} # the project; the job files prefer the folder that sbatch was called in
+if [[ -r $WORKROOT/slurm/site.sh ]]; then
+  GIVEN=$(export -p)
+  set -a
+  # shellcheck disable=SC1091  # every site has its own
+  source "$WORKROOT/slurm/site.sh" || echo "WARNING: $WORKROOT/slurm/site.sh ended with an error (above)"
+  set +a
+  eval "$GIVEN"
+fi
+VENV=${VENV:-$WORKROOT/.venv}      # the environment; where it is missing, WORKROOT/.venv
+MODULES=${MODULES:-}               # modules to load, separated by spaces
+ARCHIVE=${ARCHIVE:-runs}           # folder of the run folders that stay; relative to WORKROOT
+PERSIST_DATA=${PERSIST_DATA:-data} # what a job needs of the project's data; relative to WORKROOT
+MIN_TMP_GB=${MIN_TMP_GB:-20}       # less than this free on the node's disk: the job works in the archive
+COPY_SECONDS=${COPY_SECONDS:-600}  # between two copies of runs/; a node that dies costs one
 MAX_REQUEUES=${MAX_REQUEUES:-10}
-STOP_SECONDS=${STOP_SECONDS:-240}            # from the signal before the time limit to the end of training; < 300
-TERM_SECONDS=${TERM_SECONDS:-20}             # from SIGTERM to the end of training; less than the cluster's KillWait
+STOP_SECONDS=${STOP_SECONDS:-240} # from the signal before the time limit to the end of training; < 300
+TERM_SECONDS=${TERM_SECONDS:-20}  # from SIGTERM to the end of training; less than the cluster's KillWait
 export WANDB_PROJECT=${WANDB_PROJECT:-TaskMerge}
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -29,7 +37,7 @@ JOB_NAME=${JOB_NAME:-${SLURM_JOB_ID:-}}
 CODE=(biomerge_lib notebooks parameters) # copied; all else in the project is linked
 LEAVE_OUT=()                             # what of runs/ is not copied back
 OVERRIDES=()
-WORKPLACE='' STAGED='' BIOMERGE_JOB_DIR='' STAGE='' CHILD='' COPIER='' TIMER='' SIGNALLED='' ENDED='' COPIED=yes
+WORKPLACE='' STAGED='' BIOMERGE_JOB_DIR='' STAGE='' CHILD='' COPIER='' TELLER='' TIMER='' SIGNALLED='' ENDED='' COPIED=yes
 
 say() { printf '%s%(%F %T)T: %s\n' "${JOB_NAME:+job $JOB_NAME, }" -1 "$*"; }
 warn() { say "WARNING: $*"; }
@@ -61,7 +69,7 @@ load_modules() {
   if declare -F module >/dev/null; then
     module purge
     # shellcheck disable=SC2086  # one word a module
-    module load $MODULES || warn "module load $MODULES failed (above): going on without. Set MODULES to your site's names."
+    module load $MODULES || warn "module load $MODULES failed (above): going on without. Set MODULES (slurm/site.sh) to your site's names."
   else
     warn "no module command on this node: going on without '$MODULES'. Set MODULES= to silence this."
   fi
@@ -182,6 +190,8 @@ run_command() {
     "$@" &
   fi
   CHILD=$!
+  # papermill keeps what a cell prints for the notebook; the training's progress comes here as it is written
+  tail --pid="$CHILD" -n +1 -F "$BIOMERGE_JOB_DIR/progress" 2>/dev/null & TELLER=$!
   local status
   STATUS=127
   while true; do
@@ -192,6 +202,7 @@ run_command() {
   done
   ((status == 127)) || STATUS=$status
   CHILD=''
+  wait "$TELLER" # it reads on to the end of the file
   [[ -z $TIMER ]] || kill "$TIMER" 2>/dev/null
   TIMER=''
   # An agent ends well whatever becomes of its run.

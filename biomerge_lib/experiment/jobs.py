@@ -1,6 +1,7 @@
 """Knows what a cluster job and the run inside it tell each other; knows nothing of notebooks or models.
 
-job --stop--> run --interrupted | failure--> job; archive --[fetch_run]--> the run's folder, as the last job left it
+job --stop--> run --progress, interrupted | failure--> job;
+archive --[fetch_run]--> the run's folder, as the last job left it
 
 ``slurm/common.sh`` is the other side. Outside a job nothing here does anything.
 """
@@ -46,6 +47,13 @@ def note_interrupted(message: str) -> None:
 
 def was_interrupted() -> bool:
     return _told("interrupted")
+
+
+def note_progress(message: str) -> None:
+    """Add a line to the job's log, where what a notebook's cell prints is not seen."""
+    if folder := os.environ.get(JOB_DIR):
+        with Path(folder, "progress").open("a", encoding="utf-8") as lines:
+            lines.write(message + "\n")
 
 
 def note_failure(message: str) -> None:

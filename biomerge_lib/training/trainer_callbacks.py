@@ -1,7 +1,8 @@
 """Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B, who watches.
 
 an epoch's end --[EpochEndEvaluation]--> F1 and a checkpoint; stop request --[StopOnRequest]--> checkpoint;
-logged numbers --[TrackingCallback]--> W&B, --[LiveView]--> curves and a table; steps --[SteadySpeed]--> tokens a second
+logged numbers --[TrackingCallback]--> W&B, --[LiveView]--> curves and a table, --[JobLog]--> a job's log;
+steps --[SteadySpeed]--> tokens a second
 
 Of transformers' own: ``enable_jit_checkpoint`` listens for SIGTERM in the training process, which is a notebook's
 kernel or one of several processes here, so the request is a file. ``WandbCallback`` renames ``eval_ner_f1``, by
@@ -11,6 +12,7 @@ which a sweep ranks, and sends every argument.
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -188,6 +190,41 @@ class SteadySpeed(TrainerCallback):
             "steady_step_ms": round(1000 * seconds / len(steps), 1),
             "steady_steps": len(steps),
         }
+
+
+class JobLog(TrainerCallback):
+    """Step, loss, steps a second and time left in the log of a cluster's job, and the scores of each evaluation.
+
+    >>> JobLog.line(step=300, of=900, first=0, seconds=600.0, said="loss 0.231")
+    'step 300 of 900, loss 0.231, 0.50 steps/s, 0:20:00 left'
+    """
+
+    PAUSE = 30.0  # seconds between two lines of a loss
+    begun: float | None = None  # when, while it trains
+
+    @staticmethod
+    def line(step: int, of: int, first: int, seconds: float, said: str) -> str:
+        """``first`` is the step with which this process began, ``seconds`` ago (evaluations included)."""
+        pace = seconds / max(1, step - first)
+        left = timedelta(seconds=round(pace * (of - step)))
+        return f"step {step:,} of {of:,}, {said}, {1 / max(pace, 1e-9):.2f} steps/s, {left} left"
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
+        self.begun, self.first, self.told = time.monotonic(), state.global_step, -math.inf
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.begun is None or not state.is_world_process_zero:
+            return
+        scores = [f"{name} {value:.3f}" for name, value in logs.items() if name.endswith("ner_f1")]
+        now, last = time.monotonic(), state.global_step >= state.max_steps
+        is_due = scores or last or now > self.told + self.PAUSE
+        if is_due and (scores or "loss" in logs):
+            said = ", ".join(scores) or f"loss {logs['loss']:.3f}"
+            seconds, self.told = now - self.begun, now
+            jobs.note_progress(self.line(state.global_step, state.max_steps, self.first, seconds, said))
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.begun = None
 
 
 class LiveView(TrainerCallback):

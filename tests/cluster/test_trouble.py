@@ -68,7 +68,7 @@ def troubled(cluster, requeued, small_disk, tmp_path_factory):
         "disk": {"MIN_TMP_GB": "1000000"},
         "copy": {"MIN_TMP_GB": "0", "TMPDIR": str(full)} if full else {"MIN_TMP_GB": "1000000"},
         "network": {"WANDB_BASE_URL": "http://127.0.0.1:9"},
-        "module": {"BASH_FUNC_module%%": "() { [[ $1 == purge ]]; }"},
+        "module": {"MODULES": "2024 NCCL", "BASH_FUNC_module%%": "() { [[ $1 == purge ]]; }"},
         "venv": {"VENV": "/nowhere/venv"},
     }
     jobs = {
@@ -86,7 +86,7 @@ def troubled(cluster, requeued, small_disk, tmp_path_factory):
         ("disk", "COMPLETED", " is full ("),
         ("copy", "COMPLETED", ": the job works in "),
         ("network", "COMPLETED", "W&B: offline (no network: 127.0.0.1 cannot be reached"),
-        ("module", "COMPLETED", "WARNING: module load 2024 "),
+        ("module", "COMPLETED", "WARNING: module load 2024 NCCL failed"),
         ("venv", "FAILED", "ERROR: no environment at VENV=/nowhere/venv or "),
     ],
 )

@@ -1,6 +1,7 @@
 """A job and its run: stopping leaves no trace in the curve, the archive gives back what it was given."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -196,3 +197,42 @@ def test_a_job_removes_its_workplace_when_its_results_are_copied_and_only_then(t
     assert done.returncode == 2
     assert f"this job left results in {workplace}/runs that could not be copied" in done.stdout
     assert (workplace / "runs/results").read_text() == "results\n"
+
+
+def test_a_jobs_log_shows_progress_as_it_is_written_to_the_last_line(tmp_path):
+    script = f"""
+      WORKROOT={tmp_path} SLURM_JOB_ID=7 BIOMERGE_JOB_DIR={tmp_path}
+      source {COMMON}
+      BIOMERGE_JOB_DIR={tmp_path}
+      run_command bash -c 'echo step 1 of 2 >>{tmp_path}/progress; echo step 2 of 2 >>{tmp_path}/progress; exit 3'
+      echo "status $STATUS" """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["step 1 of 2", "step 2 of 2", "status 3"] and not done.stderr
+
+
+def site_values(tmp_path, site, **given):
+    """What ``slurm/common.sh`` makes of a site file and an environment."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/site.sh").write_text(site)
+    names = ("ARCHIVE", "MODULES", "VENV", "HF_HOME", "SBATCH_PARTITION")
+    shown = "; ".join(f'echo "{name}=${{{name}-}}"' for name in names)
+    environment = {"PATH": os.environ["PATH"], "WORKROOT": str(tmp_path), **given}
+    script = f"source {COMMON}; bash -c '{shown}'; echo VENV=$VENV"
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def test_a_site_file_is_read_and_the_environment_counts_more(tmp_path):
+    site = "export HF_HOME=/scratch/hub\nSBATCH_PARTITION='a b'\nARCHIVE=/from/file\n"
+    values = site_values(tmp_path, site, ARCHIVE="/it's given")
+    assert values["ARCHIVE"] == "/it's given"
+    assert values["HF_HOME"] == "/scratch/hub" and values["SBATCH_PARTITION"] == "a b"
+    assert values["VENV"] == f"{tmp_path}/.venv" and values["MODULES"] == ""
+
+
+def test_the_example_of_a_site_file_sets_nothing_and_is_nobodys_own():
+    example = (ROOT / "slurm/site.example.sh").read_text()
+    assert not [line for line in example.splitlines() if line and not line.startswith("#")]
+    offered = {line for line in example.splitlines() if line.startswith("#export ")}
+    assert len(offered) > 8
+    assert "$HOME/nmishra" not in COMMON.read_text()
