@@ -34,7 +34,7 @@ OF_THE_PLACE = {
 COMMANDS = Path(__file__).with_name("commands.yaml")
 TYPES = {"int": int, "float": float}
 # Flags that may also stand behind a command's overrides, for which argparse would take them.
-ANYWHERE = ("-h", "--help", "--dry-run", "--run", "--pending")
+ANYWHERE = ("-h", "--help", "--dry-run", "--run", "--pending", "--site")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,7 +146,12 @@ def _print_parameters(parameters: Parameters) -> None:
 
 def _preflight(options: argparse.Namespace) -> int:
     from biomerge_lib.training.preflight import PreflightError, check_training
+    from biomerge_lib.training.site import JOB, check_site
 
+    if options.site:
+        found = check_site(compose_parameters([*JOB, *options.overrides]))
+        print(found)
+        return 2 if found.refused else 0
     try:
         print(check_training(compose_parameters(options.overrides)))
     except PreflightError as error:

@@ -36,8 +36,9 @@ class PreflightError(BioMergeError):
     """Training cannot work; ``preflight`` holds everything that was found."""
 
     def __init__(self, preflight: Preflight):
-        refused = [finding for finding in preflight.findings if finding.verdict == REFUSED]
-        super().__init__("training cannot work: " + "; ".join(f"{f.check}: {f.says}" for f in refused))
+        super().__init__(
+            "training cannot work: " + "; ".join(f"{f.check}: {f.says}" for f in preflight.refused)
+        )
         self.preflight = preflight
 
 
@@ -56,6 +57,10 @@ class Preflight:
 
     scans: dict[str, Scan]
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def refused(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.verdict == REFUSED]
 
     def add(self, verdict: str, check: str, says: str) -> None:
         self.findings.append(Finding(verdict, check, says))
@@ -82,7 +87,7 @@ def check_training(parameters: Parameters) -> Preflight:
         _report_scored_lengths(found, split, parameters)
     _report_sentences(found, parameters)
     _report_cues(found, parameters)
-    _report_backbone(found, parameters)
+    report_backbone(found, parameters)
     _report_steps(found, parameters)
     _report_init_adapter(found, parameters)
     if parameters.trainable == "all":
@@ -91,7 +96,7 @@ def check_training(parameters: Parameters) -> Preflight:
     if device.endswith("cores") and parameters.dtype == "bfloat16":
         says = f"no GPU here ({device}), and dtype=bfloat16 is for one: train elsewhere, or runtime=cpu_debug"
         found.add(NOTE, "device", says)
-    if any(finding.verdict == REFUSED for finding in found.findings):
+    if found.refused:
         raise PreflightError(found)
     return found
 
@@ -220,7 +225,7 @@ def _report_cues(found: Preflight, parameters: Parameters) -> None:
         found.add(NOTE if cued else WARNING, "cues", says)
 
 
-def _report_backbone(found: Preflight, parameters: Parameters) -> None:
+def report_backbone(found: Preflight, parameters: Parameters) -> None:
     backbone = parameters.backbone
     prepared = Path(parameters.backbones_dir) / backbone_name(backbone)
     folder = prepared if prepared.is_dir() else find_source(backbone)

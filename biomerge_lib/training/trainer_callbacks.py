@@ -12,7 +12,6 @@ which a sweep ranks, and sends every argument.
 from __future__ import annotations
 
 import base64
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pandas import DataFrame
+from tqdm import tqdm as std_tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from biomerge_lib.core.parameters import Parameters
@@ -193,38 +193,24 @@ class SteadySpeed(TrainerCallback):
 
 
 class JobLog(TrainerCallback):
-    """Step, loss, steps a second and time left in the log of a cluster's job, and the scores of each evaluation.
+    """Lines in a job's log: step, loss or F1, rate, time left; twice a minute, at evaluations and at the end."""
 
-    >>> JobLog.line(step=300, of=900, first=0, seconds=600.0, said="loss 0.231")
-    'step 300 of 900, loss 0.231, 0.50 steps/s, 0:20:00 left'
-    """
-
-    PAUSE = 30.0  # seconds between two lines of a loss
-    begun: float | None = None  # when, while it trains
-
-    @staticmethod
-    def line(step: int, of: int, first: int, seconds: float, said: str) -> str:
-        """``first`` is the step with which this process began, ``seconds`` ago (evaluations included)."""
-        pace = seconds / max(1, step - first)
-        left = timedelta(seconds=round(pace * (of - step)))
-        return f"step {step:,} of {of:,}, {said}, {1 / max(pace, 1e-9):.2f} steps/s, {left} left"
+    LINE = "step {n:,} of {total:,}{postfix}, {rate_noinv_fmt}, {remaining} left"
+    begun: tuple[float, int] | None = None  # when training began, and with which step
+    told_at = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        self.begun, self.first, self.told = time.monotonic(), state.global_step, -math.inf
+        self.begun = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.begun is None or not state.is_world_process_zero:
-            return
-        scores = [f"{name} {value:.3f}" for name, value in logs.items() if name.endswith("ner_f1")]
-        now, last = time.monotonic(), state.global_step >= state.max_steps
-        is_due = scores or last or now > self.told + self.PAUSE
-        if is_due and (scores or "loss" in logs):
-            said = ", ".join(scores) or f"loss {logs['loss']:.3f}"
-            seconds, self.told = now - self.begun, now
-            jobs.note_progress(self.line(state.global_step, state.max_steps, self.first, seconds, said))
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.begun = None
+        now, steps = time.monotonic(), (state.global_step, state.max_steps)
+        is_due = now > self.told_at + 30 or steps[0] == steps[1]
+        said = [name for name in logs if name.endswith("ner_f1") or (name == "loss" and is_due)]
+        if said and self.begun and state.is_world_process_zero:
+            self.told_at, (then, initial) = now, self.begun
+            settings: Any = {"initial": initial, "unit": " steps", "bar_format": self.LINE}
+            numbers = ", ".join(f"{name} {logs[name]:.3f}" for name in said)
+            jobs.note_progress(std_tqdm.format_meter(*steps, now - then, postfix=numbers, **settings))
 
 
 class LiveView(TrainerCallback):
