@@ -36,9 +36,8 @@ class PreflightError(BioMergeError):
     """Training cannot work; ``preflight`` holds everything that was found."""
 
     def __init__(self, preflight: Preflight):
-        super().__init__(
-            "training cannot work: " + "; ".join(f"{f.check}: {f.says}" for f in preflight.refused)
-        )
+        problems = "; ".join(f"{finding.check}: {finding.says}" for finding in preflight.refused)
+        super().__init__(f"training cannot work: {problems}")
         self.preflight = preflight
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 
 from biomerge_lib.core.errors import BioMergeError
+from biomerge_lib.core.files import fingerprint_weights
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment.provenance import PROJECT_DIR
 from biomerge_lib.experiment.tracking import why_offline
@@ -44,9 +45,7 @@ def check_site(parameters: Parameters) -> Preflight:
     report_backbone(found, parameters)
     prepared = PROJECT_DIR / parameters.backbones_dir / backbone_name(parameters.backbone)
     place = prepared if prepared.is_dir() else find_source(parameters.backbone)
-    if place and (
-        place.is_file() or any(file.suffix in (".safetensors", ".bin") for file in place.iterdir())
-    ):
+    if place and fingerprint_weights(place):
         found.add(OK, "backbone", f"its weights are in {place}")
     else:
         found.add(*_ask_hub(parameters.backbone))
@@ -58,20 +57,15 @@ def check_site(parameters: Parameters) -> Preflight:
 
 
 def _ask_hub(backbone: str) -> tuple[str, str, str]:
-    from httpx import HTTPError
+    from httpx import HTTPError  # what the hub refuses is one, too
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     fetch = f"`hf download {backbone}` (16 GB for an 8B, into {constants.HF_HUB_CACHE})"
     try:
-        validate_repo_id(backbone)
         HfApi().auth_check(backbone)
-    except (HFValidationError, HTTPError, ConnectionError) as error:
+    except (HTTPError, ConnectionError) as error:
         says = f"{backbone} is not here, nor to be had from the hub ({' '.join(str(error).split())}). Of a gated or "
         says += "private model: accept its terms on the hub, then `hf auth login`, or set HF_TOKEN. Without network: "
-        says += (
-            f"{fetch} where there is one; or copy the model's folder here, and set backbone=/path/to/folder"
-        )
+        says += f"{fetch} where there is one, or copy its folder here and set backbone=/path/to/folder"
         return REFUSED, "backbone", says
     return NOTE, "backbone", f"not here yet: {fetch}, or else the first job fetches it"

@@ -37,7 +37,6 @@ from biomerge_lib.training.finite_loss import FiniteLoss
 from biomerge_lib.training.graphed_pass import GraphedPass
 from biomerge_lib.training.trainer_callbacks import (
     EpochEndEvaluation,
-    JobLog,
     LiveView,
     Seal,
     SteadySpeed,
@@ -96,7 +95,6 @@ class NerTrainer(Trainer):
             self.stop,
             TrackingCallback(parameters, checkpoints.parent, self.stop, lambda: int(self.tokens_seen)),
             self.speed,
-            JobLog(),
             LiveView(),
             # After those that tell of its numbers.
             EpochEndEvaluation(self.stop, greedy_pass, watched=watched),

@@ -1,7 +1,7 @@
 """Knows the moments of a training at which others speak or are told: the job that wants it to stop, W&B, who watches.
 
 an epoch's end --[EpochEndEvaluation]--> F1 and a checkpoint; stop request --[StopOnRequest]--> checkpoint;
-logged numbers --[TrackingCallback]--> W&B, --[LiveView]--> curves and a table, --[JobLog]--> a job's log;
+logged numbers --[TrackingCallback]--> W&B, --[LiveView]--> curves, a table, a job's log;
 steps --[SteadySpeed]--> tokens a second
 
 Of transformers' own: ``enable_jit_checkpoint`` listens for SIGTERM in the training process, which is a notebook's
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pandas import DataFrame
-from tqdm import tqdm as std_tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from biomerge_lib.core.parameters import Parameters
@@ -192,31 +191,14 @@ class SteadySpeed(TrainerCallback):
         }
 
 
-class JobLog(TrainerCallback):
-    """Lines in a job's log: step, loss or F1, rate, time left; twice a minute, at evaluations and at the end."""
-
-    LINE = "step {n:,} of {total:,}{postfix}, {rate_noinv_fmt}, {remaining} left"
-    begun: tuple[float, int] | None = None  # when training began, and with which step
-    told_at = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
-        self.begun = time.monotonic(), state.global_step
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        now, steps = time.monotonic(), (state.global_step, state.max_steps)
-        is_due = now > self.told_at + 30 or steps[0] == steps[1]
-        said = [name for name in logs if name.endswith("ner_f1") or (name == "loss" and is_due)]
-        if said and self.begun and state.is_world_process_zero:
-            self.told_at, (then, initial) = now, self.begun
-            settings: Any = {"initial": initial, "unit": " steps", "bar_format": self.LINE}
-            numbers = ", ".join(f"{name} {logs[name]:.3f}" for name in said)
-            jobs.note_progress(std_tqdm.format_meter(*steps, now - then, postfix=numbers, **settings))
-
-
 class LiveView(TrainerCallback):
-    """In a notebook, a view that is written anew every two seconds, in place; else a line an evaluation."""
+    """In a notebook, a view that is written anew every two seconds, in place; else a line an evaluation.
+
+    In a job's log a line twice a minute and an evaluation: step, rate, time left, loss or F1.
+    """
 
     _view: Any = None
+    _noted_at = 0.0
     _begun: tuple[float, int] | None = None  # when, and at which step, while it trains
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
@@ -231,13 +213,20 @@ class LiveView(TrainerCallback):
             self._show(state)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        if not self._begun or not state.is_world_process_zero:
+            return
         scores = [
             f"{name} {logs[name]:.3f}" for name in ("eval_ner_f1", *SHOWN) if name in logs and "f1" in name
         ]
         if scores and self._view:
             self._show(state)
-        elif scores and self._begun and state.is_world_process_zero:
+        elif scores:
             print(f"step {state.global_step} of {state.max_steps}: {', '.join(scores)}")
+        is_due = time.monotonic() > self._noted_at + 30 or state.global_step >= state.max_steps
+        numbers = [f"loss {logs['loss']:.3f}"] if "loss" in logs and is_due else scores
+        if numbers:
+            self._noted_at = time.monotonic()
+            jobs.note_progress(f"{self._pace(state)}, {', '.join(numbers)}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if self._view:
@@ -247,11 +236,14 @@ class LiveView(TrainerCallback):
     def _show(self, state: TrainerState) -> None:
         from IPython.display import HTML
 
-        self._shown_at, (then, first) = time.monotonic(), cast(tuple[float, int], self._begun)
-        pace = (self._shown_at - then) / max(1, state.global_step - first)
+        self._shown_at = time.monotonic()
+        self._view.update(HTML(training_as_html(state.log_history, state.max_steps, self._pace(state))))
+
+    def _pace(self, state: TrainerState) -> str:
+        then, first = cast(tuple[float, int], self._begun)
+        pace = (time.monotonic() - then) / max(1, state.global_step - first)
         left = timedelta(seconds=round(pace * (state.max_steps - state.global_step)))
-        said = f"step {state.global_step:,} of {state.max_steps:,}, {1 / pace:.2f} steps/s, {left} left"
-        self._view.update(HTML(training_as_html(state.log_history, state.max_steps, said)))
+        return f"step {state.global_step:,} of {state.max_steps:,}, {1 / pace:.2f} steps/s, {left} left"
 
 
 def training_as_html(history: Sequence[Mapping[str, Any]], max_steps: int, said: str) -> str:

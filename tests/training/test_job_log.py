@@ -7,13 +7,13 @@ import pytest
 from transformers import TrainerState
 
 from biomerge_lib.experiment import jobs
-from biomerge_lib.training.trainer_callbacks import JobLog
+from biomerge_lib.training.trainer_callbacks import LiveView
 
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     monkeypatch.setenv(jobs.JOB_DIR, str(tmp_path))
-    return JobLog()
+    return LiveView()
 
 
 def tell(log, step, process=0, **logs):
@@ -30,7 +30,7 @@ def test_a_line_has_step_loss_rate_and_time_left(log, tmp_path, monkeypatch):
     begin(log, step=200)
     monkeypatch.setattr("time.monotonic", lambda: 1200.0)
     tell(log, 300, loss=0.231)
-    line = "step 300 of 900, loss 0.231,  0.50 steps/s, 20:00 left\n"
+    line = "step 300 of 900, 0.50 steps/s, 0:20:00 left, loss 0.231\n"
     assert (tmp_path / "progress").read_text() == line
 
 
@@ -44,7 +44,9 @@ def test_losses_are_told_now_and_then_scores_and_the_last_step_always(log, tmp_p
     tell(log, 900, process=1, greedy_dev_ner_f1=0.8)
     tell(log, 900, train_runtime=3.0)
     lines = (tmp_path / "progress").read_text().splitlines()
-    assert [re.match(r"step (\S+) of 900, (.*?), +[\d.]+ steps/s, ", line).groups() for line in lines] == [
+    assert [
+        re.match(r"step (\S+) of 900, [\d.]+ steps/s, .* left, (.*)", line).groups() for line in lines
+    ] == [
         ("50", "loss 0.500"),
         ("150", "eval_ner_f1 0.750"),
         ("900", "loss 0.250"),

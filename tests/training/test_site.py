@@ -1,6 +1,7 @@
 """``preflight --site`` says all that a job would miss at once, each with what to do; programs of a site are played."""
 
 import os
+import shutil
 import subprocess
 
 import httpx
@@ -9,7 +10,9 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError
 
 from biomerge_lib.__main__ import main
+from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.model.backbones import build_tokenizer, prepare_backbone
 from biomerge_lib.training import site
 
 OLD_DRIVER = "| NVIDIA-SMI 535.104.05   Driver Version: 535.104.05   CUDA Version: 12.2     |"
@@ -150,7 +153,7 @@ def test_a_model_on_the_hub_or_half_here_is_still_to_be_fetched(programs, monkey
     (tmp_path / "hub/models--some--model/refs/main").write_text("abc")
     look("backbone=some/model")
     assert asked == ["some/model"] * 2  # its configuration alone is here
-    (snapshot / "pytorch_model.bin").write_bytes(b"")
+    (snapshot / "pytorch_model.bin").write_bytes(b"weights")
     assert look("backbone=some/model")["backbone"] == ("ok", f"its weights are in {snapshot}")
     assert len(asked) == 2
 
@@ -168,3 +171,21 @@ def test_looking_leaves_nothing_behind(programs, tmp_path):
     before = set(tmp_path.rglob("*"))
     subprocess.run(["bash", site.SCRIPT], check=True, capture_output=True)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_hubs_copy_may_go_once_the_backbone_is_prepared(tiny_backbone, tmp_path, monkeypatch):
+    """docs/cluster.md says so: what 01 and 03 do is then done from the prepared folder alone."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached = tmp_path / "hub/models--some--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    shutil.copytree(tiny_backbone, cached / "snapshots/abc")
+    places = tmp_path / "tok", tmp_path / "backbones"
+    build_tokenizer("some/tiny", places[0])
+    prepared = prepare_backbone("some/tiny", *places)
+    shutil.rmtree(cached)
+    assert build_tokenizer("some/tiny", places[0])[1] == 0
+    assert prepare_backbone("some/tiny", *places) == prepared
+    with pytest.raises(ModelError):
+        prepare_backbone("some/tiny", places[0], tmp_path / "elsewhere")
