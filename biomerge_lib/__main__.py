@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.refuse(unknown)
     quiet_libraries()
     try:
-        return options.verb(options)
+        return options.verb(options) or 0
     except RunInterrupted as error:
         print(error)
         return INTERRUPTED
@@ -104,17 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         if error.errno not in OF_THE_PLACE or not error.filename:
             raise
-        print(
-            f"error: {error.filename}: {error.strerror}. Is the path right, may you write there?",
-            file=sys.stderr,
-        )
+        problem = f"{error.filename}: {error.strerror}. Is the path right, may you write there?"
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(stopped.args[0] if stopped.args else "interrupted", file=sys.stderr)
         return 130
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from biomerge_lib.experiment.runs import describe_start
     from biomerge_lib.experiment.tracking import run_tracked_notebook
     from biomerge_lib.training.preflight import check_training
@@ -123,19 +121,17 @@ def _run(options: argparse.Namespace) -> int:
         parameters, made = describe_start(options.notebook, options.overrides, check_training)
         _print_parameters(parameters)
         print(made)
-        return 0
-    print(kept_path(run_tracked_notebook(options.notebook, options.overrides, check_training)))
-    return 0
+    else:
+        print(kept_path(run_tracked_notebook(options.notebook, options.overrides, check_training)))
 
 
-def _parameters(options: argparse.Namespace) -> int:
+def _parameters(options: argparse.Namespace) -> None:
     if options.markdown:
         from biomerge_lib.report.parameter_page import parameters_as_markdown
 
         print(parameters_as_markdown(), end="")
-        return 0
-    _print_parameters(compose_parameters(options.overrides))
-    return 0
+    else:
+        _print_parameters(compose_parameters(options.overrides))
 
 
 def _print_parameters(parameters: Parameters) -> None:
@@ -144,7 +140,7 @@ def _print_parameters(parameters: Parameters) -> None:
         print(f"{name + ' = ' + repr(values[name]):<55} {field.description}")
 
 
-def _preflight(options: argparse.Namespace) -> int:
+def _preflight(options: argparse.Namespace) -> None:
     from biomerge_lib.training.preflight import PreflightError, check_training
     from biomerge_lib.training.site import JOB, check_site
 
@@ -157,34 +153,30 @@ def _preflight(options: argparse.Namespace) -> int:
     except PreflightError as error:
         print(error.preflight)
         raise
-    return 0
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> None:
     from biomerge_lib.report.page import write_report
 
     print(write_report(options.runs, options.out))
-    return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> None:
     from biomerge_lib.report.comparison import compare_runs
 
     print(compare_runs(options.runs, options.split, options.decoder))
-    return 0
 
 
-def _publish(options: argparse.Namespace) -> int:
+def _publish(options: argparse.Namespace) -> None:
     from biomerge_lib.report.published import REPORTS_DIR, folder_of_reports, publish_run, write_results
 
     reports = folder_of_reports(options.into) if options.into else REPORTS_DIR
     for folder in options.runs:
         print(publish_run(Path(folder), reports))
     write_results(reports)
-    return 0
 
 
-def _runs(options: argparse.Namespace, *, only: str = "") -> int:
+def _runs(options: argparse.Namespace, *, only: str = "") -> None:
     from biomerge_lib.report.run_list import choose_runs, describe_runs, list_runs, remove_runs
 
     folder = Path(options.runs_dir)
@@ -192,25 +184,23 @@ def _runs(options: argparse.Namespace, *, only: str = "") -> int:
     if options.remove:
         chosen = choose_runs(found, folder, options.remove)
         if not options.yes:
-            print(
-                describe_runs(chosen), "Remove these, with their models? [y/N] ", sep="\n", end="", flush=True
-            )
+            print(describe_runs(chosen))
+            print("Remove these, with their models? [y/N] ", end="", flush=True)
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 print("nothing was removed")
-                return 0
+                return
         remove_runs(folder, chosen)
         found = [run for run in found if run not in chosen]
     if options.json:
         print(json.dumps([run._asdict() for run in found], indent=1, ensure_ascii=False))
-        return 0
-    print(describe_runs(found))
-    print(f"{len(found)} runs in {folder}, {sum(run.bytes for run in found) / 1e6:,.1f} MB")
-    return 0
+    else:
+        print(describe_runs(found))
+        print(f"{len(found)} runs in {folder}, {sum(run.bytes for run in found) / 1e6:,.1f} MB")
 
 
-def _replaced(options: argparse.Namespace) -> int:
+def _replaced(options: argparse.Namespace) -> None:
     options.yes = True  # they were given up when they were replaced
-    return _runs(options, only="replaced")
+    _runs(options, only="replaced")
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -237,25 +227,23 @@ def _sweep(options: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _predict(options: argparse.Namespace) -> int:
+def _predict(options: argparse.Namespace) -> None:
     from biomerge_lib.apply.predict_command import predict_texts
 
-    return predict_texts(options)
+    predict_texts(options)
 
 
-def _export_adapter(options: argparse.Namespace) -> int:
+def _export_adapter(options: argparse.Namespace) -> None:
     from biomerge_lib.apply.adapter_export import export_adapter
 
     print(export_adapter(options.run, options.out))
-    return 0
 
 
-def _wandb_sync(options: argparse.Namespace) -> int:
+def _wandb_sync(options: argparse.Namespace) -> None:
     from biomerge_lib.experiment.tracking import sync_run
 
     for folder in options.runs:
         sync_run(Path(folder).resolve())
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ FORMAT_OF_ENDING = {".jsonl": "jsonl", ".html": "html", ".conll": "conll", ".iob
 LONG = 2_000  # characters that take long enough for a progress bar
 
 
-def predict_texts(options: Namespace) -> int:
+def predict_texts(options: Namespace) -> None:
     """Run the command; all files are read once before the model is loaded, so that a broken one is named at once."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of loading weights, for half a second
     if options.print_model_folder:
         from biomerge_lib.apply.ready_models import find_model
 
         print(find_model(adapter=options.adapter, model=options.model)[0])
-        return 0
+        return
     kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
     if kind == "brat" and not options.out:
         raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
@@ -64,7 +64,7 @@ def predict_texts(options: Namespace) -> int:
     tagged = _tag(texts, characters, options)
     if kind == "brat":
         write_brat(tagged, options.out)
-        return 0
+        return
     with _open_out(options.out) as out:
         if kind == "jsonl":
             write_jsonl(tagged, out)
@@ -79,7 +79,6 @@ def predict_texts(options: Namespace) -> int:
             for part in tagged:
                 shown = bracket(part.text, part.spans, colour=out.isatty())
                 print(shown, file=out, end="\n" if part.is_last else "", flush=True)
-    return 0
 
 
 def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator[Tagged]:

@@ -50,12 +50,11 @@ OTHER_NAMES = {
 PLACES = ("data_dir", "runs_dir", "backbones_dir", "tokenizer_dir", "cache_dir", "backbone", "init_adapter")
 # Younger than the names of many runs: such a value is no part of a name.
 YOUNGER = {"init_adapter": None, "train_on": "train", "keep_checkpoint": "best"}
-# A parameter without one of these marks changes what is trained, and so the run's name.
+# A parameter without one of these marks changes what is trained, and so the run's name. Scoring: how a trained model's
+# answers are made and scored, which 04 and 05 may set anew. Beside: which data are made, how fast, where a run is kept.
 T = TypeVar("T")
-Scoring = Annotated[
-    T, "scoring"
-]  # how a trained model's answers are made and scored: 04 and 05 may set it anew
-Beside = Annotated[T, "beside"]  # which data are made, how fast, where a run is kept, how it is watched
+Scoring = Annotated[T, "scoring"]
+Beside = Annotated[T, "beside"]
 
 
 def _split_commas(value: Any) -> Any:

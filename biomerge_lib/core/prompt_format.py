@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from biomerge_lib.core.records import NER_PREFIX, Record
@@ -70,17 +71,12 @@ def _write_anchored(head: str, text: str, find: Callable[[str], list[Span]] = fi
     return Rendering(head + " ".join(parts), words, rendered)
 
 
-def _write_twice(head: str, text: str) -> Rendering:
+def _write_twice(head: str, text: str, find: Callable[[str], list[Span]] = find_words) -> Rendering:
     """The plain sentence, then the anchored one: a causal model reads every anchored word knowing the whole sentence.
 
     The echo of Springer et al. 2024, "Repetition improves language model embeddings".
     """
-    return _write_anchored(f"{head}{text.rstrip()} | ", text)
-
-
-def _write_pieces(head: str, text: str) -> Rendering:
-    """As :func:`_write_twice`, with an offset at each piece of a word, as mentions of untokenised text end there."""
-    return _write_anchored(f"{head}{text.rstrip()} | ", text, find_pieces)
+    return _write_anchored(f"{head}{text.rstrip()} | ", text, find)
 
 
 class Style(NamedTuple):
@@ -95,7 +91,8 @@ STYLES = {
     "none": Style(_write_plain, texts=1),
     "start": Style(_write_anchored, texts=1, anchored=str.split),
     "echo_start": Style(_write_twice, texts=2, anchored=str.split),
-    "echo_pieces": Style(_write_pieces, texts=2, anchored=find_pieces),
+    # Mentions of a text that is not tokenised end at pieces of its words.
+    "echo_pieces": Style(partial(_write_twice, find=find_pieces), texts=2, anchored=find_pieces),
 }
 ANCHOR_STYLES = tuple(STYLES)
 

@@ -106,15 +106,8 @@ class Run:
         self.folder = folder
         self.stage = stage
         self.parameters = parameters
+        self.checkpoints, self.merged = folder / "checkpoints", folder / "merged"
         self._begin()
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def merged(self) -> Path:
-        return self.folder / "merged"
 
     def predictions(self, split: str, decoder: str) -> Path:
         """``predictions-dev-greedy.jsonl`` or ``predictions-dev-vllm.jsonl``."""
@@ -261,10 +254,9 @@ def set_aside(folder: Path) -> None:
             shutil.move(path, aside / path.name)
     if kept := {name: stages[name] for name in BEFORE_TRAINING if name in stages}:
         write_json(folder / "metrics.json", {"run_id": folder.name, "stages": kept})
+    lists = f"`python -m biomerge_lib replaced {folder.parent}`"
     print(f"existing_run=replace: the earlier run was moved to {aside}/")
-    print(
-        f"`python -m biomerge_lib replaced {folder.parent}` lists such runs, with their sizes, and removes them"
-    )
+    print(f"{lists} lists such runs, with their sizes, and removes them")
 
 
 def load_run_parameters(folder: Path) -> Parameters:
@@ -276,10 +268,9 @@ def load_run_parameters(folder: Path) -> Parameters:
     """
     path = folder / "parameters.yaml"
     if not path.is_file():
-        known = [other.parent.name for other in folder.parent.glob("*/parameters.yaml")]
-        hint = nearest(folder.name, known) or (
-            f" There are: {', '.join(sorted(known)[:8])}." if known else ""
-        )
+        known = sorted(other.parent.name for other in folder.parent.glob("*/parameters.yaml"))
+        there = f" There are: {', '.join(known[:8])}." if known else ""
+        hint = nearest(folder.name, known) or there
         raise DataError(f"{folder}: no such run (run notebooks/03_train.ipynb first, or set run_id).{hint}")
     # A parameter that is younger than the run has its default: what it chooses was not there to choose.
     stored = read_values(path, OBJECT, cure=" Delete it: 03_train with the run's parameters writes it anew.")
@@ -338,14 +329,11 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
     training, scoring = notebook.stem == TRAIN, notebook.stem in SCORING_STAGES
     explicit = override_names(overrides)
     values = parameters.model_dump() | {"run_id": parameters.run_name}
-    if scoring:  # takes from the run what it is not told
-        told = {"run_id", *explicit}
-    else:
+    told = {"run_id", *explicit}
+    if not scoring:  # which takes from the run what it is not told
         defaults = compose_parameters([]).model_dump()
-        told = {
-            *notebook_parameter_names(notebook),
-            *(name for name in values if values[name] != defaults[name]),
-        }
+        told = {name for name in values if values[name] != defaults[name]}
+        told.update(notebook_parameter_names(notebook))
     folder = PROJECT_DIR / parameters.run_folder
     executed = folder / notebook.name
     if training:
@@ -374,12 +362,9 @@ def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any]
         raise KeyboardInterrupt(run.interrupt()) from None
     except NotebookFailed as error:
         if jobs.was_interrupted():
-            run.fail(
-                "stopped on the job's request; the same command goes on from the checkpoint", "interrupted"
-            )
-            raise jobs.RunInterrupted(
-                f"{run.folder.name} stopped on the job's request, with a checkpoint"
-            ) from None
+            stopped = "stopped on the job's request"
+            run.fail(f"{stopped}; the same command goes on from the checkpoint", "interrupted")
+            raise jobs.RunInterrupted(f"{run.folder.name} {stopped}, with a checkpoint") from None
         if _forget(run, error.reason.partition(":")[0], {executed.name, "metrics.json", jobs.LOCK}):
             jobs.note_failure(f"\n{error.reason}")
             raise BioMergeError(f"{notebook.name}: {error.reason}") from None
@@ -401,12 +386,9 @@ def find_notebook(name: str) -> Path:
         ParameterError: there is none; names the nearest.
     """
     known = {path.stem: path for path in sorted(NOTEBOOKS_DIR.glob("*.ipynb"))}
-    stem = Path(name).stem
-    if stem not in known:
-        raise ParameterError(
-            f"unknown notebook {name!r}.{nearest(stem, known)} There are: {', '.join(known)}."
-        )
-    return known[stem]
+    if found := known.get(stem := Path(name).stem):
+        return found
+    raise ParameterError(f"unknown notebook {name!r}.{nearest(stem, known)} There are: {', '.join(known)}.")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -489,21 +471,18 @@ PARAMETERS_OF_TRAINING = frozenset(Parameters.model_fields) - NOT_IDENTITY
 def _refuse_other_training(folder: Path, parameters: Parameters) -> None:
     if parameters.existing_run == "replace" or not (folder / "parameters.yaml").is_file():
         return
-    changed = _differences(load_run_parameters(folder), parameters, PARAMETERS_OF_TRAINING)
-    if changed:
-        raise ParameterError(
-            f"run {folder.name} exists with {changed}. Choose another run_id, or set existing_run=replace."
-        )
-    if why := outdated_stages(read_metrics(folder), folder).get(TRAIN):
-        raise ParameterError(
-            f"run {folder.name} is out of date: {why}. Choose another run_id, or set existing_run=replace."
-        )
+    if changed := _differences(load_run_parameters(folder), parameters, PARAMETERS_OF_TRAINING):
+        problem = f"exists with {changed}"
+    elif why := outdated_stages(read_metrics(folder), folder).get(TRAIN):
+        problem = f"is out of date: {why}"
+    else:
+        return
+    raise ParameterError(f"run {folder.name} {problem}. Choose another run_id, or set existing_run=replace.")
 
 
 def _scoring_parameters(folder: Path, parameters: Parameters, given: frozenset[str]) -> Parameters:
     stored = load_run_parameters(folder)
-    changed = _differences(stored, parameters, given & PARAMETERS_OF_TRAINING)
-    if changed:
+    if changed := _differences(stored, parameters, given & PARAMETERS_OF_TRAINING):
         raise ParameterError(
             f"run {folder.name} was trained with {changed}. Leave these out, or name another run_id."
         )

@@ -43,6 +43,12 @@ if TYPE_CHECKING:
 
     from biomerge_lib.model.backbones import CausalLM
 
+# The Trainer's arguments that are parameters of this project, too.
+CALLED_THE_SAME = {
+    *("num_train_epochs", "learning_rate", "lr_scheduler_type", "per_device_eval_batch_size", "seed"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "deepspeed"),
+}
+
 
 def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftModel | CausalLM:
     """The prepared backbone with a fresh token head, to be trained whole or through an adapter, fresh or begun.
@@ -61,15 +67,8 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
     if parameters.trainable == "all":
         return load_full_model(backbone_folder, **common)
     init_adapter = read_init_adapter(parameters)
-    model = load_lora_model(
-        backbone_folder,
-        backend=parameters.backend,
-        dtype=parameters.dtype,
-        lora_rank=parameters.lora_rank,
-        lora_alpha=parameters.lora_alpha,
-        lora_dropout=parameters.lora_dropout,
-        **common,
-    )
+    own = {"backend", "dtype", "lora_rank", "lora_alpha", "lora_dropout"}
+    model = load_lora_model(backbone_folder, **parameters.model_dump(include=own), **common)
     if init_adapter:
         init_adapter.load_into(model, backbone_folder)
         print(f"beginning with {init_adapter.folder} (sha256 {init_adapter.sha256[:12]})")
@@ -156,21 +155,14 @@ def training_arguments(
         batch, parts = batch * parts, 1
     return OneGpuArguments(
         output_dir=str(checkpoints),
+        **parameters.model_dump(include=CALLED_THE_SAME),
         per_device_train_batch_size=batch,
-        per_device_eval_batch_size=parameters.per_device_eval_batch_size,
         gradient_accumulation_steps=parts,
-        num_train_epochs=parameters.num_train_epochs,
-        learning_rate=parameters.learning_rate,
-        lr_scheduler_type=parameters.lr_scheduler_type,
         warmup_steps=parameters.warmup_ratio,
         bf16=parameters.dtype == "bfloat16",
         gradient_checkpointing=False,  # the model has it already, or not
-        logging_steps=parameters.logging_steps,
         eval_strategy="steps" if watched else "no",
-        eval_steps=parameters.eval_steps,
         save_strategy="steps",
-        save_steps=parameters.save_steps,
-        save_total_limit=parameters.save_total_limit,
         load_best_model_at_end=choosing,
         metric_for_best_model=WATCH_METRIC if choosing else None,
         greater_is_better=True,
@@ -179,11 +171,9 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
-        deepspeed=parameters.deepspeed,
         logging_nan_inf_filter=False,  # FiniteLoss, which does not wait for the GPU
         report_to=[],  # TrackingCallback
         restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
-        seed=parameters.seed,
         use_cpu=on_cpu,
     )
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from pandas import DataFrame
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 GREEDY_METRIC = "greedy_dev_ner_f1"
 WATCH_METRIC = "eval_ner_f1"  # of the reading that watch_metric names
-
-
 SHOWN = {
     "loss": "training loss",
     "eval_loss": "dev loss",
@@ -41,14 +40,12 @@ SHOWN = {
     "eval_head_ner_f1": "token head F1",
     "greedy_dev_ner_f1": "greedy F1",
 }
-CURVES = {
-    "training loss": "#8a8a8a",
-    "answer F1": "#2a8fd0",
-    "greedy F1": "#c9772b",
-}  # readable on white and black
+# Readable on white and black.
+CURVES = {"training loss": "#8a8a8a", "answer F1": "#2a8fd0", "greedy F1": "#c9772b"}
 WIDTH, HEIGHT = 560, 150
 
 
+@dataclass(eq=False)
 class StopOnRequest(TrainerCallback):
     """Ends training at the first step after a request, with a checkpoint.
 
@@ -56,8 +53,7 @@ class StopOnRequest(TrainerCallback):
     this step would leave out, so the next step stops. ``stopped_at`` is the step, or None.
     """
 
-    def __init__(self) -> None:
-        self.stopped_at: int | None = None
+    stopped_at: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         last_of_epoch = state.global_step >= state.max_steps or float(state.epoch).is_integer()
@@ -70,6 +66,7 @@ class StopOnRequest(TrainerCallback):
             jobs.note_interrupted(f"checkpoint-{state.global_step} of {state.max_steps} steps")
 
 
+@dataclass(eq=False)
 class EpochEndEvaluation(TrainerCallback):
     """At each epoch's end: the watch metric, a checkpoint, and a greedy pass over dev.
 
@@ -77,10 +74,9 @@ class EpochEndEvaluation(TrainerCallback):
     the checkpoint alone.
     """
 
-    def __init__(self, stop: StopOnRequest, evaluate_greedily: Callable[[], object] | None, *, watched: bool):
-        self.stop = stop
-        self.watched = watched
-        self.evaluate_greedily = evaluate_greedily
+    stop: StopOnRequest
+    evaluate_greedily: Callable[[], object] | None
+    watched: bool
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps  # the curve's last point
@@ -115,18 +111,16 @@ class Seal(TrainerCallback):
             seal_checkpoint(Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
+@dataclass(eq=False)
 class TrackingCallback(TrainerCallback):
     """Sends the numbers of ``log_history.json`` under the same names, with tokens a second and memory."""
 
-    def __init__(
-        self, parameters: Parameters, run_folder: Path, stop: StopOnRequest, count_tokens: Callable[[], int]
-    ):
-        self.parameters = parameters
-        self.run_folder = run_folder
-        self.stop = stop
-        self.count_tokens = count_tokens
-        self._run: wandb.Run | None = None
-        self._counted = (0.0, 0)  # when, how many tokens
+    parameters: Parameters
+    run_folder: Path
+    stop: StopOnRequest
+    count_tokens: Callable[[], int]
+    _run: wandb.Run | None = None
+    _counted: tuple[float, int] = (0.0, 0)  # when, how many tokens
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -154,6 +148,7 @@ class TrackingCallback(TrainerCallback):
         self._run = None
 
 
+@dataclass(eq=False)
 class SteadySpeed(TrainerCallback):
     """Tokens a second from one step's end to the next, where nothing was compiled, evaluated or saved in between.
 
@@ -161,12 +156,11 @@ class SteadySpeed(TrainerCallback):
     compilations and captures. The first steps, in which the allocator grows, are left out too.
     """
 
-    WARM_STEPS = 5
+    WARM_STEPS: ClassVar = 5
 
-    def __init__(self, count: Callable[[], tuple[torch.Tensor | int, int]]):
-        self.count = count
-        self._last: tuple[float, torch.Tensor | int, int] | None = None
-        self._steps: list[tuple[float, torch.Tensor | int]] = []  # seconds and tokens
+    count: Callable[[], tuple[torch.Tensor | int, int]]
+    _last: tuple[float, torch.Tensor | int, int] | None = None
+    _steps: list[tuple[float, torch.Tensor | int]] = field(default_factory=list)  # seconds and tokens
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         before, self._last = self._last, (time.monotonic(), *self.count())
@@ -215,9 +209,8 @@ class LiveView(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not self._begun or not state.is_world_process_zero:
             return
-        scores = [
-            f"{name} {logs[name]:.3f}" for name in ("eval_ner_f1", *SHOWN) if name in logs and "f1" in name
-        ]
+        shown = [name for name in (WATCH_METRIC, *SHOWN) if name in logs and "f1" in name]
+        scores = [f"{name} {logs[name]:.3f}" for name in shown]
         if scores and self._view:
             self._show(state)
         elif scores:
@@ -265,9 +258,8 @@ def training_as_html(history: Sequence[Mapping[str, Any]], max_steps: int, said:
     evaluations = table.dropna(subset=read, how="all").tail(20) if read else DataFrame()
     space = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 -3 {WIDTH} {HEIGHT + 6}"'
     curves = base64.b64encode(f"<svg {space}>{''.join(lines)}</svg>".encode()).decode()
-    picture = (
-        f'<img alt="Curves of what is said below" src="data:image/svg+xml;base64,{curves}" width="{WIDTH}">'
-    )
+    source = f"data:image/svg+xml;base64,{curves}"
+    picture = f'<img alt="Curves of what is said below" src="{source}" width="{WIDTH}">'
     rows = evaluations.to_html(index=False, border=0, na_rep="", float_format="{:.4f}".format) if read else ""
     return f"{picture}<p>{said}</p>{rows}"
 
