@@ -123,9 +123,7 @@ def evaluate_split(
         def keep(number: int, answer: RawAnswer) -> None:
             partial.add(number, answer)
             bar.update()
-            bar.mininterval = (
-                2.0  # rate and time left are there with the first answer; each tick is a line in a log
-            )
+            bar.mininterval = 2.0  # each tick is a line in a log; the first answer gives rate and time left
 
         started = time.monotonic()
         try:
@@ -138,10 +136,8 @@ def evaluate_split(
             ) from None
         seconds = time.monotonic() - started
         answers = [partial.answers[number] for number in range(len(prompts))]
-        constrained = client.constrained_decoding != "off"
-        predictions = collect_predictions(
-            records, prompts, answers, constrained=constrained, span_threshold=span_threshold
-        )
+        how: Any = {"constrained": client.constrained_decoding != "off", "span_threshold": span_threshold}
+        predictions = collect_predictions(records, prompts, answers, **how)
         write_predictions(out, predictions)
         partial.remove()
     new_tokens = sum(len(answers[number].token_ids) + (answers[number].finish == "eos") for number in todo)
@@ -195,18 +191,11 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--api-key-env", default=API_KEY, help="environment variable with the server's key (%(default)s)")
     runs = "run folders of one architecture: starts a server of its own and scores them one after the other"
     add("--runs", type=Path, nargs="+", help=runs)
-    add(
-        "--dtype",
-        default="bfloat16",
-        choices=["bfloat16", "float32", "float16"],
-        help="of the server of --runs (%(default)s)",
-    )
+    dtypes = ["bfloat16", "float32", "float16"]
+    add("--dtype", default=dtypes[0], choices=dtypes, help="of the server of --runs (%(default)s)")
     add("--model", type=Path, help="run folder or merged model folder (default: the folder the server names)")
-    add(
-        "--out",
-        type=Path,
-        help="predictions file (default: predictions-<split>-vllm.jsonl in the run folder)",
-    )
+    place = "predictions file (default: predictions-<split>-vllm.jsonl in the run folder)"
+    add("--out", type=Path, help=place)
     add("--metrics", type=Path, help="also write the scores to this JSON file")
     add("--limit", type=_positive, help="score only so many records, spread over the split")
     add("--concurrency", type=_positive, default=64, help="requests in flight (%(default)s)")
@@ -237,9 +226,8 @@ def _share(word: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    read_split(
-        options.data_dir, options.split, limit=options.limit
-    )  # what is wrong is said before a server starts
+    # What is wrong with the data is said before a server starts.
+    read_split(options.data_dir, options.split, limit=options.limit)
     if options.runs:
         _evaluate_runs(options)
         return
@@ -262,13 +250,11 @@ def _evaluate_runs(options: argparse.Namespace) -> None:
         if getattr(options, name):
             raise ParameterError(f"--{name.replace('_', '-')} is of one model; leave it out beside --runs.")
     described = [_describe(run, options) for run in options.runs]
-    (first, _), *others = described
+    first, *others = (folder for folder, _ in described)
     longest = max(said.prompt_format.max_input_tokens + said.max_new_tokens for _, said in described)
     log_path = first.parent / "vllm_server.log"
-    folders = [folder for folder, _ in others]
-    with VllmServer(
-        first, dtype=options.dtype, log_path=log_path, max_model_len=longest, others=folders
-    ) as server:
+    how: Any = {"dtype": options.dtype, "max_model_len": longest, "others": others}
+    with VllmServer(first, log_path=log_path, **how) as server:
         print(f"{server.version} started in {server.startup_seconds:.1f} s; its log is {log_path}")
         for model_dir, manifest in described:
             server.load(model_dir)

@@ -18,15 +18,15 @@ from jinja2 import Environment, FileSystemLoader
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import OBJECT, read_values, write_json
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
-from biomerge_lib.core.parameters import Parameters
+from biomerge_lib.core.parameters import Parameters, as_override
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
+from biomerge_lib.model.adapters import CONFIG, WEIGHTS
 from biomerge_lib.model.backbones import BACKBONE_NOTE
 from biomerge_lib.prompts.manifest import ASKED_WITH, FILE, Manifest, read_manifest, write_manifest
 from biomerge_lib.report.report_runs import changed_words
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NOTES = Path(__file__).parent / "corpus_notes.yaml"
 DECODERS = {"greedy": "transformers", "vllm": "vLLM"}
 # Where a run was made, not what it is.
@@ -70,9 +70,8 @@ def export_adapter(run_folder: Path | str, out: Path | str) -> Path:
             f"{run_folder}/merged, the whole model."
         )
     checkpoint = best_checkpoint(run_folder, stage["metrics"])
-    backbone = (
-        Path(parameters.backbone).name if Path(parameters.backbone).is_absolute() else parameters.backbone
-    )
+    named = Path(parameters.backbone)
+    backbone = named.name if named.is_absolute() else parameters.backbone
     config = read_values(checkpoint / CONFIG, OBJECT, raises=ModelError)
     config |= {"base_model_name_or_path": backbone, "modules_to_save": None}
     weights = {
@@ -141,13 +140,11 @@ def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _commands(name: str, parameters: Parameters) -> list[str]:
-    corpora = ",".join(
-        corpus if corpus == "sample" else f"path/to/{Path(corpus).name}" for corpus in parameters.corpora
-    )
+    corpora = [name if name == "sample" else f"path/to/{Path(name).name}" for name in parameters.corpora]
     words = changed_words(parameters.model_dump(), leave_out=PLACES)
     data_dir = f"data_dir={parameters.data_dir}"
     commands = [
-        ["run", "02_data", f"corpora=[{corpora}]", data_dir],
+        ["run", "02_data", f"corpora={as_override(corpora)}", data_dir],
         ["run", "03_train", data_dir, *words, f"run_id={name}"],
         ["export-adapter", f"runs/{name}", name],
     ]

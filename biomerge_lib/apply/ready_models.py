@@ -25,9 +25,8 @@ from biomerge_lib.model.adapters import CONFIG, SHIPPED, WEIGHTS, read_adapter
 from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest, read_model_folder
 
 ADAPTER_FILES = (WEIGHTS, CONFIG, FILE)
-CPU_QUOTA = Path(
-    "/sys/fs/cgroup/cpu.max"
-)  # of a container, in microseconds: "200000 100000" are two cores, or "max"
+# Of a container, in microseconds: "200000 100000" are two cores, or "max".
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 SPINS = "100000"
 Answerer = Callable[[list[Prompt]], list[RawAnswer]]
 log = logging.getLogger("biomerge")

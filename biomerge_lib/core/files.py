@@ -225,6 +225,8 @@ def remember(read: Callable[[Path], T]) -> Callable[[Path], T]:
     kept = lru_cache(maxsize=8)(lambda path, *_version: read(path))
 
     def look(path: Path) -> T:
+        if not path.is_file():
+            return read(path)  # which says what is missing
         version = path.stat()
         return kept(path, version.st_ino, version.st_size, version.st_mtime_ns)
 

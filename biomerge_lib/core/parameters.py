@@ -264,10 +264,8 @@ class Parameters(BaseModel):
         if len(self.split_shares) not in (0, 3):
             yield "split_shares has three values, for train, dev and test, or none"
         if self.max_new_tokens < self.max_target_tokens:
-            short = (
-                f"max_new_tokens={self.max_new_tokens} is below max_target_tokens={self.max_target_tokens}"
-            )
-            yield f"{short}: trained answers could not be decoded"
+            sizes = f"{self.max_new_tokens} is below max_target_tokens={self.max_target_tokens}"
+            yield f"max_new_tokens={sizes}: trained answers could not be decoded"
         if self.fast_metrics and self.head_loss_weight == 0:
             yield "fast_metrics=true with head_loss_weight=0 would score an untrained token head"
         if self.watch_metric == "token_head" and not self.fast_metrics:

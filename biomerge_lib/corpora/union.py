@@ -83,9 +83,8 @@ def build_union(
     leaving = find(documents) if find else []
     union.report["documents"]["dropped"] = Counter(place for place, _ in leaving)
     gone = {id(item) for document in leaving for item in documents[document].items}
-    union.splits = {
-        split: [item for item in items if id(item) not in gone] for split, items in union.splits.items()
-    }
+    for split, items in union.splits.items():
+        union.splits[split] = [item for item in items if id(item) not in gone]
     if drop_leaks in ("train", "documents"):
         evaluated = {item.sentence for split in ("dev", "test") for item in union.splits[split]}
         _keep(union, "drop_leaks", lambda item: item.sentence not in evaluated)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -48,9 +48,8 @@ class Sweep:
 
     @property
     def points(self) -> list[dict[str, Any]]:
-        return [
-            dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())
-        ]
+        combinations = itertools.product(*self.grid.values())
+        return [dict(zip(self.grid, values, strict=True)) for values in combinations]
 
     def point_overrides(self, number: int) -> list[str]:
         """``["task=ner_span", ..., "learning_rate=0.0001"]``."""
@@ -134,18 +133,17 @@ def read_point(sweep: Sweep, number: int) -> Point:
     stage = read_metrics(folder).get("stages", {}).get(TRAIN, {})
     metrics = stage.get("metrics", {})
     score = metrics.get(sweep.metric)
-    common: dict[str, Any] = {"number": number, "values": sweep.points[number], "folder": folder}
+    status, reason = stage.get("status", "waiting"), stage.get("error", "")
     if not (folder / "parameters.yaml").is_file():
-        reason = stage.get("error", "")
-        return Point(**common, status="failed" if reason else "waiting", reason=reason)
-    if reason := _other_conditions(parameters, folder):
-        return Point(**common, status="outdated", reason=reason)
-    if stage.get("status") != "finished":
-        return Point(**common, status=stage.get("status", "waiting"), reason=stage.get("error", ""))
-    if not isinstance(score, int | float) or not isfinite(score):
-        return Point(**common, status="failed", reason=f"it has no {sweep.metric}")
-    checkpoint = best_checkpoint(folder, metrics, must_exist=False)
-    return Point(**common, status="finished", score=score, checkpoint=checkpoint)
+        status = "failed" if reason else "waiting"
+    elif changed := _other_conditions(parameters, folder):
+        status, reason = "outdated", changed
+    elif status == "finished" and not (isinstance(score, int | float) and isfinite(score)):
+        status, reason = "failed", f"it has no {sweep.metric}"
+    point = Point(number, sweep.points[number], folder, status, reason)
+    if status != "finished":
+        return point
+    return replace(point, score=score, checkpoint=best_checkpoint(folder, metrics, must_exist=False))
 
 
 def run_point(sweep: Sweep, number: int, check: Check | None = None) -> None:

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SHIPPED = Path(__file__).parent.parent / "apply/adapters/bc5cdr-smollm2-135m"
-BEGUN_WITH = (
-    "init_adapter_sha256"  # of a model: the adapter's weights that it began with, which may be gone later
-)
+BEGUN_WITH = "init_adapter_sha256"  # of a model: the weights that it began with, which may be gone later
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

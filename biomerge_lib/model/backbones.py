@@ -92,11 +92,10 @@ def load_source_tokenizer(backbone: str) -> PreTrainedTokenizerFast:
             f"{backbone}: tokenizer_config.json has add_bos_token=true, and tokenizer.json puts no BOS before a text. "
             "Add it to the post_processor there, or set add_bos_token to false if the model was trained without."
         )
-    special = [
-        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    ]  # in no text
-    rows, vocabulary = config.vocab_size or len(tokenizer), tokenizer.get_vocab()
-    if beyond := [word for word, index in vocabulary.items() if index >= rows and index not in special]:
+    rows, added = config.vocab_size or len(tokenizer), tokenizer.added_tokens_decoder
+    special = [index for index, token in added.items() if token.special]  # in no text
+    words = tokenizer.get_vocab().items()
+    if beyond := [word for word, index in words if index >= rows and index not in special]:
         raise ModelError(
             f"{backbone}: {len(beyond):,} words of the tokenizer, as {beyond[0]!r}, are beyond the {rows:,} rows of "
             "the model's embedding. Fetch the tokenizer of this model."

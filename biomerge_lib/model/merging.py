@@ -115,7 +115,6 @@ def _root_mean_square(values: torch.Tensor) -> float:
 
 def _greedy_answer(model: CausalLM | PeftModel, probe: torch.Tensor) -> list[int]:
     """Up to 32 token ids that greedy decoding writes after a (1, T) prompt."""
-    generated = model.generate(
-        input_ids=probe, attention_mask=probe.new_ones(probe.shape), max_new_tokens=32, do_sample=False
-    )
+    mask = probe.new_ones(probe.shape)
+    generated = model.generate(input_ids=probe, attention_mask=mask, max_new_tokens=32, do_sample=False)
     return generated[0, probe.shape[1] :].tolist()

@@ -57,16 +57,11 @@ class PackedCollator:
         ends += [total] * (max(self.sentences or 0, len(lengths)) - len(lengths))
         fillers = -(-(self.row_multiple - 1) // self.filler_length)
         ends += [total + min(filler, piece * self.filler_length) for piece in range(1, fillers + 1)]
-        row = {
-            name: torch.tensor(
-                [*itertools.chain.from_iterable(example[name] for example in examples), *[fill] * filler]
-            )
-            for name, fill in (
-                ("input_ids", self.pad_token_id),
-                ("labels", IGNORE),
-                ("token_labels", IGNORE),
-            )
-        }
+        fills = {"input_ids": self.pad_token_id, "labels": IGNORE, "token_labels": IGNORE}
+        row = {}
+        for name, fill in fills.items():
+            tokens = itertools.chain.from_iterable(example[name] for example in examples)
+            row[name] = torch.tensor([*tokens, *[fill] * filler])
         targets = row["labels"][1:]  # a sentence's first token is no label, so none crosses a boundary
         positions = (targets != IGNORE).nonzero().squeeze(1)
         added = -len(positions) % self.target_multiple
@@ -118,9 +113,8 @@ def plan_rows(
     logits are kept. A row is no longer than a step, ``step_tokens``; what is left goes to layers that keep all.
     """
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    layer = (
-        16 * hidden + 6 * config.intermediate_size if compiled else 24 * hidden + 8 * config.intermediate_size
-    ) * width
+    hidden_values, inner_values = (16, 6) if compiled else (24, 8)
+    layer = (hidden_values * hidden + inner_values * config.intermediate_size) * width
     logits = 14 * config.vocab_size / 4  # bytes: bfloat16, and float32 three times
     free_bytes *= 0.9
     if not gradient_checkpointing:

@@ -77,18 +77,15 @@ def read_split(
     return records
 
 
-def _parse(path: Path) -> tuple[Record, ...]:
-    return _parsed(path) if path.is_file() else tuple(iter_records(path))  # which says what is missing
-
-
 @remember
-def _parsed(path: Path) -> tuple[Record, ...]:
+def _parse(path: Path) -> tuple[Record, ...]:
     return tuple(iter_records(path))
 
 
 def read_training_records(parameters: Parameters) -> list[Record]:
     """The records that a run trains on: train's, and with ``train_on=train_dev`` dev's that test does not have too."""
-    options = training_options(parameters)
+    options = _cue_options(parameters)
+    options |= {"subsample": parameters.subsample, "cue_dropout": parameters.cue_dropout}
     records = read_split(parameters.data_dir, "train", **options)
     if parameters.train_on == "train_dev":
         test = {normalise(record.text) for record in _parse(Path(parameters.data_dir) / "test.jsonl")}
@@ -104,12 +101,6 @@ def read_training_splits(parameters: Parameters) -> dict[str, list[Record]]:
     for split in [split for split in scored if scored[split]]:
         records[split] = read_split(parameters.data_dir, split, **scoring_options(parameters))
     return records
-
-
-def training_options(parameters: Parameters) -> dict[str, Any]:
-    """The options of :func:`read_split` for the records that a run trains on."""
-    own = {"subsample": parameters.subsample, "cue_dropout": parameters.cue_dropout}
-    return _cue_options(parameters) | own
 
 
 def scoring_options(parameters: Parameters) -> dict[str, Any]:

@@ -52,9 +52,8 @@ class Encoding:
 
 def find_control(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Finds where in a text something begins that the tokenizer takes for one of its added tokens (``<TAG>``, EOS)."""
-    tokens = (
-        token for token in sorted(tokenizer.get_added_vocab()) if len(token) > 1 and not token.isspace()
-    )
+    added = sorted(tokenizer.get_added_vocab())
+    tokens = (token for token in added if len(token) > 1 and not token.isspace())
     return re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens))
 
 

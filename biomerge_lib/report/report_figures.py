@@ -124,9 +124,8 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure
         return []
     title = "F1 with 95 % interval"
     figure, axis = new_axes(5.6, 0.9 + 0.42 * len(shown), title, grid="x")
-    table = values_table(
-        shown, {name: F1_COLUMNS[name] for name in F1_COLUMNS if name.endswith(("dev F1", "test F1"))}
-    )
+    columns = {name: F1_COLUMNS[name] for name in F1_COLUMNS if name.endswith(("dev F1", "test F1"))}
+    table = values_table(shown, columns)
     for number, name in enumerate(table.columns[2:]):
         if table[name].notna().any():  # each a little lower, so that equal values stay visible
             style = {"marker": MARKERS[number], "color": LIGHT[number], "label": name}
@@ -134,12 +133,8 @@ def draw_scores(ranked: Sequence[ReportedRun], *, most: int = 15) -> list[Figure
     for row, run in enumerate(shown):
         if edges := run.interval():
             axis.plot(edges, [row, row], marker="|", color="black", alpha=0.5, linewidth=1)
-        above: dict[str, Any] = {
-            "textcoords": "offset points",
-            "xycoords": axis.get_yaxis_transform(),
-            "size": 8.5,
-        }
-        axis.annotate(literal(run.name), (0, row), (2, 5), **above)
+        above: Any = {"textcoords": "offset points", "xycoords": axis.get_yaxis_transform()}
+        axis.annotate(literal(run.name), (0, row), (2, 5), size=8.5, **above)
     axis.set_yticks(range(len(shown)), table["rank"])
     axis.set_ylim(len(shown) - 0.5, -0.8)
     figure.legend(loc="outside lower left", ncols=2, frameon=False)

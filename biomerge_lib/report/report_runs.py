@@ -87,9 +87,8 @@ class ReportedRun:
         """The records behind the score and the F1 that chose the checkpoint."""
         records = self.value(tuple((stage, "greedy_dev_records") for stage, _ in SCORE))
         sentences = records or self.parameters.get("eval_limit") or "all"
-        return (
-            f"{sentences} sentences of dev {str(self.data.get('dev'))[:12]}, watch_metric={self.watch_metric}"
-        )
+        dev = str(self.data.get("dev"))[:12]
+        return f"{sentences} sentences of dev {dev}, watch_metric={self.watch_metric}"
 
     @property
     def gpu_hours(self) -> float | None:
@@ -140,9 +139,8 @@ def collect_runs(paths: Iterable[Path | str] | Path | str) -> list[ReportedRun]:
     if not runs:
         where = ", ".join(map(str, given))
         raise DataError(f"{where}: no run here. Train one first: python -m biomerge_lib run 03_train")
-    finished = sorted(
-        (run for run in runs if run.status == "finished"), key=lambda run: (-cast(float, run.score), run.name)
-    )
+    finished = [run for run in runs if run.status == "finished"]
+    finished.sort(key=lambda run: (-cast(float, run.score), run.name))
     groups: dict[str, list[ReportedRun]] = {}
     for run in finished:
         groups.setdefault(run.scored_on, []).append(run)

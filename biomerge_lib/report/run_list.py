@@ -20,12 +20,13 @@ from biomerge_lib.report.report_runs import collect_runs
 
 
 class ListedRun(NamedTuple):
-    """A run folder: ``f1`` is its greedy dev F1, ``changed`` when it was last written (ISO, UTC)."""
+    """A run folder: ``f1`` is its greedy dev F1, ``changed`` when it was last written (ISO, UTC).
+
+    ``status``: finished, running, partial, failed, outdated; replaced: moved aside; report: no run, but a page.
+    """
 
     run_id: str
-    status: (
-        str  # finished, running, partial, failed, outdated; replaced: moved aside; report: no run, but a page
-    )
+    status: str
     f1: float | None
     bytes: int
     changed: str

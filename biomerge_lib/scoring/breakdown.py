@@ -27,11 +27,10 @@ def find_weaknesses(
     """
     known = {record.text[start:end].lower() for record in train or () for start, end in record.spans}
     strings = [[p.text[start:end].lower() for start, end in p.gold] for p in predictions]
-    in_documents = Counter(
-        (p.document, string) for p, own in zip(predictions, strings, strict=True) for string in own
-    )
+    pairs = list(zip(predictions, strings, strict=True))
+    in_documents = Counter((prediction.document, string) for prediction, own in pairs for string in own)
     rows = []
-    for prediction, own in zip(predictions, strings, strict=True):
+    for prediction, own in pairs:
         in_sentence = Counter(own)
         sentence_words = len(prediction.text.split())
         kinds = prediction.gold_types or [""] * len(own)

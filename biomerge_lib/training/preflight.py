@@ -148,10 +148,8 @@ def _report_answers(found: Preflight, tokenizer: PlainTokenizer, parameters: Par
         written = tokenizer.decode(ids[:-1])
         answer = parse_answer(written, len(record.text))
         if tuple(answer.spans) != record.spans or answer.unreadable:
-            says = (
-                f"the tokenizer in {parameters.tokenizer_dir} cannot write {record.target!r}: it decodes as"
-            )
-            found.add(REFUSED, "answers", f"{says} {written!r}")
+            says = f"the tokenizer in {parameters.tokenizer_dir} cannot write {record.target!r}"
+            found.add(REFUSED, "answers", f"{says}: it decodes as {written!r}")
             return
     found.add(OK, "answers", f"EOS is labelled, and {len(sample):,} answers decode to their spans")
 
@@ -234,9 +232,8 @@ def report_backbone(found: Preflight, parameters: Parameters) -> None:
         found.add(REFUSED, "backbone", str(error))
         return
     if config.context is None:
-        found.add(
-            NOTE, "context", f"{backbone} is not here yet, or does not say its longest context: not checked"
-        )
+        says = f"{backbone} is not here yet, or does not say its longest context: not checked"
+        found.add(NOTE, "context", says)
     else:
         needed = parameters.max_input_tokens + max(parameters.max_target_tokens, parameters.max_new_tokens)
         says = f"prompt and answer need {needed:,} tokens, {backbone} has room for {config.context:,}"
@@ -278,10 +275,8 @@ def _report_init_adapter(found: Preflight, parameters: Parameters) -> None:
 
 def _report_full_training(found: Preflight, parameters: Parameters) -> None:
     if parameters.learning_rate >= HIGH_RATE:
-        says = (
-            f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of it"
-        )
-        found.add(WARNING, "weights", says + " (2e-4 to 5e-4 for SmolLM2-135M)")
+        says = f"learning_rate={parameters.learning_rate:g} suits LoRA; trainable=all wants about a tenth of "
+        found.add(WARNING, "weights", says + "it (2e-4 to 5e-4 for SmolLM2-135M)")
     prepared = Path(parameters.backbones_dir) / backbone_name(parameters.backbone)
     weights = sum(path.stat().st_size for path in prepared.glob("*.safetensors")) // 2  # bfloat16
     if not weights:
