@@ -140,7 +140,7 @@ def _print_parameters(parameters: Parameters) -> None:
         print(f"{name + ' = ' + repr(values[name]):<55} {field.description}")
 
 
-def _preflight(options: argparse.Namespace) -> None:
+def _preflight(options: argparse.Namespace) -> int:
     from biomerge_lib.training.preflight import PreflightError, check_training
     from biomerge_lib.training.site import JOB, check_site
 
@@ -153,6 +153,7 @@ def _preflight(options: argparse.Namespace) -> None:
     except PreflightError as error:
         print(error.preflight)
         raise
+    return 0
 
 
 def _report(options: argparse.Namespace) -> None:

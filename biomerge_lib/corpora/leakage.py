@@ -96,8 +96,8 @@ def check_documents(splits: Mapping[str, Iterable[Record]]) -> None:
                 raise DataError(f"{dataset}: {both}; a document belongs to one split.")
 
 
-def find_documents(splits: Splits, before: Documents | None = None) -> Documents:
-    """The documents of each data set's splits, and where else they stand; ``before`` some of their sentences left."""
+def find_documents(splits: Splits) -> Documents:
+    """The documents of each data set's splits, and where else they stand."""
     grouped: defaultdict[DocumentAt, list[Keyed]] = defaultdict(list)
     for split, items in splits.items():
         for item in items:
@@ -105,11 +105,8 @@ def find_documents(splits: Splits, before: Documents | None = None) -> Documents
     documents: dict[DocumentAt, Traced] = {}
     holders: dict[int, tuple[Place, ...]] = {}
     for at, items in grouped.items():
-        if before and len(items) == len(before[at].items):
-            pieces = before[at].pieces
-        else:
-            found = (_PIECE.findall(normalise(item.record.text)) for item in items)
-            pieces = array("q", map(hash, chain.from_iterable(found)))
+        found = (_PIECE.findall(normalise(item.record.text)) for item in items)
+        pieces = array("q", map(hash, chain.from_iterable(found)))
         documents[at] = Traced(items, pieces)
         here = at[:1]
         for piece in pieces:

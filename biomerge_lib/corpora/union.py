@@ -116,7 +116,7 @@ def build_union(
                 f"drop_leaks={drop_leaks} takes out what also stands in another split: set drop_leaks=none, or "
                 "check that the splits' files differ."
             )
-    leaking = find_leaking(_describe(union, "after", documents))
+    leaking = find_leaking(_describe(union, "after"))
     if leaking and drop_leaks == "train":
         counts = Counter(place for place, _ in leaking)
         listed = ", ".join(f"{place} {count}" for place, count in counts.items())
@@ -125,9 +125,9 @@ def build_union(
     return union
 
 
-def _describe(union: Union, when: str, before: Documents | None = None) -> Documents:
+def _describe(union: Union, when: str) -> Documents:
     """Report leaks, shared documents and conflicts; return the documents."""
-    documents = find_documents(union.splits, before)
+    documents = find_documents(union.splits)
     shared = count_shared_documents(documents).items()
     everywhere = find_conflicts(union.splits)
     own = [item for group in everywhere for split, item in group if split == "train"]

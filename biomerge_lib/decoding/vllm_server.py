@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EXCEPTION = re.compile(r"(?:\(.*?\] )?\s*((?:[\w.]*(?:Error|Exception): |Value error, ).+)")
 
 
+@dataclass(eq=False)
 class VllmServer:
     """A vLLM server as a context manager, or with :meth:`start` and :meth:`stop` (a notebook's cells).
 
@@ -63,36 +65,28 @@ class VllmServer:
     may name.
     """
 
-    def __init__(
-        self,
-        model_dir: Path | str,
-        *,
-        dtype: str,
-        log_path: Path | str,
-        max_model_len: int,
-        port: int | None = None,
-        ready_seconds: float = 600,
-        python: str | None = None,
-        execution: str = "graphs",
-        extra_arguments: Sequence[str] = (),
-        others: Sequence[Path | str] = (),
-    ):
-        self.model_dir = Path(model_dir).resolve()
+    model_dir: Path
+    _: KW_ONLY
+    dtype: str
+    log_path: Path
+    max_model_len: int
+    port: int | None = None
+    ready_seconds: float = 600
+    python: str = ""
+    execution: str = "graphs"
+    extra_arguments: Sequence[str] = ()
+    others: Sequence[Path] = ()
+    version: str | None = field(default=None, init=False)
+    startup_seconds: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.model_dir, self.log_path = Path(self.model_dir).resolve(), Path(self.log_path).resolve()
+        self.others = [Path(folder).resolve() for folder in self.others]
         self.model_id = served_names(self.model_dir)[0]
-        self.dtype = dtype
-        self.log_path = Path(log_path).resolve()
-        self.max_model_len = max_model_len
-        self.port = port
         self.api_key = secrets.token_urlsafe(24)
-        self.ready_seconds = ready_seconds
-        chosen = python or os.environ.get("BIOMERGE_VLLM_PYTHON") or sys.executable
+        chosen = self.python or os.environ.get("BIOMERGE_VLLM_PYTHON") or sys.executable
         # The server runs in its log's folder, from where a relative path would lead elsewhere.
         self.python = str(Path(chosen).absolute()) if os.sep in chosen else chosen
-        self.execution = execution
-        self.extra_arguments = list(extra_arguments)
-        self.others = [Path(folder).resolve() for folder in others]
-        self.version: str | None = None
-        self.startup_seconds: float | None = None
         self._process: GuardedProcess | None = None
 
     @property
@@ -217,7 +211,7 @@ class VllmServer:
         if not _is_cpu_build(self.version):
             command += ["--gpu-memory-utilization", GPU_SHARE]
         command += EXECUTION[self.executes]
-        return command + self.extra_arguments
+        return [*command, *self.extra_arguments]
 
     def _environment(self) -> dict[str, str]:
         # The key goes through the environment: every user of the machine can read a command line.
@@ -260,7 +254,7 @@ class VllmServer:
         return answer.status_code == 200 and self.model_id in served
 
 
-def open_server(base_url: str | None, model_dir: Path | str, **options: Any) -> VllmServer | RunningServer:
+def open_server(base_url: str | None, model_dir: Path, **options: Any) -> VllmServer | RunningServer:
     """The server to use in a ``with`` block: the running one at ``base_url``, or one to be started and stopped there.
 
     ``options`` are those of :class:`VllmServer`.

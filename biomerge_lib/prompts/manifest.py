@@ -55,13 +55,9 @@ class Manifest:
                 f"{where / FILE} does not say with which corpus cues the model was trained (03_train.ipynb writes it): "
                 "give --no-corpus-cue to ask without."
             )
-        return cls(
-            prompt_format=PromptFormat(**{field.name: said[field.name] for field in fields(PromptFormat)}),
-            max_new_tokens=said["max_new_tokens"],
-            backbone=said.get("backbone"),
-            cues=said.get("cues"),
-            default_cue=said.get("default_cue"),
-        )
+        prompt_format = PromptFormat(**{field.name: said[field.name] for field in fields(PromptFormat)})
+        own = {field.name: said[field.name] for field in fields(cls) if field.name in said}
+        return cls(prompt_format=prompt_format, **own)
 
     def as_said(self) -> dict[str, Any]:
         """The values of ``biomerge.json``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,19 +12,7 @@ from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETERS_DIR, SCORING, Parameters, compose_parameters
 from biomerge_lib.report.display import markdown_table
 
-HEAD = """# Parameters
-
-Written by `python -m biomerge_lib parameters --markdown > docs/parameters.md`; do not edit.
-
-Values stand in [parameters/](../parameters), one file a choice of `task`, `model` and `runtime`; `name=value` on the
-command line, `-p name value` (papermill) or a notebook's parameters cell override them. `null` in a file is `None` in
-a notebook. Without any choice it is `task=ner_span model=smollm2_135m runtime=cpu_debug`, the defaults below; the last
-column names the files that say otherwise. Where several speak, runtime wins over model, and model over task.
-
-Marks: **s** may be set anew when a trained run is scored (04, 05); **n** does not change what is trained, and so not
-the run's name.
-
-"""
+HEAD = Path(__file__).with_name("parameters_head.md")
 TYPES = {
     "integer": "whole number",
     "number": "number",
@@ -54,7 +43,8 @@ def parameters_as_markdown() -> str:
         ]
         for name, schema in Parameters.model_json_schema()["properties"].items()
     ]
-    return HEAD + markdown_table(["parameter", "meaning", "values", "default", "elsewhere"], rows) + "\n"
+    table = markdown_table(["parameter", "meaning", "values", "default", "elsewhere"], rows)
+    return f"{HEAD.read_text(encoding='utf-8')}{table}\n"
 
 
 def _mark(name: str) -> str:
