@@ -103,14 +103,10 @@ def write_conflicts(path: Path, union: Union) -> None:
     said = ("dataset", "doc_id", "text", "target")
     with whole_file(path) as out:
         for group in union.conflicts:
-            versions = [
-                {
-                    "split": split,
-                    **{name: getattr(item.record, name) for name in said},
-                    "kept": id(item) in kept,
-                }
-                for split, item in group
-            ]
+            versions = []
+            for split, item in group:
+                own = {name: getattr(item.record, name) for name in said}
+                versions.append({"split": split, **own, "kept": id(item) in kept})
             out.write(json.dumps(versions, ensure_ascii=False) + "\n")
 
 

@@ -33,8 +33,6 @@ def build_grammar(text: str, constraint: str) -> str | None:
         return None
     if constraint == "format":
         return _FORMAT
-    if constraint != "offsets":
-        raise ValueError(f"constraint must be one of {CONSTRAINTS}, not {constraint!r}")
     pieces = find_pieces(text)
     if not pieces:
         return 'root ::= ""'

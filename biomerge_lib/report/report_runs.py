@@ -205,13 +205,9 @@ def varying_parameters(runs: Sequence[ReportedRun]) -> dict[str, list[Any]]:
 def changed_words(parameters: Mapping[str, Any], *, leave_out: Collection[str]) -> list[str]:
     """``name=value``, as a command takes it, for every parameter that differs from the defaults."""
     defaults = compose_parameters([]).model_dump()
-    return as_overrides(
-        {
-            name: value
-            for name, value in parameters.items()
-            if name not in leave_out and (name not in defaults or value != defaults[name])
-        }
-    )
+    own = {name: value for name, value in parameters.items() if name not in leave_out}
+    changed = [name for name in own if name not in defaults or own[name] != defaults[name]]
+    return as_overrides({name: own[name] for name in changed})
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

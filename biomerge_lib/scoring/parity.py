@@ -141,11 +141,8 @@ def check_parity(
     again = "Score the same split and eval_limit with 04_greedy_dev and 05_vllm_eval."
     refuse_other_records(reference, served, again=again)
     both_float32 = reference_dtype == served_dtype == "float32"
-    differences = []
-    for one, other in zip(reference, served, strict=True):
-        difference = _find_difference(one, other, tokenizer, both_float32=both_float32)
-        if difference is not None:
-            differences.append(difference)
+    pairs = zip(reference, served, strict=True)
+    found = (_find_difference(one, other, tokenizer, both_float32=both_float32) for one, other in pairs)
     return Parity(
         reference=score_spans((p.gold, p.pred) for p in reference),
         served=score_spans((p.gold, p.pred) for p in served),
@@ -153,7 +150,7 @@ def check_parity(
         reference_dtype=reference_dtype,
         served_dtype=served_dtype,
         records=len(reference),
-        differences=differences,
+        differences=list(filter(None, found)),
     )
 
 
