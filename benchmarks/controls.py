@@ -3,7 +3,7 @@
     python -m benchmarks.controls --at-once 7 --stop 560                    # trained on train, scored on dev
     python -m benchmarks.controls --names brackets --rate 1e-3                # one of them, at another learning rate
     python -m benchmarks.controls --at-once 7 --stop 560 --split test       # on train and dev, scored once on test
-    python -m benchmarks.controls --names brackets encoder runtime=cpu_debug subsample=0.01 step_launch=auto
+    python -m benchmarks.controls --names head --at-once 1 runtime=cpu_debug subsample=0.01 step_launch=auto
 
 Each control is a process with a run folder, runs/controls-SPLIT-NAME[-RATE], and is trained by 03_train's Trainer; one
 that is finished is left alone, one that was cut off goes on. What stands behind the options goes to all of them. The

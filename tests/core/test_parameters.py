@@ -1,6 +1,7 @@
 """Parameters mean the same on every way they arrive, and nothing wrong gets past the door."""
 
 import ast
+import logging
 
 import pytest
 import yaml
@@ -119,10 +120,11 @@ def test_papermill_sees_every_parameter_of_a_notebook(notebook, capfd):
     assert list(inspected) == notebook_parameter_names(NOTEBOOKS / notebook)
 
 
-def test_papermill_knows_every_name_of_the_files_that_it_is_given(tmp_path, caplog):
+def test_papermill_knows_every_name_of_the_files_that_it_is_given(tmp_path, caplog, monkeypatch):
     """It warns of each that the parameters cell does not list; a name that is none is the next cell's to refuse."""
     import papermill
 
+    monkeypatch.setattr(logging.getLogger("papermill"), "disabled", False)  # as an interrupted run leaves it
     values = {"learning_rat": 3e-4}
     for name in ("task/ner_span", "model/lora_ner_unsloth", "runtime/a100"):
         values |= yaml.safe_load((PARAMETERS_DIR / f"{name}.yaml").read_text())
