@@ -153,6 +153,7 @@ class Page:
             "Test sets": self.describe_tests(),
             "Beside published figures": self.describe_published(),
             "Controls": self.describe_controls(),
+            "What was chosen on dev": self.describe_dev(),
             "The sweep": self.describe_sweep(),
             "Where the figures come from": self.describe_origins(),
         }
@@ -208,6 +209,19 @@ class Page:
             "Ours are type-free, a decoder with LoRA for each corpus. The others' figures are as their papers print "
             "them.",
         ]
+
+    def describe_dev(self) -> list[str]:
+        found = self.read_all(f"results-{name}" for name in SETS["dev"])
+        rows = []
+        for name, run in found.items():
+            words = [
+                word for word in SETS["dev"][name.removeprefix("results-")].split() if word not in DEV.split()
+            ]
+            words = [word for word in words if word not in QWEN.split()[1:]]
+            rows.append(
+                [f"`{name}`", code_in_markdown(" ".join(words)), show(run["metrics"], "greedy_dev_ner_f1")]
+            )
+        return ["On 1,500 dev sentences of BC5CDR.", "", markdown_table(["run", "with", "dev F1"], rows)]
 
     def describe_controls(self) -> list[str]:
         head = ["way", "rate, epochs", "F1", "invalid answers", "tokens read", "written", "training s"]
@@ -314,7 +328,8 @@ def write_page(runs: Path, out: Path, *, partial: bool) -> None:
             "--help), or write what there is with --partial."
         )
     if page.missing:
-        lines += ["", f"Not measured yet: {', '.join(f'`{name}`' for name in dict.fromkeys(page.missing))}."]
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(page.missing))
+        lines[3:3] = ["", f"**Not measured yet**: {names}."]
     write_text(out, "\n".join(lines).rstrip() + "\n")
     readme = PROJECT_DIR / "README.md"
     before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

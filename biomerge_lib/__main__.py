@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from biomerge_lib.experiment.runs import describe_start
+    from biomerge_lib.experiment.runs import describe_start, read_metrics
     from biomerge_lib.experiment.tracking import run_tracked_notebook
     from biomerge_lib.training.preflight import check_training
 
@@ -122,7 +122,12 @@ def _run(options: argparse.Namespace) -> None:
         _print_parameters(parameters)
         print(made)
     else:
-        print(kept_path(run_tracked_notebook(options.notebook, options.overrides, check_training)))
+        executed = run_tracked_notebook(options.notebook, options.overrides, check_training)
+        stage = read_metrics(executed.parent).get("stages", {}).get(executed.stem, {})
+        for name, value in stage.get("metrics", {}).items():
+            if name.endswith("ner_f1") and "/" not in name and not name.startswith("eval_"):
+                print(f"{name} {value:.3f}", file=sys.stderr)
+        print(kept_path(executed))
 
 
 def _parameters(options: argparse.Namespace) -> None:

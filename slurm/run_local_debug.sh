@@ -31,4 +31,4 @@ for notebook in $notebooks; do
     --logging_steps 1 --eval_steps 3 --save_steps 3 "${arguments[@]}"
   echo "$notebook took $((SECONDS - from)) s"
 done
-echo "the pipeline took $SECONDS s; open runs/debug/"
+echo "the pipeline took $SECONDS s; open runs/debug/report.html"

@@ -102,7 +102,7 @@ def build_card(
     templates.filters |= {"text": in_markdown, "code": code_in_markdown}
     stages = metrics["stages"]
     known = read_values(NOTES, OBJECT)
-    names = [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
+    names = _corpora(parameters)
     notes = [known.get(corpus.rsplit("_", 1)[0]) or _unknown(corpus) for corpus in names]
     scores = _scores(stages)
     return templates.get_template("model_card.md.j2").render(
@@ -139,8 +139,16 @@ def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def _corpora(parameters: Parameters) -> list[str]:
+    """The names of the corpora in the run's data: as its data card has them, where it is still there."""
+    card = Path(parameters.data_dir) / "data_card.json"
+    if card.is_file():
+        return list(read_values(card, OBJECT)["sources"])
+    return [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
+
+
 def _commands(name: str, parameters: Parameters) -> list[str]:
-    corpora = [name if name == "sample" else f"path/to/{Path(name).name}" for name in parameters.corpora]
+    corpora = [corpus if corpus == "sample" else f"path/to/{corpus}" for corpus in _corpora(parameters)]
     words = changed_words(parameters.model_dump(), leave_out=PLACES)
     data_dir = f"data_dir={parameters.data_dir}"
     commands = [

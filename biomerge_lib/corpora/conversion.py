@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import file_sha256, whole_file, write_json
+from biomerge_lib.core.files import OBJECT, file_sha256, read_values, whole_file, write_json
 from biomerge_lib.core.records import SPLITS, Record, write_records
 from biomerge_lib.corpora.draws import draw_splits
 from biomerge_lib.corpora.readers import Corpus, read_corpus
@@ -75,6 +75,12 @@ def write_corpus(
             "reading": {split: counts.to_dict() for split, counts in corpus.counts.items()},
             "splits": {split: describe_records(records) for split, records in corpus.items()},
         }
+    there = data_dir / "data_card.json"
+    if there.is_file() and (before := set(read_values(there, OBJECT).get("sources", []))) != set(corpora):
+        raise DataError(
+            f"{data_dir}: holds the data of {', '.join(sorted(before))}, and would be written over with those of "
+            f"{', '.join(corpora)}. Set another data_dir, or remove this folder."
+        )
     union = build_union(corpora, seed=seed, **options)
     for split in SPLITS:
         records = [item.record for item in union.splits[split]]

@@ -74,7 +74,8 @@ def load_plain_tokenizer(folder: Path | str) -> PlainTokenizer:
     if missing:
         raise ModelError(
             f"{folder}: no tokenizer here ({', '.join(missing)} missing). Run 01_tokenizer first (`python -m "
-            f"biomerge_lib run 01_tokenizer tokenizer_dir={folder}`); to score a model, name its merged folder."
+            f"biomerge_lib run 01_tokenizer tokenizer_dir={folder}`, with the training's model=); to score a model, "
+            "name its merged folder."
         )
     try:
         tokenizer = PlainTokenizer(folder)

@@ -40,12 +40,16 @@ def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
         [in_markdown(path), *map(row.get, header[1:-1]), file_sha256(path)[:12]]
         for path, row in zip(paths, rows, strict=True)
     ]
+    verdicts = [
+        f"{in_markdown(path)} differs from the first line by {'no ' if one.p > 0.05 else ''}more than chance."
+        for path, one in zip(paths[1:], compared, strict=True)
+    ]
     command = shlex.join(["python", "-m", "biomerge_lib", "compare", *map(str, paths)])
     units = compared[0].units
     if units.endswith("sentences"):
         units += " (documents are not known, or have one each)"
     return (
-        f"{markdown_table(header, cells)}\n\n"
+        f"{markdown_table(header, cells)}\n\n{' '.join(verdicts)}\n\n"
         f"Exact-span micro F1 of {len(first):,} records; differences from the first line, paired over {units}. p is "
         f"two-sided, by approximate randomisation ({PERMUTATIONS:,} permutations), and not corrected for the number of "
         f"lines; the interval is a bootstrap's.\n\n{code_in_markdown(command)}, commit {provenance()['commit']}."

@@ -142,7 +142,7 @@ def write_results(reports_dir: Path = REPORTS_DIR) -> None:
 def _cells(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
     parameters, stages = metrics["parameters"], current_stages(metrics)
     training = stages["03_train"]
-    split = parameters["split"]
+    split, has_notebook = parameters["split"], (folder / "03_train.ipynb").is_file()
     sentences = stages.get("02_data", {}).get("metrics", {}).get("train_sentences")
     of_train = f"{sentences:,} sentences" if sentences else "train"
     data = f"{Path(parameters['data_dir']).parent.name}, {parameters['subsample']:.0%} of {of_train}"
@@ -157,7 +157,7 @@ def _cells(folder: Path, metrics: Mapping[str, Any]) -> list[str]:
     )
     provenance = training["provenance"]
     return [
-        f"[{in_markdown(folder.name)}]({quote(folder.name)}/03_train.ipynb)",
+        f"[{in_markdown(folder.name)}]({quote(folder.name)}/{'03_train.ipynb' if has_notebook else 'metrics.json'})",
         in_markdown(data),
         in_markdown(how),
         f"{in_markdown(provenance['device'])}, {training['metrics']['train_seconds']:,.0f}",

@@ -96,4 +96,7 @@ def describe_runs(runs: Sequence[ListedRun]) -> str:
         f1 = "" if run.f1 is None else f"{run.f1:.3f}"
         why = "" if run.status in ("finished", "running") else " ".join(run.reason.split())[:60]
         rows.append((run.run_id, run.status, f1, f"{run.bytes / 1e6:,.1f} MB", age, why))
-    return pd.DataFrame(rows, columns=["run", "status", "F1", "size", "age", ""]).to_string(index=False)
+    table = pd.DataFrame(rows, columns=["run", "status", "F1", "size", "age", "why"])
+    for name in ("run", "status", "why"):  # pandas sets all to the right
+        table[name] = table[name].str.ljust(max(map(len, table[name]), default=0))
+    return table.to_string(index=False, justify="left") if rows else "no runs"

@@ -23,6 +23,7 @@ from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.admission import TRIED, Configuration, find_source, read_source
 from biomerge_lib.model.backbones import backbone_name
 from biomerge_lib.prompts.data_scan import Scan, count_record, scan_records
+from biomerge_lib.prompts.manifest import read_manifest
 from biomerge_lib.prompts.ner_span import read_split, read_training_splits
 from biomerge_lib.prompts.plain_tokenizer import PlainTokenizer, load_plain_tokenizer
 from biomerge_lib.prompts.prompt import encode_completion
@@ -78,6 +79,14 @@ def check_training(parameters: Parameters) -> Preflight:
     """
     tokenizer = load_plain_tokenizer(parameters.tokenizer_dir)
     found = Preflight(_scan_splits(parameters, tokenizer))
+    made_of = read_manifest(parameters.tokenizer_dir).get("backbone", parameters.backbone)
+    if made_of != parameters.backbone:
+        says = f"{parameters.tokenizer_dir} was made of {made_of}, and the model is {parameters.backbone}"
+        found.add(
+            NOTE,
+            "tokenizer",
+            f"{says}: unless the one is a copy of the other, run 01_tokenizer with this model",
+        )
     for split in found.scans:
         _report_counts(found, split, parameters)
     _report_answers(found, tokenizer, parameters)
@@ -129,7 +138,8 @@ def _report_counts(found: Preflight, split: str, parameters: Parameters) -> None
         purpose = "to learn" if split == "train" else "to score"
         found.add(REFUSED, split, f"no mention in {split}.jsonl: there is nothing {purpose}")
     if split == "dev" and scan.records < SMALL_DEV:
-        found.add(NOTE, split, f"F1 on {scan.records} records is noise: set eval_limit higher for a result")
+        cure = ": set eval_limit higher for a result" if scan.records == parameters.eval_limit else ""
+        found.add(NOTE, split, f"F1 on {scan.records} records is noise{cure}")
     if problem := find_implausible([word for record in scan.sample for word in record.text.split()]):
         says = f"most words are {problem}, as in {scan.sample[0].text[:40]!r}: was the right column read?"
         found.add(WARNING, split, f"{says} 02_data has token_column and tag_column")

@@ -47,6 +47,9 @@ def runs(tmp_path, monkeypatch):
     for group in ("test", "qwen"):
         for name, words in SETS[group].items():
             record(folder, f"results-{name}", words.split(), scores("test_ner") | sizes)
+    for name, words in SETS["dev"].items():
+        last = {word.partition("=")[0]: word for word in words.split()}
+        record(folder, f"results-{name}", last.values(), scores("greedy_dev_ner"))
     work = dict.fromkeys(["train_seconds", "control_answer_seconds", "control_tokens_read"], 7.0)
     work |= {"control_tokens_written": 3.0, "control_invalid_rate": 0.25}
     for name, control in CONTROLS.items():
