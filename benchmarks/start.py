@@ -55,7 +55,7 @@ tagger = load_tagger()
 seconds = []
 for number in range(int(sys.argv[2])):
     started = time.monotonic()
-    list(tagger.find_mentions([f"Aspirin can trigger asthma attacks in {number} sensitive patients ."]))
+    tagger.predict(f"Aspirin can trigger asthma attacks in {number} sensitive patients .")
     seconds.append(time.monotonic() - started)
 print(median(seconds))
 """
