@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.core.parameters import Parameters, as_override
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.checkpoints import best_checkpoint
+from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
 from biomerge_lib.model.adapters import CONFIG, WEIGHTS
 from biomerge_lib.model.backbones import BACKBONE_NOTE
 from biomerge_lib.prompts.manifest import ASKED_WITH, FILE, Manifest, read_manifest, write_manifest
+from biomerge_lib.prompts.ner_span import train_datasets
 from biomerge_lib.report.report_runs import changed_words
 
 NOTES = Path(__file__).parent / "corpus_notes.yaml"
@@ -102,7 +104,7 @@ def build_card(
     templates.filters |= {"text": in_markdown, "code": code_in_markdown}
     stages = metrics["stages"]
     known = read_values(NOTES, OBJECT)
-    names = _corpora(parameters)
+    names = _corpora(parameters, metrics)
     notes = [known.get(corpus.rsplit("_", 1)[0]) or _unknown(corpus) for corpus in names]
     scores = _scores(stages)
     return templates.get_template("model_card.md.j2").render(
@@ -120,7 +122,7 @@ def build_card(
         data=metrics.get("data", {}),
         training=stages["03_train"]["metrics"],
         provenance=stages["03_train"]["provenance"],
-        commands=code_in_markdown("\n".join(_commands(name, parameters)), block=True),
+        commands=code_in_markdown("\n".join(_commands(name, parameters, names)), block=True),
     )
 
 
@@ -139,16 +141,16 @@ def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _corpora(parameters: Parameters) -> list[str]:
-    """The names of the corpora in the run's data: as its data card has them, where it is still there."""
-    card = Path(parameters.data_dir) / "data_card.json"
-    if card.is_file():
-        return list(read_values(card, OBJECT)["sources"])
+def _corpora(parameters: Parameters, metrics: Mapping[str, Any]) -> list[str]:
+    """The names of the corpora that were trained on: those of the data, where they are still what they were."""
+    data = metrics.get("data")
+    if data and data == data_hashes(parameters.data_dir):
+        return sorted(train_datasets(parameters.data_dir))
     return [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
 
 
-def _commands(name: str, parameters: Parameters) -> list[str]:
-    corpora = [corpus if corpus == "sample" else f"path/to/{corpus}" for corpus in _corpora(parameters)]
+def _commands(name: str, parameters: Parameters, names: Sequence[str]) -> list[str]:
+    corpora = [corpus if corpus == "sample" else f"path/to/{corpus}" for corpus in names]
     words = changed_words(parameters.model_dump(), leave_out=PLACES)
     data_dir = f"data_dir={parameters.data_dir}"
     commands = [

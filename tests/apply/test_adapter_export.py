@@ -14,6 +14,7 @@ from biomerge_lib.apply.adapter_export import export_adapter
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import file_sha256
 from biomerge_lib.corpora.conversion import write_corpus
+from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.model.backbones import backbone_sha256
 from biomerge_lib.model.unsloth_lora_ner import load_adapter, load_lora_model
 from biomerge_lib.prompts.tokenizer import load_tokenizer
@@ -78,6 +79,14 @@ def test_the_folder_names_no_place_of_the_machine_and_the_card_has_the_figures(r
     assert "| dev, transformers | 64 | 0.800 | 0.700 | **0.747** [0.700, 0.800] |" in card
     assert "Public Domain Mark" in card and "not known to BioMerge" in card and "abc" in card
     assert "corpora=[path/to/bc5cdr_iob,path/to/other]" in card
+    # What 03 trained on is what its data hold; its own `corpora` may be a default.
+    write_corpus(["sample"], tmp_path / "data")
+    given = yaml.safe_load((run / "parameters.yaml").read_text()) | {"data_dir": str(tmp_path / "data")}
+    (run / "parameters.yaml").write_text(yaml.safe_dump(given))
+    told = json.loads((run / "metrics.json").read_text()) | {"data": data_hashes(tmp_path / "data")}
+    (run / "metrics.json").write_text(json.dumps(told))
+    card = (export_adapter(run, tmp_path / "again") / "README.md").read_text()
+    assert "corpora=[sample]" in card and "path/to/other" not in card
 
 
 def test_an_unfinished_run_is_not_exported(run, tmp_path):

@@ -385,7 +385,11 @@ def test_a_corpus_without_splits_is_split_by_document(tmp_path):
         write_records(folder / "records.jsonl", [replace(one, spans=((0, 4),)) for one in records[:10]])
         write_corpus([str(folder)], tmp_path / "data", split_shares=[0.8, 0.1, 0.1])
     # A corpus with splits of its own keeps them.
-    card = write_corpus(["sample"], tmp_path / "data", split_shares=[1, 1, 1])
+    with pytest.raises(
+        DataError, match="holds the data of mine, and would be written over with those of sample"
+    ):
+        write_corpus(["sample"], tmp_path / "data", split_shares=[1, 1, 1])
+    card = write_corpus(["sample"], tmp_path / "other", split_shares=[1, 1, 1])
     assert card["splits"]["train"]["sentences"] == 448
 
 

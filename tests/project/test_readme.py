@@ -33,6 +33,7 @@ GENERATED = (
     ".venv",
     "out.ipynb",
     "reports/<run>",
+    "reports/report.html",
     "checkpoints/",
     "ENTITY/",
     "aaditya/",  # on the hub

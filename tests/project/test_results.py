@@ -90,7 +90,7 @@ def test_a_figure_without_a_run_folder_is_refused(runs, tmp_path, name):
         write_page(folder, tmp_path / "results.md", partial=False)
     assert not (tmp_path / "results.md").exists()
     write_page(folder, tmp_path / "results.md", partial=True)
-    assert (tmp_path / "results.md").read_text().endswith(f"Not measured yet: `{name}`.\n")
+    assert f"\n**Not measured yet**: `{name}`.\n" in (tmp_path / "results.md").read_text()
     assert "old" in (tmp_path / "README.md").read_text()
 
 

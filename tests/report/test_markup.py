@@ -109,6 +109,7 @@ def test_the_results_table_has_a_row_a_run_whatever_it_is_called(tmp_path):
     parameters = compose_parameters([]).model_dump() | {"backbone": EVIL}
     metrics = {"run_id": name, "parameters": parameters, "stages": {"03_train": stage}}
     (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / name / "03_train.ipynb").touch()
     html = rendered(results_table(tmp_path))
     assert html.count("<td>") == 7
     assert re.findall(r'<a href="([^"]+)"', html) == [
