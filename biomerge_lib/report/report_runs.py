@@ -263,6 +263,9 @@ def _read_run(folder: Path) -> ReportedRun | None:
         run.reason = f"03_train is running, or was killed (started {training.get('started', 'unknown')})"
     elif notes or not recorded:
         run.reason = "; ".join(notes) or "no metrics.json: stopped before it began, or copied incompletely"
+    elif failed := [stage for stage in sorted(stages) if stages[stage].get("status") == "failed"]:
+        why = stages[failed[0]].get("error", "no reason was recorded")
+        run.status, run.reason = "failed", f"{failed[0]} failed: {why}"
     else:
         run.reason = f"03_train has not run (found: {', '.join(sorted(stages)) or 'no stage'})"
     return run

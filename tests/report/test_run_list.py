@@ -24,6 +24,10 @@ def runs(tmp_path, monkeypatch):
         "broken": {"03_train": {"status": "failed", "error": "DataError: train.jsonl:3"}},
         REPLACED: {"03_train": finished},
         "page": {"06_report": {"status": "finished"}},
+        "data": {
+            "01_tokenizer": {"status": "finished"},
+            "02_data": {"status": "failed", "error": "DataError: corpora"},
+        },
     }
     for age, (name, found) in enumerate(stages.items()):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -46,6 +50,7 @@ def test_runs_are_listed_newest_first(runs, capsys):
         ("broken", ("failed", None)),
         (REPLACED, ("replaced", None)),
         ("page", ("report", None)),
+        ("data", ("failed", None)),
     ]
     assert main(["runs", "--json"]) == 0
     first, *_ = json.loads(capsys.readouterr().out)
@@ -53,7 +58,8 @@ def test_runs_are_listed_newest_first(runs, capsys):
     assert first["bytes"] > 2_000_000
     assert main(["runs"]) == 0
     said = capsys.readouterr().out
-    assert "broken" in said and "DataError: train.jsonl:3" in said and "5 runs in runs, 2.0 MB" in said
+    assert "broken" in said and "DataError: train.jsonl:3" in said and "6 runs in runs, 2.0 MB" in said
+    assert "02_data failed: DataError: corpora" in said
     assert main(["runs", "runs/done"]) == 2
     assert "give the folder that holds the run folders" in capsys.readouterr().err
 
