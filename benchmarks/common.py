@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from biomerge_lib.core.files import file_sha256, write_json, write_text
+from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
 
 REPORTS = PROJECT_DIR / "reports"
 
@@ -84,6 +85,22 @@ def train_command(run_id: str, *words: str) -> list[str]:
     """03_train with ``name=value`` words, of which a later one replaces an earlier one of its name."""
     last = {word.partition("=")[0]: word for word in words}
     return [sys.executable, "-m", "biomerge_lib", "run", "03_train", *last.values(), f"run_id={run_id}"]
+
+
+def train_runs(
+    runs: Mapping[str, str], extra: Sequence[str], *, at_once: int, budget: float, stop: float | None
+) -> None:
+    """Train those of the runs (their words by run_id) that are not finished; each goes on where it was cut off."""
+    commands = {}
+    for run_id, words in runs.items():
+        stages = read_metrics(PROJECT_DIR / "runs" / run_id).get("stages", {})
+        if stages.get("03_train", {}).get("status") == "finished":
+            print(f"{run_id} is finished")
+            continue
+        commands[run_id] = train_command(run_id, *words.split(), *extra)
+        compose_parameters(commands[run_id][5:])  # refused before any is started
+    if failed := run_side_by_side(commands, at_once=at_once, budget=budget, stop=stop):
+        raise SystemExit(f"not finished: {', '.join(failed)} (runs/NAME.log); the same command goes on.")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -21,13 +21,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.common import REPORTS, run_side_by_side, train_command
+from benchmarks.common import REPORTS, train_runs
 from benchmarks.controls import CONTROLS
 from benchmarks.sweep import FILE, SEEDS
 from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import read_values, write_json, write_text
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.experiment.provenance import TEST_LOG, provenance
 from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries, read_metrics
 from biomerge_lib.experiment.sweeps import read_sweep
@@ -89,24 +88,6 @@ ABOUT_CONTROLS = (
     "control's learning rate was chosen on dev. Tokens are a sentence's. An answer is invalid where any of it cannot "
     "be read as mentions of its text; the part that can be read still counts."
 )
-
-
-def train(
-    group: str, names: Sequence[str], extra: Sequence[str], *, at_once: int, budget: float, stop: float | None
-) -> None:
-    """Train a set's runs, or only the ones named, that are not finished; each goes on where it was cut off."""
-    commands = {}
-    for name in names or SETS[group]:
-        run_id = f"results-{name}"
-        stages = read_metrics(PROJECT_DIR / "runs" / run_id).get("stages", {})
-        if stages.get("03_train", {}).get("status") == "finished":
-            print(f"{run_id} is finished")
-            continue
-        command = train_command(run_id, *SETS[group][name].split(), *extra)
-        compose_parameters(command[5:])  # refused before any is started
-        commands[run_id] = command
-    if failed := run_side_by_side(commands, at_once=at_once, budget=budget, stop=stop):
-        raise SystemExit(f"not finished: {', '.join(failed)} (runs/NAME.log); the same command goes on.")
 
 
 def measure_agreement(corpora: Path, out: Path) -> None:
@@ -364,8 +345,10 @@ def main() -> None:
         if options.train:
             if unknown := [name for name in options.names if name not in SETS[options.train]]:
                 parser.error(f"{unknown[0]} is none of {', '.join(SETS[options.train])}")
+            chosen = options.names or SETS[options.train]
+            runs = {f"results-{name}": SETS[options.train][name] for name in chosen}
             limits = {"at_once": options.at_once, "budget": options.budget, "stop": options.stop}
-            train(options.train, options.names, options.extra, **limits)
+            train_runs(runs, options.extra, **limits)
         elif options.agreement:
             measure_agreement(options.agreement, options.runs)
         else:

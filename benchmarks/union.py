@@ -15,15 +15,14 @@ The page has no figure but from a run folder, and names those that are missing w
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import REPORTS, run_side_by_side, train_command
+from benchmarks.common import REPORTS, train_runs
 from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import write_json, write_text
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import SPLITS, Record, read_records, write_records
 from biomerge_lib.experiment.provenance import provenance
 from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries, read_metrics
@@ -106,25 +105,6 @@ def make_data(corpora: str) -> None:
                 own = [record for record in records if record.dataset == name]
                 count = write_records(PROJECT_DIR / f"{DATA}_{name}/ner/{split}.jsonl", own)
                 print(f"{DATA}_{name}/ner/{split}.jsonl: {count:,} records")
-
-
-def train(
-    group: str, names: Sequence[str], extra: Sequence[str], *, at_once: int, stop: float | None
-) -> None:
-    """Train a set's runs, or only the ones named, that are not finished; each goes on where it was cut off."""
-    commands = {}
-    for name in names or SETS[group]:
-        if is_finished(read_metrics(PROJECT_DIR / "runs" / name)):
-            print(f"{name} is finished")
-            continue
-        commands[name] = train_command(name, *SETS[group][name].split(), *extra)
-        compose_parameters(commands[name][5:])  # refused before any is started
-    if failed := run_side_by_side(commands, at_once=at_once, budget=stop or 36_000, stop=stop):
-        raise SystemExit(f"not finished: {', '.join(failed)} (runs/NAME.log); the same command goes on.")
-
-
-def is_finished(recorded: Mapping[str, Any]) -> bool:
-    return recorded.get("stages", {}).get("03_train", {}).get("status") == "finished"
 
 
 def ask(run: Path) -> None:
@@ -268,7 +248,10 @@ def main() -> None:
         if options.data:
             make_data(options.data)
         elif options.train:
-            train(options.train, options.names, options.extra, at_once=options.at_once, stop=options.stop)
+            if unknown := [name for name in options.names if name not in SETS[options.train]]:
+                parser.error(f"{unknown[0]} is none of {', '.join(SETS[options.train])}")
+            runs = {name: SETS[options.train][name] for name in options.names or SETS[options.train]}
+            train_runs(runs, options.extra, at_once=options.at_once, budget=36_000, stop=options.stop)
         elif options.ask:
             for name in options.ask:
                 ask(PROJECT_DIR / "runs" / name)

@@ -224,7 +224,8 @@ def _watch_cells(run: Run) -> None:
 
 def _forget(run: Run, error: str, known: set[str]) -> bool:
     """Remove a folder in which a notebook refused its input, where it holds no more than ``known`` files of it."""
-    left = {path.name for path in run.folder.iterdir()} - known if run.folder.is_dir() else known
+    is_own = run.folder.is_dir() and not run.folder.is_symlink()
+    left = {path.name for path in run.folder.iterdir()} - known if is_own else known
     if error not in REFUSALS or left or read_metrics(run.folder).get("stages", {}).keys() - {run.stage}:
         return False
     shutil.rmtree(run.folder)

@@ -91,7 +91,8 @@ def describe_runs(runs: Sequence[ListedRun]) -> str:
     """A line a run: name, status, F1, size, age, and why it is not finished."""
     rows = []
     for run in runs:
-        hours = (datetime.now(UTC) - datetime.fromisoformat(run.changed)).total_seconds() / 3600
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(run.changed)).total_seconds()
+        hours = max(0, seconds) / 3600  # another machine's clock may be ahead
         age = f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.1f} h"
         f1 = "" if run.f1 is None else f"{run.f1:.3f}"
         why = "" if run.status in ("finished", "running") else " ".join(run.reason.split())[:60]

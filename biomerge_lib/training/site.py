@@ -40,8 +40,8 @@ def check_site(parameters: Parameters) -> Preflight:
     for pair in filter(None, environment.split("\0")):
         name, _, os.environ[name] = pair.partition("=")
     found = Preflight({})
-    for line in lines.splitlines():
-        found.add(*map(str.strip, line.split("\t")))
+    for line in filter(None, lines.split("\n")):  # a path may hold what splitlines takes for an end
+        found.add(*map(str.strip, line.split("\t", 2)))
     report_backbone(found, parameters)
     prepared = PROJECT_DIR / parameters.backbones_dir / backbone_name(parameters.backbone)
     place = prepared if prepared.is_dir() else find_source(parameters.backbone)

@@ -197,6 +197,11 @@ def test_what_a_first_cell_refuses_leaves_no_folder_and_a_fault_does(tmp_path, m
     with pytest.raises(BioMergeError, match=r"02_data\.ipynb: DataError: no such corpus"):
         run_notebook("02_data", words)
     assert not (tmp_path / "runs/mine").exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs/link").symlink_to(tmp_path / "elsewhere")  # not ours to remove
+    with pytest.raises(BioMergeError, match="DataError: no such corpus"):
+        run_notebook("02_data", [words[0], "run_id=link"])
+    assert (tmp_path / "elsewhere").is_dir() and (tmp_path / "runs/link").is_symlink()
     notebook.write_text(text.replace(refuse, "1 / 0"))
     with pytest.raises(BioMergeError, match=r"failed in cell In \[3\]: ZeroDivisionError"):
         run_notebook("02_data", words)

@@ -9,7 +9,7 @@ import pytest
 from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.experiment import jobs
-from biomerge_lib.report.run_list import choose_runs, list_runs, remove_runs
+from biomerge_lib.report.run_list import choose_runs, describe_runs, list_runs, remove_runs
 
 REPLACED = ".replaced-old-20261130T181659123456"
 
@@ -40,6 +40,10 @@ def runs(tmp_path, monkeypatch):
     (tmp_path / "runs/link").symlink_to(tmp_path / "runs/done")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "runs"
+
+
+def test_no_age_is_below_zero_where_another_machines_clock_is_ahead(runs):
+    assert "0.0 h" in describe_runs(list_runs(runs)[:1])  # written in 2033
 
 
 def test_runs_are_listed_newest_first(runs, capsys):
