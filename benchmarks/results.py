@@ -59,7 +59,6 @@ SETS: dict[str, dict[str, str]] = {
         "smollm2-rank-16": f"{DEV} learning_rate=3e-3 lora_rank=16 num_train_epochs=4",
         **{f"qwen-{epochs}-epochs": f"{DEV} {QWEN} num_train_epochs={epochs}" for epochs in (2, 3)},
         "qwen-rate-6e-4": f"{DEV} {QWEN} learning_rate=6e-4 num_train_epochs=2",
-        "qwen-pieces": f"{DEV} {UNTOKENISED} {QWEN} offset_anchors=echo_pieces num_train_epochs=2",
     },
     "test": {
         **{f"smollm2-bc5cdr-{seed}": f"{TEST} data_dir={CORPORA['bc5cdr']} seed={seed}" for seed in SEEDS},
