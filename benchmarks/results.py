@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.common import REPORTS, train_runs
+from benchmarks.common import REPORTS, choose_names, train_runs
 from benchmarks.controls import CONTROLS
 from benchmarks.sweep import FILE, SEEDS
 from biomerge_lib.core.errors import BioMergeError, DataError
@@ -342,9 +342,7 @@ def main() -> None:
     quiet_libraries()
     try:
         if options.train:
-            if unknown := [name for name in options.names if name not in SETS[options.train]]:
-                parser.error(f"{unknown[0]} is none of {', '.join(SETS[options.train])}")
-            chosen = options.names or SETS[options.train]
+            chosen = choose_names(parser, options, SETS[options.train])
             runs = {f"results-{name}": SETS[options.train][name] for name in chosen}
             limits = {"at_once": options.at_once, "budget": options.budget, "stop": options.stop}
             train_runs(runs, options.extra, **limits)
