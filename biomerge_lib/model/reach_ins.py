@@ -79,6 +79,22 @@ def _project(
     return logits.index_copy(-1, ids, F.linear(hidden, values.to(hidden.dtype)).to(logits.dtype))
 
 
+def is_plain_lora(module: torch.nn.Module) -> bool:
+    """Whether a module is PEFT's LoRA with one adapter, ``default``, on a plain ``nn.Linear``, and nothing more."""
+    from peft.tuners.lora.layer import Linear
+
+    if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
+        return False
+    more = module.lora_variant or any(module.lora_bias.values()) or module.fan_in_fan_out
+    plain_dropout = all(type(d) in (torch.nn.Dropout, torch.nn.Identity) for d in module.lora_dropout.values())
+    return list(module.lora_A) == ["default"] and plain_dropout and not more
+
+
+def adds_low_rank(layer: Any) -> bool:
+    """Whether a plain LoRA layer adds its adapter at this moment: neither disabled nor merged."""
+    return not layer.disable_adapters and not layer.merged and layer.active_adapters == ["default"]
+
+
 # Unsloth
 
 
