@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 TOKENIZER_DIR = PROJECT_DIR / "tokenizers" / "llama3_random_tok"
 
 
-def find_backbone(shape: str) -> Path:
+def find_backbone(shape: str, *, weightless: bool = False) -> Path:
     """The folder of a shape's random weights, made on first use with its tokenizer; any other word is a folder's path.
 
-    The weights are written by a process of its own, with which their memory goes.
+    The weights are written by a process of its own, with which their memory goes. A ``weightless`` folder has the
+    configuration and the tokenizer, for ``draw_weights``.
     """
     if shape not in SHAPES:
         return Path(shape)
     if not (TOKENIZER_DIR / "biomerge.json").is_file():
         build_tokenizer(f"random/llama3-{shape}")
     folder = PROJECT_DIR / "backbones" / backbone_name(f"random/llama3-{shape}")
+    if weightless:
+        folder = folder.with_name(f"{folder.name}-weightless")
+        tokenizer = load_shared_tokenizer()
+        llama_config(tokenizer, shape).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
     if not (folder / "config.json").is_file():
         command = [sys.executable, "-m", "benchmarks.random_llama", str(folder), shape]
         subprocess.run(command, cwd=PROJECT_DIR, check=True)
@@ -84,31 +93,70 @@ def build_tokenizer(backbone: str) -> None:
     (TOKENIZER_DIR / "biomerge.json").write_text(json.dumps({"backbone": backbone}) + "\n")
 
 
-def build_backbone(folder: Path, shape: str) -> None:
-    """Write a prepared backbone of random bfloat16 weights, embeddings already of the size that training wants."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from biomerge_lib.model.backbones import VOCABULARY_MULTIPLE
+def load_shared_tokenizer():
     from biomerge_lib.prompts.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(TOKENIZER_DIR)
-    rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    config = LlamaConfig(
-        vocab_size=rows,
+    return load_tokenizer(TOKENIZER_DIR)
+
+
+def llama_config(tokenizer, shape: str):
+    """A shape's configuration, with embeddings already of the size that training wants."""
+    from transformers import LlamaConfig
+
+    from biomerge_lib.model.backbones import VOCABULARY_MULTIPLE
+
+    return LlamaConfig(
+        vocab_size=-(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
         **SHAPES[shape],
     )
+
+
+def build_backbone(folder: Path, shape: str) -> None:
+    """Write a prepared backbone of random bfloat16 weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    tokenizer = load_shared_tokenizer()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama_config(tokenizer, shape))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def draw_weights(layers: int | None = None) -> Iterator[None]:
+    """Let ``from_pretrained`` draw a weightless folder's weights on the GPU, in seconds, inside the block.
+
+    ``layers`` takes so many of them, of the same shape.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = AutoModelForCausalLM.from_pretrained
+
+    def draw(folder: Any, *, dtype: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        config = AutoConfig.from_pretrained(folder)
+        config.num_hidden_layers = layers or config.num_hidden_layers
+        attention = {name: options[name] for name in options if name == "attn_implementation"}
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+        found = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
+        return (model, found) if output_loading_info else model
+
+    AutoModelForCausalLM.from_pretrained = draw
+    try:
+        yield
+    finally:
+        AutoModelForCausalLM.from_pretrained = own
 
 
 if __name__ == "__main__":

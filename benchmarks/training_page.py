@@ -28,6 +28,10 @@ COLUMNS = {
     "measured_steps": "measured steps",
     "first_steps_seconds": "first steps, s",
     "recompiles": "compiled anew",
+    "first_loss": "first loss",
+    "loss": "mean loss",
+    "first_grad_norm": "first gradient norm",
+    "grad_norm": "mean gradient norm",
 }
 EPOCH_COLUMNS = {
     "way": "way",

@@ -3,11 +3,15 @@
     python -m benchmarks.training_speed --shape 8b --data_dir data/bc5cdr_iob/ner
     python -m benchmarks.training_speed --shape backbones/smollm2-135m --batches 8 32 128 256 --steps 50 --ways trl
     python -m benchmarks.training_speed --shape backbones/smollm2-135m --ways packed+graphed --epochs 1000 4560 32000
+    python -m benchmarks.training_speed --ways 'fused, joined, in the product' --card-gb 48 --profile profile
     python -m benchmarks.training_speed --shape tiny --batches 4 --ways packed padded   # to try it on a CPU
 
 Every way trains LoRA r = 8 on all linear layers on the same sentences with start anchors, in a process of its own:
 
     packed, packed+compiled, ...   this project's Trainer with its parameters of those names
+    fused, ...                     packed+compiled with LoRA in the base layers' products (model/fused_lora.py); joined:
+                                   q, k, v and gate, up as one product with one dropout mask; half checkpointed: every
+                                   second layer computes its activations anew; as needed: as many as --card-gb demands
     padded                         this project's Trainer with packing=false
     brief                          transformers' Trainer and peft as the brief writes it: rows padded to 256 + 64
                                    tokens, 8 sentences x 4, gradient checkpointing
@@ -21,7 +25,8 @@ A row is the mean over the optimiser steps behind the first ones, between two mo
 work; tokens are those that were in these steps, padding left out. "Useful" TFLOP/s count 4 FLOP a weight of the decoder
 and real token (forward, and backward to the inputs; the frozen weights need no gradient), and their share of a measured
 8192 x 8192 x 8192 bfloat16 product. "Compiled anew" counts compilations and graph captures that fell into the measured
-steps. All processes import side by side, then each loads, warms up and measures alone. Writes
+steps. Loss and gradient norm are the first step's, and their mean over the measured ones. All processes import side by
+side, and compile with one layer of a random shape; then each loads, warms up and measures alone. Writes
 reports/training_speed.json, .md and .svg.
 """
 
@@ -30,6 +35,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -39,11 +45,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, cast
 
-from benchmarks.common import REPORTS, command
-from benchmarks.random_llama import find_backbone
+from benchmarks.common import REPORTS, command, write_report
+from benchmarks.kernel_profile import describe_kernels, summarise
+from benchmarks.random_llama import SHAPES, draw_weights, find_backbone
 from benchmarks.training_page import add_runs
 from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer, parts_of
 from biomerge_lib.core.prompt_format import PromptFormat
@@ -62,6 +70,16 @@ OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "unsloth packed": {"backend": "unsloth"},
     "unsloth packed+checkpointing": {"backend": "unsloth", "gradient_checkpointing": True},
 }
+FUSED: dict[str, dict[str, bool]] = {  # options of model/fused_lora.py
+    "fused": {"joined": False, "in_product": True},
+    "fused, joined": {"joined": True, "in_product": False},
+    "fused, joined, in the product": {"joined": True, "in_product": True},
+    "fused+checkpointing": {"joined": True, "in_product": True},
+    "fused, half checkpointed": {"joined": True, "in_product": True},
+    "fused, as needed": {"joined": True, "in_product": True},
+}
+OURS |= {way: {"step_launch": "compiled"} for way in FUSED}
+OURS |= {way: OURS[way] | {"gradient_checkpointing": True} for way in [*FUSED][-3:]}
 WAYS = [way for way in [*OURS, *PEERS] if "graphed" not in way and "no head" not in way]
 METHOD = __doc__.split("\n\n", 2)[2]
 FORMAT = PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512)
@@ -76,7 +94,11 @@ def warm_steps(way: str) -> int:
 
     More of them are left out while graphs are still being captured.
     """
-    return 16 if "graphed" in way else 6 if "compiled" in way or "unsloth" in way else 3
+    return 16 if "graphed" in way else 6 if compiles(way) or "unsloth" in way else 3
+
+
+def compiles(way: str) -> bool:
+    return "compiled" in way or way in FUSED
 
 
 class Stopwatch:
@@ -167,6 +189,7 @@ def measure_way(options: dict[str, Any]) -> None:
     import torch
 
     import biomerge_lib.training.run  # noqa: F401
+    from biomerge_lib.model import fused_lora
     from biomerge_lib.prompts.ner_span import read_split
     from biomerge_lib.prompts.tokenizer import load_tokenizer
     from biomerge_lib.training.run import build_model
@@ -175,14 +198,30 @@ def measure_way(options: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(Path(options["backbone"]))
     records = read_split(options["data_dir"], "train")
     imported = time.perf_counter()
+    folder, random = options["backbone"], options["backbone"].endswith("-weightless")
+    if way in OURS:
+        fused_lora.OPTIONS |= {"devices": ("cuda", "cpu") if way in FUSED else ()} | FUSED.get(way, {})
+    if torch.cuda.is_available() and options["card_gb"]:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1, options["card_gb"] * 1e9 / whole))
+
+    def load(layers: int | None = None) -> Any:
+        with draw_weights(layers) if random else nullcontext():
+            return build_model(our_parameters(way), folder) if way in OURS else load_peer(way, folder)
+
+    ahead = {}
+    if random and compiles(way):
+        few = {"batch": max(options["batches"]), "steps": 1, "profile": None}
+        measure(load(1), tokenizer, records, options | few)
+        ahead["compile_seconds"] = round(time.perf_counter() - imported, 1)
+        free_memory()
     print("READY", flush=True)
     if not sys.stdin.readline():
         sys.exit("the benchmark itself has ended")
     faulthandler.dump_traceback_later(options["way_limit"], exit=True)
     start = time.perf_counter()
-    folder = options["backbone"]
-    model: Any = build_model(our_parameters(way), folder) if way in OURS else load_peer(way, folder)
-    startup = {
+    model = load()
+    startup = ahead | {
         "import_seconds": round(imported - started, 1),
         "load_seconds": round(wait_for_gpu() - start, 1),
     }
@@ -197,9 +236,42 @@ def measure_way(options: dict[str, Any]) -> None:
             traceback.print_exc()
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         print("ROW " + json.dumps(row), flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
+
+
+def free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def watch_numbers(trainer: Any) -> dict[str, list[Any]]:
+    """The losses and gradient norms of a Trainer's steps to come, left on the GPU."""
+    seen: dict[str, list[Any]] = {"loss": [], "grad_norm": []}
+    step, clip = trainer.training_step, trainer._clip_grad_norm
+
+    def training_step(*arguments: Any, **named: Any) -> Any:
+        seen["loss"].append(step(*arguments, **named).detach())
+        return seen["loss"][-1]
+
+    def clip_grad_norm(*arguments: Any) -> Any:
+        seen["grad_norm"].append(clip(*arguments))
+        return seen["grad_norm"][-1]
+
+    trainer.training_step, trainer._clip_grad_norm = training_step, clip_grad_norm
+    return seen
+
+
+def describe_numbers(seen: dict[str, list[Any]], measured: int) -> dict[str, float]:
+    """First and mean loss and gradient norm; the mean over the steps that were measured last."""
+    told = {}
+    for name, values in seen.items():
+        numbers = [float(value) for value in values if value is not None]
+        if numbers:
+            told |= {f"first_{name}": numbers[0], name: statistics.fmean(numbers[-measured:])}
+    return {name: float(f"{value:.5g}") for name, value in told.items()}
 
 
 def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +298,7 @@ def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[st
         compiled=lambda: count_compilations(trainer),
     )
     trainer.add_callback(watch.callback())
+    numbers = watch_numbers(trainer)
     if not epoch:
         trainer.args.max_steps = most_warm + options["steps"]
     ready = wait_for_gpu()
@@ -238,6 +311,7 @@ def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[st
             p.numel() for n, p in trainer.model.named_parameters() if ".layers." in n and "lora_" not in n
         )
         result |= {
+            **describe_numbers(numbers, result["measured_steps"] * parts_of(way, batch)),
             "accumulate": parts_of(way, batch),
             "decoder_weights": weights,
             "useful_tflops": round(4 * weights * result["tokens_a_second"] / 1e12, 1),
@@ -250,8 +324,9 @@ def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[st
         if torch.cuda.is_available():
             result["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
             result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
-        if options["profile"]:
-            result["gpu_busy"] = profile_steps(trainer, Path(options["profile"]))
+        if options["profile"] and torch.cuda.is_available():
+            path = Path(f"{options['profile']}-{way.replace(', ', '-').replace(' ', '-')}-{batch}.json")
+            result["gpu_busy"] = profile_steps(trainer, path, way)
     finally:
         # The next Trainer wraps the model's forward anew.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -284,12 +359,15 @@ def our_parameters(way: str, **changes: Any):
         "logging_steps": 10_000,
         "num_workers": 2,
         "wandb_mode": "disabled",
+        # A number: every layer is checkpointed, where auto would go by the card's memory.
+        "row_tokens": 100_000 if "checkpoint" in way else "auto",
     }
     return check_parameters(values | OURS[way] | changes)
 
 
 def build_ours(way: str, model, tokenizer, records: list, batch: int):
     """This project's Trainer, as 03_train builds it, without evaluation and checkpoints; and what it has seen."""
+    from biomerge_lib.model.reach_ins import recompute_none
     from biomerge_lib.training.run import build_trainer
 
     parameters = our_parameters(way, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
@@ -298,6 +376,8 @@ def build_ours(way: str, model, tokenizer, records: list, batch: int):
     trainer = build_trainer(
         model, tokenizer, {"train": records, "dev": dev}, parameters, checkpoints=checkpoints
     )
+    if "half" in way:
+        recompute_none(itertools.islice(model.get_decoder().layers, 0, None, 2))
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
     trainer.callback_handler.callbacks = [
@@ -328,30 +408,42 @@ def build_peer_trainer(way: str, model, tokenizer, records: list, batch: int):
     return trainer, lambda: (int(seen[0]), int(seen[1]))
 
 
-def profile_steps(trainer, path: Path) -> dict[str, Any]:
-    """The share of time that the GPU is busy over three more steps; ``path`` gets the table of its kernels."""
+def profile_steps(trainer, path: Path, way: str) -> dict[str, Any]:
+    """The share of time that the GPU is busy over three more steps; ``path`` and its page get its kernels."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    steps = 3
     batches = iter(trainer.get_train_dataloader())
     model = trainer.model_wrapped
-    held = [trainer.get_batch_samples(batches, 1, trainer.args.device) for _ in range(3)]
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watched:
+    held = [trainer.get_batch_samples(batches, 1, trainer.args.device) for _ in range(2 * steps)]
+
+    def run(chosen: list[Any]) -> float:
         start = time.perf_counter()
-        for (inputs, *_), items in held:
+        for (inputs, *_), items in chosen:
             trainer.training_step(model, inputs, items)
             trainer._clip_grad_norm(model)
             trainer.optimizer.step()
             model.zero_grad()
+        return time.perf_counter() - start
+
+    torch.cuda.synchronize()
+    host = run(held[:steps])
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as watched:
+        run(held[steps:])
         torch.cuda.synchronize()
-        wall = time.perf_counter() - start
-    kernels = [event for event in watched.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    path.write_text(watched.key_averages().table(sort_by="self_device_time_total", row_limit=40))
+    with tempfile.TemporaryDirectory() as folder:
+        watched.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8", errors="replace"))
+    found = summarise(trace, steps) | {"host_ms": round(host / steps * 1e3, 1)}
+    write_report(path, found, describe_kernels(f"Kernels of {way}", found))
     return {
-        "busy_share": round(sum(event.device_time for event in kernels) / 1e6 / wall, 3),
-        "kernels_a_step": len(kernels) // len(held),
-        "profiled_ms": round(wall / len(held) * 1e3, 1),
+        "busy_share": round(found["busy_ms"] / found["ms_a_step"], 3),
+        "kernels_a_step": found["kernels_a_step"],
+        "profiled_ms": found["ms_a_step"],
+        "busy_ms": found["busy_ms"],
+        "host_ms": found["host_ms"],
     }
 
 
@@ -435,7 +527,8 @@ def main() -> None:
     parser.add_argument(
         "--epochs", nargs="*", type=int, default=[], help="also train whole epochs of so many sentences"
     )
-    parser.add_argument("--profile", help="file for the kernels' times")
+    parser.add_argument("--profile", help="begins the names of files for the kernels' times, two for each way")
+    parser.add_argument("--card-gb", type=float, help="hold each way to so many GB of the card")
     parser.add_argument(
         "--out", default=str(REPORTS / "training_speed.json"), help="JSON file of all runs; this run is added"
     )
@@ -453,7 +546,8 @@ def main() -> None:
         add_runs(out, [run for file in files for run in file["runs"]], METHOD)
         return
     started = time.perf_counter()
-    backbone = str(find_backbone(options["shape"]))
+    from_files = any("unsloth" in way for way in options["ways"])
+    backbone = str(find_backbone(options["shape"], weightless=not from_files))
     ways = [Way(way, options | {"backbone": backbone}) for way in options["ways"]]
     for way in ways:
         way.wait_for_imports()

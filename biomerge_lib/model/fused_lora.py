@@ -78,8 +78,9 @@ class _Group:
     def __init__(self, layers: list[Any], in_product: bool) -> None:
         self.layers = layers
         self.in_product = in_product
-        self.scale: float = layers[0].scaling["default"]
-        self.dropout: float = getattr(layers[0].lora_dropout["default"], "p", 0.0)
+        # As ratios of integers, which torch.compile takes as constants; a float would be an input of each layer.
+        self.scale = float(layers[0].scaling["default"]).as_integer_ratio()
+        self.dropout = float(getattr(layers[0].lora_dropout["default"], "p", 0)).as_integer_ratio()
         self.ready = False  # whether the pass at hand computes here
         self.held: tuple[torch.Tensor, tuple[torch.Tensor, ...], int] | None = None
         bases = [layer.base_layer for layer in layers]
@@ -114,10 +115,11 @@ class _Group:
             adds_low_rank(layer) and layer.base_layer.weight.data_ptr() == view.data_ptr()
             for layer, view in zip(self.layers, self._views, strict=True)
         )
+        scale = self.scale[0] / self.scale[1]
         if self.ready and self.in_product:
             with torch.no_grad():
                 for layer, slot in zip(self.layers, self._slots, strict=True):
-                    torch.mul(layer.lora_B["default"].weight, self.scale, out=slot)
+                    torch.mul(layer.lora_B["default"].weight, scale, out=slot)
 
     def take(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """The output of the layer at ``place`` for ``x`` (..., in); the first call computes all of them."""
@@ -132,13 +134,14 @@ class _Group:
         lora_a = torch.cat([layer.lora_A["default"].weight for layer in self.layers])
         lora_b = [layer.lora_B["default"].weight for layer in self.layers]
         padding = self.columns - lora_a.shape[0]
-        low = F.linear(drop(rows, self.dropout), F.pad(lora_a, (0, 0, 0, padding)).to(x.dtype))  # (T, columns)
+        scale, p = (over / under for over, under in (self.scale, self.dropout))
+        low = F.linear(drop(rows, p), F.pad(lora_a, (0, 0, 0, padding)).to(x.dtype))  # (T, columns)
         if self.in_product:
             y = cast("Callable[..., torch.Tensor]", _JoinedProduct.apply)(
-                rows, low, self.weight, self.bias, self.scale, *lora_b
+                rows, low, self.weight, self.bias, scale, *lora_b
             )
         else:
-            blocks = (torch.block_diag(*lora_b) * self.scale).to(x.dtype)  # (out, columns)
+            blocks = (torch.block_diag(*lora_b) * scale).to(x.dtype)  # (out, columns)
             y = F.linear(rows, self.weight, self.bias) + F.linear(low, blocks)
         parts = y.split([b.shape[0] for b in lora_b], dim=1)
         return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)

@@ -26,6 +26,7 @@ from biomerge_lib.experiment.provenance import log_test_scoring
 from biomerge_lib.experiment.stages import TRAIN
 from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.backbones import refuse_other_backbone
+from biomerge_lib.model.fused_lora import OPTIONS, fuse_lora
 from biomerge_lib.model.packing import PackedCollator, RowCollator
 from biomerge_lib.model.probe import SENTENCES, probe_training
 from biomerge_lib.model.reach_ins import compile_once, recompute_none
@@ -72,6 +73,10 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
     if init_adapter:
         init_adapter.load_into(model, backbone_folder)
         print(f"beginning with {init_adapter.folder} (sha256 {init_adapter.sha256[:12]})")
+    # Unsloth compiles PEFT's layers as they are; DeepSpeed moves weights.
+    alone = parameters.backend == "peft" and not parameters.deepspeed
+    if alone and model.device.type in OPTIONS["devices"]:
+        fuse_lora(model)
     return model
 
 

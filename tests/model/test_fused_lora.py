@@ -1,0 +1,256 @@
+"""LoRA in groups of layers trains what PEFT's own layers train, and leaves all else to them."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from biomerge_lib.model.fused_lora import drop, fuse_lora
+from biomerge_lib.model.unsloth_lora_ner import LINEAR_LAYERS
+
+KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+IDS = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(1))
+WAYS = [(joined, in_product) for joined in (False, True) for in_product in (False, True)]
+
+
+def build(kind="llama", dtype=torch.float32, *, device="cpu", **lora):
+    """A random model of two layers in training; Qwen2 has biases, and neither rank nor width is a multiple of 64."""
+    config_class, model_class = KINDS[kind]
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = model_class(config_class(vocab_size=50, num_hidden_layers=2, **sizes))
+    adapter = {"r": 3, "lora_alpha": 2, "target_modules": list(LINEAR_LAYERS), "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model, LoraConfig(**adapter | lora))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.endswith("proj.base_layer.bias"):
+                parameter.normal_(std=0.1)
+            elif "base_layer" in name:
+                parameter.mul_(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model.to(device).train()
+
+
+def pass_of(model, ids=IDS):
+    """Loss and gradients of one pass, in autocast where the weights are narrow."""
+    model.zero_grad()
+    ids = ids.to(model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), gradients
+
+
+def distance(found, expected):
+    """Of all gradients together, over their length."""
+    apart = sum((found[name].float() - expected[name].float()).square().sum() for name in expected)
+    return float((apart / sum(gradient.float().square().sum() for gradient in expected.values())).sqrt())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("joined, in_product", WAYS)
+def test_loss_and_gradients_are_pefts(kind, joined, in_product):
+    loss, gradients = pass_of(build(kind))
+    model = build(kind)
+    assert fuse_lora(model, joined=joined, in_product=in_product) == 14
+    fused_loss, fused = pass_of(model)
+    torch.testing.assert_close(fused_loss, loss)
+    assert fused.keys() == gradients.keys()
+    for name in gradients:
+        torch.testing.assert_close(fused[name], gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("joined, in_product", WAYS)
+def test_in_bfloat16_they_are_as_near_to_the_exact_ones_as_pefts(kind, joined, in_product):
+    narrow = build(kind, torch.bfloat16)
+    _, exact = pass_of(copy.deepcopy(narrow).float())
+    _, peft = pass_of(narrow)
+    fuse_lora(narrow, joined=joined, in_product=in_product)
+    _, fused = pass_of(narrow)
+    assert 0 < distance(fused, exact) < max(0.005, 1.2 * distance(peft, exact)) < 0.03
+
+
+@pytest.mark.parametrize("joined, in_product", WAYS)
+def test_what_a_step_trained_is_read_by_the_next_pass(joined, in_product):
+    models = build(), build()
+    fuse_lora(models[1], joined=joined, in_product=in_product)
+    losses = []
+    for model in models:
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=10.0)
+        losses.append([])
+        for _ in range(4):
+            losses[-1].append(float(pass_of(model)[0]))
+            optimizer.step()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][3] < 0.95 * losses[0][0]
+
+
+def test_checkpointed_layers_give_the_same_gradients_and_keep_nothing():
+    _, gradients = pass_of(build())
+    model = build()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    fuse_lora(model)
+    _, fused = pass_of(model)
+    for name in gradients:
+        torch.testing.assert_close(fused[name], gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    groups = {module.fused_into[0] for module in model.modules() if hasattr(module, "fused_into")}
+    assert len(groups) == 8 and all(group.held is None for group in groups)
+
+
+def test_evaluation_a_disabled_and_a_merged_adapter_are_pefts():
+    plain, fused = build(), build()
+    fuse_lora(fused)
+    pass_of(fused)  # which leaves the layers as in training
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=IDS).logits
+
+    adapted = logits(plain.eval())
+    torch.testing.assert_close(logits(fused.eval()), adapted)
+    for model in (plain, fused):
+        model.train()
+    with plain.disable_adapter(), fused.disable_adapter():
+        torch.testing.assert_close(pass_loss(fused), pass_loss(plain))
+        assert not torch.allclose(logits(fused), adapted)
+    fused.merge_adapter()
+    torch.testing.assert_close(pass_loss(fused), pass_loss(plain))
+    fused.unmerge_adapter()
+    torch.testing.assert_close(pass_of(fused)[1], pass_of(plain)[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(fused.merge_and_unload()), adapted, rtol=1e-4, atol=1e-4)
+
+
+def pass_loss(model):
+    return model(input_ids=IDS, labels=IDS).loss.detach()
+
+
+def test_the_saved_adapter_is_pefts_and_the_weights_are_in_memory_once(tmp_path):
+    plain, fused = build(), build()
+    before = sum(p.numel() for p in fused.parameters())
+    fuse_lora(fused)
+    assert sum(p.numel() for p in fused.parameters()) == before
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for folder, model in (("plain", plain), ("fused", fused)):
+        model.save_pretrained(tmp_path / folder)
+    assert (tmp_path / "fused/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "plain/adapter_model.safetensors"
+    ).read_bytes()
+    for module in fused.modules():
+        if hasattr(module, "fused_into"):
+            group, _ = module.fused_into
+            assert module.base_layer.weight.untyped_storage().data_ptr() == group.weight.untyped_storage().data_ptr()
+
+
+def test_weights_that_were_moved_away_are_trained_by_peft():
+    model, plain = build().double(), build().double()
+    fuse_lora(model)
+    model.float()
+    for module in model.modules():
+        if hasattr(module, "fused_into"):
+            module.fused_into[0].weight.data.fill_(torch.nan)  # the earlier place
+    torch.testing.assert_close(pass_of(model)[1], pass_of(plain.float())[1])
+
+
+@pytest.mark.parametrize(
+    "lora, fused",
+    [({"use_dora": True}, 0), ({"target_modules": ["q_proj", "v_proj"]}, 4), ({"rank_pattern": {"k_proj": 5}}, 14)],
+    ids=["dora", "two of three", "ranks that differ"],
+)
+def test_a_layer_that_is_more_or_stands_alone_trains_as_with_peft(lora, fused):
+    _, gradients = pass_of(build(**lora))
+    model = build(**lora)
+    assert fuse_lora(model) == fused
+    torch.testing.assert_close(pass_of(model)[1], gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_adapter_is_pefts():
+    model, plain = build(), build()
+    fuse_lora(model)
+    for each in (model, plain):
+        each.add_adapter("other", LoraConfig(r=2, target_modules=list(LINEAR_LAYERS)))
+        each.set_adapter("other")
+        torch.manual_seed(5)
+        for name, parameter in each.named_parameters():
+            if ".other." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    torch.testing.assert_close(pass_of(model)[1], pass_of(plain)[1])
+
+
+def test_dropout_is_on_the_low_rank_path_alone():
+    """One mask for q, k and v: where B is zero it changes nothing, and else something."""
+    plain, fused = build(), build(lora_dropout=0.5)
+    fuse_lora(fused)
+    assert not torch.allclose(pass_loss(fused), pass_loss(plain))
+    with torch.no_grad():
+        for model in (plain, fused):
+            for name, parameter in model.named_parameters():
+                parameter.mul_("lora_B" not in name)
+    torch.testing.assert_close(pass_loss(fused), pass_loss(plain))
+
+
+@pytest.fixture(scope="module")
+def compiled_drop():
+    torch._dynamo.reset()
+    return torch.compile(drop, dynamic=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_mask_is_drawn_anew_by_seed_and_is_the_same_backward(compiled_drop):
+    x = torch.full((400, 300), 2.0, requires_grad=True)
+    torch.manual_seed(3)
+    first, second = compiled_drop(x, 0.05), compiled_drop(x, 0.05)
+    torch.manual_seed(3)
+    torch.testing.assert_close(compiled_drop(x, 0.05), first)
+    zeros = [(values == 0).double().flatten() for values in (first.detach(), second.detach())]
+    assert set(first.detach().unique().tolist()) == {0.0, pytest.approx(2 / 0.95)}
+    for found in zeros:  # 120,000 draws: five standard deviations are 0.0031
+        assert float(found.mean()) == pytest.approx(0.05, abs=0.0031)
+    rows = zeros[0].reshape(400, 300)
+    assert float(rows.mean(0).std()) == pytest.approx((0.0475 / 400) ** 0.5, rel=0.2)
+    assert float(rows.mean(1).std()) == pytest.approx((0.0475 / 300) ** 0.5, rel=0.2)
+    for one, other in (zeros, (rows[1:].flatten(), rows[:-1].flatten()), (rows[:, 1:], rows[:, :-1])):
+        assert float((one * other).mean()) == pytest.approx(0.0025, abs=0.0008)
+    first.sum().backward()
+    torch.testing.assert_close(x.grad, first.detach() / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joined, in_product", WAYS)
+def test_compiled_layers_are_one_graph_with_the_same_gradients(joined, in_product):
+    """As Dynamo and AOTAutograd see them; the code that Inductor makes of it runs in tests/gpu."""
+    loss, gradients = pass_of(build())
+    torch._dynamo.reset()
+    model = build()
+    model.enable_input_require_grads()  # as the trained rows of the embedding do
+    fuse_lora(model, joined=joined, in_product=in_product)
+    compiled = []
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True, fullgraph=True, backend=count_with_aot(compiled))
+    found = pass_of(model)
+    torch.testing.assert_close(found[0], loss)
+    torch.testing.assert_close(found[1], gradients, rtol=1e-4, atol=1e-6)
+    pass_of(model, IDS[:, :9])
+    assert len(compiled) == 1
+
+
+def count_with_aot(compiled):
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def forward(graph, inputs):
+        return graph
+
+    backend = aot_autograd(fw_compiler=forward, partition_fn=min_cut_rematerialization_partition)
+
+    def compile_graph(graph, inputs):
+        compiled.append(graph)
+        return backend(graph, inputs)
+
+    return compile_graph
