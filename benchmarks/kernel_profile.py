@@ -20,7 +20,8 @@ BYTES = {
     **{"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "bool": 1},
     **{"unsigned char": 1, "signed char": 1, "int": 4, "long int": 8, "long": 8},
 }
-PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}  # where the first factor stands
+# Where the first factor stands.
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 
 
 def summarise(trace: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def _row(name: str, found: list[Any], steps: int) -> dict[str, Any]:
         "shapes": [list(shape) for shape in dims if shape],
     }
     try:
-        moved = sum(prod(shape) * BYTES.get(kind, 0) for shape, kind in zip(dims, types, strict=False) if shape)
+        tensors = zip(dims, types, strict=False)
+        moved = sum(prod(shape) * BYTES.get(kind, 0) for shape, kind in tensors if shape)
         row["gb_s"] = round(moved * len(found) / seconds / 1e9)
         if (first := PRODUCTS.get(row["operator"])) is not None:
             left, right = dims[first : first + 2]
@@ -85,8 +87,8 @@ def describe_kernels(title: str, found: dict[str, Any], most: int = 60) -> Itera
     """The page's lines of a summary."""
     yield from (f"# {title}", "")
     yield (
-        f"{found['ms_a_step']} ms a profiled step: a kernel runs for {found['busy_ms']} ms, none for {found['idle_ms']} "
-        f"ms; {found['kernels_a_step']:,} kernels a step."
+        f"{found['ms_a_step']} ms a profiled step: a kernel runs for {found['busy_ms']} ms, none for "
+        f"{found['idle_ms']} ms; {found['kernels_a_step']:,} kernels a step."
     )
     if "host_ms" in found:
         yield f"Without the profiler the host is done with launching a step after {found['host_ms']} ms."

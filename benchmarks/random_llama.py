@@ -140,7 +140,8 @@ def draw_weights(layers: int | None = None) -> Iterator[None]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = AutoModelForCausalLM.from_pretrained
+    loader: Any = AutoModelForCausalLM
+    own = loader.from_pretrained
 
     def draw(folder: Any, *, dtype: Any, output_loading_info: bool = False, **options: Any) -> Any:
         config = AutoConfig.from_pretrained(folder)
@@ -148,15 +149,15 @@ def draw_weights(layers: int | None = None) -> Iterator[None]:
         attention = {name: options[name] for name in options if name == "attn_implementation"}
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
-        found = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
+            model = loader.from_config(config, dtype=dtype, **attention)
+        found: dict[str, Any] = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
         return (model, found) if output_loading_info else model
 
-    AutoModelForCausalLM.from_pretrained = draw
+    loader.from_pretrained = draw
     try:
         yield
     finally:
-        AutoModelForCausalLM.from_pretrained = own
+        loader.from_pretrained = own
 
 
 if __name__ == "__main__":

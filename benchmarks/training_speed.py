@@ -51,7 +51,7 @@ from typing import IO, Any, cast
 
 from benchmarks.common import REPORTS, command, write_report
 from benchmarks.kernel_profile import describe_kernels, summarise
-from benchmarks.random_llama import SHAPES, draw_weights, find_backbone
+from benchmarks.random_llama import draw_weights, find_backbone
 from benchmarks.training_page import add_runs
 from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer, parts_of
 from biomerge_lib.core.prompt_format import PromptFormat
@@ -266,7 +266,7 @@ def watch_numbers(trainer: Any) -> dict[str, list[Any]]:
 
 def describe_numbers(seen: dict[str, list[Any]], measured: int) -> dict[str, float]:
     """First and mean loss and gradient norm; the mean over the steps that were measured last."""
-    told = {}
+    told: dict[str, float] = {}
     for name, values in seen.items():
         numbers = [float(value) for value in values if value is not None]
         if numbers:
@@ -527,7 +527,9 @@ def main() -> None:
     parser.add_argument(
         "--epochs", nargs="*", type=int, default=[], help="also train whole epochs of so many sentences"
     )
-    parser.add_argument("--profile", help="begins the names of files for the kernels' times, two for each way")
+    parser.add_argument(
+        "--profile", help="begins the names of files for the kernels' times, two for each way"
+    )
     parser.add_argument("--card-gb", type=float, help="hold each way to so many GB of the card")
     parser.add_argument(
         "--out", default=str(REPORTS / "training_speed.json"), help="JSON file of all runs; this run is added"

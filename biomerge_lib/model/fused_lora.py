@@ -1,15 +1,15 @@
 """Knows how LoRA trains in few passes over the activations: layers that read the same input, as one product.
 
-PEFT computes W x + s B A dropout(x) layer by layer. Its modules stay as they are (names, saving, merging, decoding), but
-in a training pass a group of them (q, k, v; gate, up; any other alone) computes
+PEFT computes W x + s B A dropout(x) layer by layer. Its modules stay as they are (names, saving, merging, decoding),
+but in a training pass a group of them (q, k, v; gate, up; any other alone) computes
 
     low = dropout(x) [A_q; A_k; A_v]^T,  one mask a group        y = [x | low] W'^T,  W' = [W_q | s B_q  0     0    ]
                                                                                          [W_k | 0      s B_k  0    ]
                                                                                          [W_v | 0      0      s B_v]
 
-so that the low-rank part is added in the base product's accumulator. W' holds the frozen weights themselves (the modules'
-are views of it), and its last columns are filled from the trained B's before each training pass. Backward, dy W' gives
-the gradients of x and of low in one product.
+so that the low-rank part is added in the base product's accumulator. W' holds the frozen weights themselves (the
+modules' are views of it), and its last columns are filled from the trained B's before each training pass. Backward,
+dy W' gives the gradients of x and of low in one product.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {
     "joined": True,  # layers that read the same input as one product, or each its own
     "in_product": True,  # the low-rank part in the base product's accumulator, or added behind it
 }
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one parent, in the order of their calls
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one parent, called in this order
 COLUMNS = 64  # added to W' at least: a tile of a GPU's product, and rows that begin at multiples of 128 bytes
 
 
@@ -166,7 +166,7 @@ class _JoinedProduct(torch.autograd.Function):
         return both @ weight.t() if bias is None else torch.addmm(bias, both, weight.t())
 
     @staticmethod
-    def backward(ctx: Any, dy: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Any) -> Any:
         low, weight = ctx.saved_tensors
         both = dy @ weight  # (T, in + columns)
         inputs = weight.shape[1] - low.shape[1]
@@ -182,17 +182,25 @@ class _JoinedProduct(torch.autograd.Function):
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:
     """Dropout of a matrix (T, in): 0 with probability ``p``, else ``x / (1 - p)``.
 
-    Where it is compiled the mask is a hash of place and one random number (two rounds of Wellons' lowbias32): a tenth
-    of the arithmetic of PyTorch's Philox, and the backward pass computes it anew instead of reading it.
+    Where it is compiled the mask is :func:`hashed_mask` of one random number: a tenth of the arithmetic of PyTorch's
+    Philox, and the backward pass can compute it anew instead of reading it.
     """
     if p == 0:
         return x
     if not torch.compiler.is_compiling():
         return F.dropout(x, p)
     seed = torch.randint(-(2**31), 2**31 - 1, (), dtype=torch.int32, device=x.device)
+    return torch.where(hashed_mask(x, seed, p), x * (1 / (1 - p)), 0)
+
+
+def hashed_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """Which places of a matrix to keep, each with probability ``1 - p``: their numbers and an int32 ``seed``, hashed.
+
+    The hash is Wellons' lowbias32 with the seed added twice; shifts are made logical, as int32 has a sign.
+    """
     rows, columns = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape)
     mixed = rows[:, None] * x.shape[1] + columns + seed
     mixed = (mixed ^ (mixed >> 16 & 0xFFFF)) * 0x7FEB352D + seed
     mixed = (mixed ^ (mixed >> 15 & 0x1FFFF)) * -0x7B935975
     mixed = mixed ^ (mixed >> 16 & 0xFFFF)
-    return torch.where(mixed >= int(p * 2**32) - 2**31, x * (1 / (1 - p)), 0)
+    return mixed >= int(p * 2**32) - 2**31

@@ -86,8 +86,11 @@ def is_plain_lora(module: torch.nn.Module) -> bool:
     if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
         return False
     more = module.lora_variant or any(module.lora_bias.values()) or module.fan_in_fan_out
-    plain_dropout = all(type(d) in (torch.nn.Dropout, torch.nn.Identity) for d in module.lora_dropout.values())
-    return list(module.lora_A) == ["default"] and plain_dropout and not more
+    plain = {type(dropout) for dropout in module.lora_dropout.values()} <= {
+        torch.nn.Dropout,
+        torch.nn.Identity,
+    }
+    return list(module.lora_A) == ["default"] and plain and not more
 
 
 def adds_low_rank(layer: Any) -> bool:

@@ -16,12 +16,12 @@ IDS = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(1))
 WAYS = [(joined, in_product) for joined in (False, True) for in_product in (False, True)]
 
 
-def build(kind="llama", dtype=torch.float32, *, device="cpu", **lora):
+def build(kind="llama", dtype=torch.float32, *, device="cpu", hidden=48, **lora):
     """A random model of two layers in training; Qwen2 has biases, and neither rank nor width is a multiple of 64."""
     config_class, model_class = KINDS[kind]
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden + 32, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    model = model_class(config_class(vocab_size=50, num_hidden_layers=2, **sizes))
+    model = model_class(config_class(vocab_size=50, num_attention_heads=4, num_key_value_heads=2, **sizes))
     adapter = {"r": 3, "lora_alpha": 2, "target_modules": list(LINEAR_LAYERS), "task_type": "CAUSAL_LM"}
     model = get_peft_model(model, LoraConfig(**adapter | lora))
     with torch.no_grad():
@@ -145,8 +145,11 @@ def test_the_saved_adapter_is_pefts_and_the_weights_are_in_memory_once(tmp_path)
     ).read_bytes()
     for module in fused.modules():
         if hasattr(module, "fused_into"):
-            group, _ = module.fused_into
-            assert module.base_layer.weight.untyped_storage().data_ptr() == group.weight.untyped_storage().data_ptr()
+            places = [
+                w.untyped_storage().data_ptr()
+                for w in (module.base_layer.weight, module.fused_into[0].weight)
+            ]
+            assert places[0] == places[1]
 
 
 def test_weights_that_were_moved_away_are_trained_by_peft():
@@ -161,7 +164,11 @@ def test_weights_that_were_moved_away_are_trained_by_peft():
 
 @pytest.mark.parametrize(
     "lora, fused",
-    [({"use_dora": True}, 0), ({"target_modules": ["q_proj", "v_proj"]}, 4), ({"rank_pattern": {"k_proj": 5}}, 14)],
+    [
+        ({"use_dora": True}, 0),
+        ({"target_modules": ["q_proj", "v_proj"]}, 4),
+        ({"rank_pattern": {"k_proj": 5}}, 14),
+    ],
     ids=["dora", "two of three", "ranks that differ"],
 )
 def test_a_layer_that_is_more_or_stands_alone_trains_as_with_peft(lora, fused):

