@@ -211,10 +211,12 @@ def measure_way(options: dict[str, Any]) -> None:
 
     ahead = {}
     if random and compiles(way):
+        faulthandler.dump_traceback_later(options["way_limit"], exit=True)
         few = {"batch": max(options["batches"]), "steps": 1, "profile": None}
         measure(load(1), tokenizer, records, options | few)
         ahead["compile_seconds"] = round(time.perf_counter() - imported, 1)
         free_memory()
+        faulthandler.cancel_dump_traceback_later()
     print("READY", flush=True)
     if not sys.stdin.readline():
         sys.exit("the benchmark itself has ended")
@@ -470,6 +472,9 @@ class Way:
 
     def __init__(self, way: str, options: dict[str, Any]) -> None:
         self.way, self.options = way, options
+        threads = max(
+            2, len(os.sched_getaffinity(0)) // len(options["ways"])
+        )  # all ways compile at the same time
         self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.training_speed", "--one", json.dumps(options | {"way": way})],
@@ -478,7 +483,9 @@ class Way:
             stderr=self.errors,
             text=True,
             cwd=PROJECT_DIR,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            env={"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+            | os.environ
+            | {"TOKENIZERS_PARALLELISM": "false"},
         )
         self.lines = cast(IO[str], self.process.stdout)
 
