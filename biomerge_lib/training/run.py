@@ -176,6 +176,7 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are constants
         logging_nan_inf_filter=False,  # FiniteLoss, which does not wait for the GPU
         report_to=[],  # TrackingCallback
         restore_callback_states_from_checkpoint=True,  # early stopping goes on counting
