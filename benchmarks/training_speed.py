@@ -70,10 +70,11 @@ OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "unsloth packed": {"backend": "unsloth"},
     "unsloth packed+checkpointing": {"backend": "unsloth", "gradient_checkpointing": True},
 }
-FUSED: dict[str, dict[str, bool]] = {  # options of model/fused_lora.py
+FUSED: dict[str, dict[str, Any]] = {  # options of model/fused_lora.py
     "fused": {"joined": False, "in_product": True},
     "fused, joined": {"joined": True, "in_product": False},
     "fused, joined, in the product": {"joined": True, "in_product": True},
+    "fused, joined, wide in the product": {"joined": True, "in_product": "wide"},
     "fused+checkpointing": {"joined": True, "in_product": True},
     "fused, half checkpointed": {"joined": True, "in_product": True},
     "fused, as needed": {"joined": True, "in_product": True},

@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 OPTIONS: dict[str, Any] = {
     "devices": (),  # on which training fuses LoRA
     "joined": True,  # layers that read the same input as one product, or each its own
-    "in_product": True,  # the low-rank part in the base product's accumulator, or added behind it
+    # The low-rank part in the base product's accumulator, or added behind it; "wide": in it where a group puts out more
+    # than it reads, as else the smaller tensor is the one that is added.
+    "in_product": True,
 }
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one parent, called in this order
 COLUMNS = 64  # added to W' at least: a tile of a GPU's product, and rows that begin at multiples of 128 bytes
 
 
-def fuse_lora(model: PeftModel, *, joined: bool | None = None, in_product: bool | None = None) -> int:
+def fuse_lora(model: PeftModel, *, joined: bool | None = None, in_product: bool | str | None = None) -> int:
     """Let a PEFT model's training passes compute LoRA in groups of layers; the number of layers that do.
 
     A layer is left as PEFT's where it is more than ``nn.Linear`` with LoRA (quantised, DoRA, several adapters), and so
@@ -75,21 +77,20 @@ def _kind(layer: Any) -> tuple[Any, ...]:
 class _Group:
     """LoRA layers that are called one after the other with the same input."""
 
-    def __init__(self, layers: list[Any], in_product: bool) -> None:
+    def __init__(self, layers: list[Any], in_product: bool | str) -> None:
+        bases = [layer.base_layer for layer in layers]
+        first, outputs = bases[0].weight, [base.weight.shape[0] for base in bases]
+        self.inputs: int = first.shape[1]
         self.layers = layers
-        self.in_product = in_product
+        self.in_product = sum(outputs) > self.inputs if in_product == "wide" else bool(in_product)
         # As ratios of integers, which torch.compile takes as constants; a float would be an input of each layer.
         self.scale = float(layers[0].scaling["default"]).as_integer_ratio()
         self.dropout = float(getattr(layers[0].lora_dropout["default"], "p", 0)).as_integer_ratio()
         self.ready = False  # whether the pass at hand computes here
         self.held: tuple[torch.Tensor, tuple[torch.Tensor, ...], int] | None = None
-        bases = [layer.base_layer for layer in layers]
-        first = bases[0].weight
-        self.inputs: int = first.shape[1]
         rank = sum(layer.r["default"] for layer in layers)
-        self.columns = -(-rank // COLUMNS) * COLUMNS if in_product else rank
-        width = self.inputs + (self.columns if in_product else 0)
-        outputs = [base.weight.shape[0] for base in bases]
+        self.columns = -(-rank // COLUMNS) * COLUMNS if self.in_product else rank
+        width = self.inputs + (self.columns if self.in_product else 0)
         joined = torch.zeros(sum(outputs), width, dtype=first.dtype, device=first.device)
         self._views = [rows[:, : self.inputs] for rows in joined.split(outputs)]
         self._slots = []

@@ -30,7 +30,7 @@ def references():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("joined, in_product", [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("joined, in_product", [(False, True), (True, False), (True, True), (True, "wide")])
 def test_gradients_are_as_near_to_the_exact_ones_as_pefts(joined, in_product, compiled):
     exact, peft = references()
     model = build()

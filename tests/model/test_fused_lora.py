@@ -13,7 +13,7 @@ from biomerge_lib.model.unsloth_lora_ner import LINEAR_LAYERS
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 IDS = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(1))
-WAYS = [(joined, in_product) for joined in (False, True) for in_product in (False, True)]
+WAYS = [(joined, in_product) for joined in (False, True) for in_product in (False, True)] + [(True, "wide")]
 
 
 def build(kind="llama", dtype=torch.float32, *, device="cpu", hidden=48, **lora):
