@@ -10,8 +10,10 @@ Every way trains LoRA r = 8 on all linear layers on the same sentences with star
 
     packed, packed+compiled, ...   this project's Trainer with its parameters of those names
     fused, ...                     packed+compiled with LoRA in the base layers' products (model/fused_lora.py); joined:
-                                   q, k, v and gate, up as one product with one dropout mask; half checkpointed: every
-                                   second layer computes its activations anew; as needed: as many as --card-gb demands
+                                   q, k, v and gate, up as one product with one dropout mask; wide: o and down, which
+                                   put out no more than they read, behind theirs; apart: so, and backward gate and up
+                                   each by itself; half checkpointed: every second layer computes its activations
+                                   anew; as needed: as many as --card-gb demands
     padded                         this project's Trainer with packing=false
     brief                          transformers' Trainer and peft as the brief writes it: rows padded to 256 + 64
                                    tokens, 8 sentences x 4, gradient checkpointing
@@ -71,13 +73,14 @@ OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "unsloth packed+checkpointing": {"backend": "unsloth", "gradient_checkpointing": True},
 }
 FUSED: dict[str, dict[str, Any]] = {  # options of model/fused_lora.py
-    "fused": {"joined": False, "in_product": True},
+    "fused": {"joined": False, "in_product": True, "apart": False},
     "fused, joined": {"joined": True, "in_product": False},
-    "fused, joined, in the product": {"joined": True, "in_product": True},
-    "fused, joined, wide in the product": {"joined": True, "in_product": "wide"},
-    "fused+checkpointing": {"joined": True, "in_product": True},
-    "fused, half checkpointed": {"joined": True, "in_product": True},
-    "fused, as needed": {"joined": True, "in_product": True},
+    "fused, joined, in the product": {"joined": True, "in_product": True, "apart": False},
+    "fused, joined, wide in the product": {"joined": True, "in_product": "wide", "apart": False},
+    "fused, apart": {"joined": True, "in_product": "wide", "apart": True},
+    "fused+checkpointing": {"joined": True, "in_product": "wide", "apart": True},
+    "fused, half checkpointed": {"joined": True, "in_product": "wide", "apart": True},
+    "fused, as needed": {"joined": True, "in_product": "wide", "apart": True},
 }
 OURS |= {way: {"step_launch": "compiled"} for way in FUSED}
 OURS |= {way: OURS[way] | {"gradient_checkpointing": True} for way in [*FUSED][-3:]}

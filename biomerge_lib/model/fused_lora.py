@@ -32,6 +32,9 @@ OPTIONS: dict[str, Any] = {
     # The low-rank part in the base product's accumulator, or added behind it; "wide": in it where a group puts out more
     # than it reads, as else the smaller tensor is the one that is added.
     "in_product": True,
+    # Backward, members that put out more than they read (gate, up) each by itself: their gradients come from one
+    # kernel, and to join them would read its inputs twice.
+    "apart": True,
 }
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one parent, called in this order
 COLUMNS = 64  # added to W' at least: a tile of a GPU's product, and rows that begin at multiples of 128 bytes
@@ -83,6 +86,7 @@ class _Group:
         self.inputs: int = first.shape[1]
         self.layers = layers
         self.in_product = sum(outputs) > self.inputs if in_product == "wide" else bool(in_product)
+        self.apart: bool = OPTIONS["apart"] and min(outputs) > self.inputs
         # As ratios of integers, which torch.compile takes as constants; a float would be an input of each layer.
         self.scale = float(layers[0].scaling["default"]).as_integer_ratio()
         self.dropout = float(getattr(layers[0].lora_dropout["default"], "p", 0)).as_integer_ratio()
@@ -138,13 +142,12 @@ class _Group:
         scale, p = (over / under for over, under in (self.scale, self.dropout))
         low = F.linear(drop(rows, p), F.pad(lora_a, (0, 0, 0, padding)).to(x.dtype))  # (T, columns)
         if self.in_product:
-            y = cast("Callable[..., torch.Tensor]", _JoinedProduct.apply)(
-                rows, low, self.weight, self.bias, scale, *lora_b
-            )
+            product = cast("Callable[..., tuple[torch.Tensor, ...]]", _JoinedProduct.apply)
+            parts = product(rows, low, self.weight, self.bias, scale, self.apart, *lora_b)
         else:
             blocks = (torch.block_diag(*lora_b) * scale).to(x.dtype)  # (out, columns)
             y = F.linear(rows, self.weight, self.bias) + F.linear(low, blocks)
-        parts = y.split([b.shape[0] for b in lora_b], dim=1)
+            parts = y.split([b.shape[0] for b in lora_b], dim=1)
         return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
 
 
@@ -156,28 +159,40 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 
 
 class _JoinedProduct(torch.autograd.Function):
-    """``[x | low] weight^T + bias`` (T, out), and the gradients of x, low and the B's in the weight's last columns."""
+    """``[x | low] weight^T + bias`` in parts (T, out), and gradients of x, low and the B's in weight's last columns.
+
+    ``apart``: whether the parts' gradients are multiplied one by one, or joined.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, low: Any, weight: Any, bias: Any, scale: float, *lora_b: Any) -> Any:
+    def forward(
+        ctx: Any, x: Any, low: Any, weight: Any, bias: Any, scale: float, apart: bool, *lora_b: Any
+    ) -> Any:
         ctx.save_for_backward(low, weight)
-        ctx.scale, ctx.shapes = scale, [b.shape for b in lora_b]
+        ctx.scale, ctx.apart, ctx.shapes = scale, apart, [b.shape for b in lora_b]
         ctx.dtype = lora_b[0].dtype
         both = torch.cat((x, low), dim=1)
-        return both @ weight.t() if bias is None else torch.addmm(bias, both, weight.t())
+        y = both @ weight.t() if bias is None else torch.addmm(bias, both, weight.t())
+        return y.split([b.shape[0] for b in lora_b], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Any) -> Any:
+    def backward(ctx: Any, *dys: Any) -> Any:
         low, weight = ctx.saved_tensors
-        both = dy @ weight  # (T, in + columns)
+        outputs, ranks = zip(*ctx.shapes, strict=True)
+        if ctx.apart:
+            both = dys[0] @ weight[: outputs[0]]  # (T, in + columns)
+            for dy, rows in zip(dys[1:], weight.split(outputs)[1:], strict=True):
+                both = torch.addmm(both, dy, rows)
+            blocks = [dy.t() @ low for dy in dys]  # (out, columns), of which each B's columns are wanted
+        else:
+            joined = torch.cat(dys, dim=1)
+            both, blocks = joined @ weight, (joined.t() @ low).split(outputs)
         inputs = weight.shape[1] - low.shape[1]
-        of_b, row, column = [], 0, 0
-        joined = dy.t() @ low  # (out, columns), of which each B's block is wanted
-        for outputs, rank in ctx.shapes:
-            block = joined[row : row + outputs, column : column + rank]
-            of_b.append(block.to(ctx.dtype) * ctx.scale)
-            row, column = row + outputs, column + rank
-        return both[:, :inputs], both[:, inputs:], None, None, None, *of_b
+        of_b, column = [], 0
+        for block, rank in zip(blocks, ranks, strict=True):
+            of_b.append(block[:, column : column + rank].to(ctx.dtype) * ctx.scale)
+            column += rank
+        return both[:, :inputs], both[:, inputs:], None, None, None, None, *of_b
 
 
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from biomerge_lib.model import fused_lora
 from biomerge_lib.model.fused_lora import drop, fuse_lora
 from biomerge_lib.model.reach_ins import count_compiled_graphs
 from biomerge_lib.model.unsloth_lora_ner import LINEAR_LAYERS
@@ -53,6 +54,12 @@ def distance(found, expected):
     return float((apart / sum(gradient.float().square().sum() for gradient in expected.values())).sqrt())
 
 
+@pytest.fixture(params=[True, False], ids=["apart", "together"])
+def backward(request, monkeypatch):
+    monkeypatch.setitem(fused_lora.OPTIONS, "apart", request.param)
+
+
+@pytest.mark.usefixtures("backward")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("joined, in_product", WAYS)
 def test_loss_and_gradients_are_pefts(kind, joined, in_product):
