@@ -45,7 +45,8 @@ ANY = "any"  # the default cue
 COMMON = (
     "model=smollm2_135m runtime=h200 per_device_train_batch_size=16 per_device_eval_batch_size=256 num_workers=0 "
     "logging_steps=20 wandb_mode=disabled keep_checkpoint=last offset_anchors=echo_pieces max_target_tokens=256 "
-    "max_new_tokens=256 num_train_epochs=2 step_launch=compiled_graphed eval_steps=100000 save_steps=1000 eval_limit=4000"
+    "max_new_tokens=256 num_train_epochs=2 step_launch=compiled_graphed eval_steps=100000 save_steps=1000 "
+    "eval_limit=4000"
 )
 UNION = f"{COMMON} data_dir={DATA}/ner corpus_cue=true"
 ONE = f"{COMMON} corpus_cue=false"
