@@ -63,7 +63,9 @@ def test_a_site_that_has_everything_is_ok(programs, tmp_path):
     archive = tmp_path / "arch\u2028ive"  # what some take for a line's end
     os.environ["ARCHIVE"] = str(archive)
     found = look()
-    assert {verdict for check, (verdict, _) in found.items() if check not in ("site", "disk", "context")} == {"ok"}
+    assert {verdict for check, (verdict, _) in found.items() if check not in ("site", "disk", "context")} == {
+        "ok"
+    }
     assert found["sbatch"][1] == "slurm/job_single_ner.sbatch: to start at noon"
     assert found["driver"][1] == "NVIDIA A100-SXM4-80GB, 81920 MiB: driver 590.44.01, CUDA 13.1"
     assert found["archive"][1] == f"run folders are kept in {archive}"
