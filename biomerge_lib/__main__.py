@@ -168,9 +168,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from biomerge_lib.apply.adapter_answers import answer_adapters
     from biomerge_lib.report.comparison import compare_runs
 
-    print(compare_runs(options.runs, options.split, options.decoder))
+    places = answer_adapters(options.runs, options.split, options.decoder)
+    print(compare_runs(places, options.split, options.decoder))
 
 
 def _publish(options: argparse.Namespace) -> None:

@@ -350,6 +350,8 @@ SCORING, _BESIDE = (
     for mark in ("scoring", "beside")
 )
 NOT_IDENTITY = SCORING | _BESIDE
+# How 02_data makes its files, down to where they lie: what a training was given of these says nothing of its data.
+OF_THE_DATA = frozenset(list(Parameters.model_fields)[: list(Parameters.model_fields).index("data_dir")])
 _GROUPS = frozenset(path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir())
 
 
