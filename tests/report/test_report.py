@@ -17,8 +17,10 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.records import SPLITS, Record, write_records
 from biomerge_lib.core.spans import parse_spans
 from biomerge_lib.decoding.predictions import Prediction, read_predictions, write_predictions
+from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.report import report_notebooks
 from biomerge_lib.report.answer_figures import draw_weaknesses
 from biomerge_lib.report.display import MARKS, highlight, highlight_errors, show_html
@@ -116,6 +118,21 @@ def test_the_page_says_whether_runs_differ_by_more_than_chance_and_where_the_bes
     assert 'aria-label="Boundary errors: left 0, right 0, both 0."' in page
     assert "calibration error 0.100" in page
     assert "seen and unseen mentions are not told apart" in page and "string in training:" not in page
+
+
+def test_the_page_says_what_the_data_hold_and_nothing_of_02s_parameters(tmp_path):
+    """03's own ``corpora`` is a default, whatever it was trained on."""
+    data = tmp_path / "data"
+    record = Record(ASPIRIN, ((0, 7),), "d", "mine")
+    for split in SPLITS:
+        write_records(data / f"{split}.jsonl", [record])
+    folder = make_run(tmp_path / "runs", "best", 0.8, corpora=["sample"], data_dir=str(data))
+    recorded = json.loads((folder / "metrics.json").read_text())
+    trained_on = '<th scope="row">trained on</th>'
+    assert trained_on not in (page := page_of(folder, tmp_path / "report.html")) and "corpora" not in page
+    (folder / "metrics.json").write_text(json.dumps(recorded | {"data": data_hashes(data)}))
+    page = page_of(folder, tmp_path / "report.html").replace("\n", "")
+    assert f"{trained_on}<td>mine</td>" in page and "sample" not in page
 
 
 def test_a_recall_of_zero_is_seen_and_a_types_name_is_no_formula():
