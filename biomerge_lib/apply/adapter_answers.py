@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from biomerge_lib.apply.ready_models import find_model
 from biomerge_lib.core.errors import ParameterError
@@ -74,23 +73,26 @@ def answer_like(run: str, split: str, adapter: str) -> Path:
         return out
     import torch
 
-    from biomerge_lib.decoding.greedy import greedy_decode
-    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
+    from biomerge_lib.decoding.greedy import greedy_decode, load_decoder
     from biomerge_lib.prompts.ner_span import cue_record
-    from biomerge_lib.prompts.tokenizer import load_tokenizer
+    from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 
     wait = "" if torch.cuda.is_available() else f", about {CPU_SECONDS * len(records):.0f} s on two CPU cores"
     log.info("%s answers the %d %s sentences of %s, once%s", adapter, len(records), split, run, wait)
     cues = manifest.cue_options()
     asked = [cue_record(record, **cues) for record in records] if cues else records
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_plain_tokenizer(folder)
     prompts = build_prompts(asked, tokenizer, manifest.prompt_format)
-    batching: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "batch_size": parameters.per_device_eval_batch_size,
-    }
-    model = load_causal_lm(folder, dtype=dtype)
-    answers = greedy_decode(model, tokenizer, prompts, constrained_decoding=constraint, **batching)
+    how = {"dtype": dtype, "constrained_decoding": constraint}
+    model = load_decoder(folder, eos_token_id=tokenizer.eos_token_id, **how)
+    answers = greedy_decode(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=new_tokens,
+        batch_size=parameters.per_device_eval_batch_size,
+        constrained_decoding=constraint,
+    )
     keeping = {"constrained": constraint != "off", "span_threshold": threshold}
     write_predictions(out, collect_predictions(asked, prompts, answers, **keeping))
     return out
