@@ -48,6 +48,8 @@ OTHER_NAMES = {
     "training.output_dir": "runs_dir",
 }
 PLACES = ("data_dir", "runs_dir", "backbones_dir", "tokenizer_dir", "cache_dir", "backbone", "init_adapter")
+# What stands where a path may stand, and is none: the bundled corpus, backbone and adapter.
+NO_PLACES = ("sample", "smollm2-135m", "shipped")
 # Younger than the names of many runs: such a value is no part of a name.
 YOUNGER = {"init_adapter": None, "train_on": "train", "keep_checkpoint": "best"}
 # A parameter without one of these marks changes what is trained, and so the run's name. Scoring: how a trained model's
@@ -275,7 +277,7 @@ class Parameters(BaseModel):
         if self.save_steps % self.eval_steps:
             odd = f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}"
             yield f"{odd}: the best checkpoint could not be kept"
-        if self.deepspeed and not os.path.isfile(self.deepspeed):
+        if self.deepspeed and not (PARAMETERS_DIR.parent / self.deepspeed).is_file():
             yield f"deepspeed={self.deepspeed}: no such file"
         if self.trainable == "all" and self.init_adapter:
             yield "trainable=all trains no adapter: set init_adapter=null"
@@ -358,12 +360,45 @@ _GROUPS = frozenset(path.name for path in PARAMETERS_DIR.iterdir() if path.is_di
 def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
     """Compose ``parameters/`` with Hydra; ``overrides`` are ``group=choice`` and ``name=value``.
 
-    ``+name=value`` and ``--name value`` mean the same as ``name=value``.
+    ``+name=value`` and ``--name value`` mean the same as ``name=value``. A relative path among them is one of the
+    current folder where that is there, and else of the project, as all paths of notebooks and YAML files are.
 
     Raises:
         ParameterError: an unknown name or choice, a wrong type, a contradiction.
     """
-    return check_parameters(_compose(tuple(_normalise_overrides(overrides))))
+    parameters = check_parameters(_compose(tuple(_normalise_overrides(overrides))))
+    places = parameters.model_dump(include={*PLACES, "corpora", "deepspeed"} & override_names(overrides))
+    here = {
+        name: list(map(_find_here, place)) if isinstance(place, list) else _find_here(place)
+        for name, place in places.items()
+        if place
+    }
+    return parameters.model_copy(update=here)
+
+
+def _find_here(place: str) -> str:
+    here, at_project = _places_of(place)
+    is_here = place not in NO_PLACES and here != at_project and here.exists()
+    return place.removesuffix(place.rpartition(":")[2]) + str(here) if is_here else place
+
+
+def _places_of(place: str) -> tuple[Path, Path]:
+    """Where a path, or the one in ``brat:path``, may lie: in the current folder, and in the project."""
+    path = Path(place.rpartition(":")[2]).expanduser()
+    return Path.cwd() / path, PARAMETERS_DIR.parent / path
+
+
+def refuse_missing_corpora(corpora: Iterable[str]) -> None:
+    """Raise ParameterError for a corpus whose folder is neither in the current folder nor in the project."""
+    for corpus in corpora:
+        places = dict.fromkeys(_places_of(corpus))
+        if corpus in NO_PLACES or corpus.startswith("hub:") or any(path.exists() for path in places):
+            continue
+        looked = " and no ".join(map(str, places))
+        near = [other.name for path in places for other in path.parent.glob("*")]
+        raise ParameterError(
+            f"corpora: there is no {looked}.{nearest(Path(corpus).name, [*NO_PLACES, *near])}"
+        )
 
 
 def as_override(value: Any) -> str:
