@@ -128,7 +128,7 @@ def _tables(ranked: Sequence[ReportedRun]) -> dict[str, pd.DataFrame]:
         row = {"commit": made.get("commit"), "device": device[-1], "versions": listed}
         row["data"] = run.parameters.get("data_dir")
         row |= {
-            split: code.format(run.data[split], run.data[split][:16]) for split in SPLITS if split in run.data
+            split: code.format(run.data[split], run.data[split][:12]) for split in SPLITS if split in run.data
         }
         made_with.setdefault(str(row), {"runs": [], **row})["runs"].append(run.rank)
     cost = values_table(ranked, COST_COLUMNS)

@@ -120,6 +120,30 @@ def test_the_page_says_whether_runs_differ_by_more_than_chance_and_where_the_bes
     assert "seen and unseen mentions are not told apart" in page and "string in training:" not in page
 
 
+@pytest.mark.integration
+def test_tables_fit_a_laptop_and_scroll_in_their_boxes_on_a_phone(tmp_path, browser):
+    for run in make_pair(tmp_path / "runs"):
+        recorded = json.loads((run / "metrics.json").read_text())
+        versions = {"torch": "2.13.0", "transformers": "5.1.0", "peft": "0.20.0", "papermill": "2.7.0"}
+        recorded["stages"]["03_train"]["provenance"] = PROVENANCE | {"versions": versions}
+        recorded["parameters"]["data_dir"] = "data/a-corpus-of-mine/ner"
+        recorded["data"] = {split: "ab" * 32 for split in SPLITS}
+        (run / "metrics.json").write_text(json.dumps(recorded))
+    page = write_report(tmp_path / "runs", tmp_path / "report.html")
+    too_wide = """return [...document.querySelectorAll("body, .box, .wide")]
+        .filter(box => box.scrollWidth > box.clientWidth).map(box => box.ariaLabel || box.tagName)"""
+    for width, wide in ((1280, []), (390, ["Finished runs"])):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(page.as_uri())
+        found = browser.execute_script(too_wide)
+        assert set(wide) <= set(found) if wide else not found
+        assert "BODY" not in found
+    style = "return getComputedStyle(document.querySelector('.box'))"
+    assert browser.execute_script(f"{style}.scrollbarWidth") == "thin"
+    assert browser.execute_script(f"{style}.backgroundAttachment") == "local, scroll"
+
+
 def test_the_page_says_what_the_data_hold_and_nothing_of_02s_parameters(tmp_path):
     """03's own ``corpora`` is a default, whatever it was trained on."""
     data = tmp_path / "data"
