@@ -125,7 +125,16 @@ def test_tables_fit_a_laptop_and_scroll_in_their_boxes_on_a_phone(tmp_path, brow
     for run in make_pair(tmp_path / "runs"):
         recorded = json.loads((run / "metrics.json").read_text())
         versions = {"torch": "2.13.0", "transformers": "5.1.0", "peft": "0.20.0", "papermill": "2.7.0"}
-        recorded["stages"]["03_train"]["provenance"] = PROVENANCE | {"versions": versions}
+        trained = recorded["stages"]["03_train"]
+        trained["provenance"] = PROVENANCE | {"versions": versions}
+        measured = (
+            "greedy_dev_ner_precision",
+            "greedy_dev_ner_recall",
+            "eval_answer_ner_f1",
+            "eval_head_ner_f1",
+        )
+        trained["metrics"] |= dict.fromkeys(measured, 0.5)
+        recorded["stages"]["04_greedy_dev"] = {"status": "finished", "metrics": {"greedy_dev_ner_f1": 0.5}}
         recorded["parameters"]["data_dir"] = "data/a-corpus-of-mine/ner"
         recorded["data"] = {split: "ab" * 32 for split in SPLITS}
         (run / "metrics.json").write_text(json.dumps(recorded))
