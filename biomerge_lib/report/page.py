@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,12 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
             differences.append({"rank": run.rank, "run": run.name, **against.cells()})
             units = against.units
     first = compared[0][1] if compared else []
+    for path in sorted(compared[0][0].folder.glob(f"{str(file)[:-6]}-*.jsonl")) if compared else ():
+        with suppress(DataError):  # of other records, from before
+            against = compare_predictions(first, read_predictions(path))
+            adapter = "-".join(path.stem.removeprefix(f"{str(file)[:-6]}-").split("-")[:-2])
+            differences.append({"rank": None, "run": f"the adapter {adapter}", **against.cells()})
+            units = against.units
     examples = highlight_errors(first) if first else {}
     kinds = [(kind, count, ERROR_KINDS[kind]) for kind, (count, _) in examples.items()]
     return {

@@ -168,6 +168,16 @@ def test_the_page_says_what_the_data_hold_and_nothing_of_02s_parameters(tmp_path
     assert f"{trained_on}<td>mine</td>" in page and "sample" not in page
 
 
+def test_an_adapter_that_answered_the_best_runs_sentences_stands_beside_it(tmp_path):
+    best, second = make_pair(tmp_path / "runs")
+    theirs = read_predictions(second / FILE)
+    write_predictions(best / "predictions-dev-greedy-bc-135m-0123456789ab-01234567.jsonl", theirs)
+    write_predictions(best / "predictions-dev-greedy-gone-0123456789ab-01234567.jsonl", theirs[:3])
+    page = page_of(best, tmp_path / "report.html").replace("\n", "")
+    row = '<th scope="row">the adapter bc-135m</th><td>0.6667</td><td>-0.3333</td>'
+    assert row in page and "The second" not in page and "gone" not in page
+
+
 def test_a_recall_of_zero_is_seen_and_a_types_name_is_no_formula():
     """A bar of no height is not: each says its number."""
     found = [prediction(0, ASPIRIN, GOLD, GOLD[:1], gold_types=["Chemical", "Di$ea_$e"])]
