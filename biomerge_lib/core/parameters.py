@@ -364,41 +364,27 @@ def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
     current folder where that is there, and else of the project, as all paths of notebooks and YAML files are.
 
     Raises:
-        ParameterError: an unknown name or choice, a wrong type, a contradiction.
+        ParameterError: an unknown name or choice, a wrong type, a contradiction; a corpus that is in neither place.
     """
     parameters = check_parameters(_compose(tuple(_normalise_overrides(overrides))))
-    places = parameters.model_dump(include={*PLACES, "corpora", "deepspeed"} & override_names(overrides))
-    here = {
-        name: list(map(_find_here, place)) if isinstance(place, list) else _find_here(place)
-        for name, place in places.items()
-        if place
-    }
+    names = override_names(overrides)
+    places = parameters.model_dump(include={*PLACES, "deepspeed"} & names, exclude_none=True)
+    here: dict[str, Any] = {name: _find_here(place, must_exist=False) for name, place in places.items()}
+    if "corpora" in names:
+        here["corpora"] = [_find_here(corpus, must_exist=True) for corpus in parameters.corpora]
     return parameters.model_copy(update=here)
 
 
-def _find_here(place: str) -> str:
-    here, at_project = _places_of(place)
-    is_here = place not in NO_PLACES and here != at_project and here.exists()
-    return place.removesuffix(place.rpartition(":")[2]) + str(here) if is_here else place
-
-
-def _places_of(place: str) -> tuple[Path, Path]:
-    """Where a path, or the one in ``brat:path``, may lie: in the current folder, and in the project."""
+def _find_here(place: str, *, must_exist: bool) -> str:
+    """A path, or the one in ``brat:path``, as it is or, where it is the current folder's and no name, from the root."""
     path = Path(place.rpartition(":")[2]).expanduser()
-    return Path.cwd() / path, PARAMETERS_DIR.parent / path
-
-
-def refuse_missing_corpora(corpora: Iterable[str]) -> None:
-    """Raise ParameterError for a corpus whose folder is neither in the current folder nor in the project."""
-    for corpus in corpora:
-        places = dict.fromkeys(_places_of(corpus))
-        if corpus in NO_PLACES or corpus.startswith("hub:") or any(path.exists() for path in places):
-            continue
-        looked = " and no ".join(map(str, places))
-        near = [other.name for path in places for other in path.parent.glob("*")]
-        raise ParameterError(
-            f"corpora: there is no {looked}.{nearest(Path(corpus).name, [*NO_PLACES, *near])}"
-        )
+    here, at_project = Path.cwd() / path, PARAMETERS_DIR.parent / path
+    if here == at_project or place in NO_PLACES or place.startswith("hub:"):
+        return place
+    if must_exist and not (here.exists() or at_project.exists()):
+        near = nearest(path.name, [*NO_PLACES, *(other.name for other in here.parent.glob("*"))])
+        raise ParameterError(f"corpora: there is no {here} and no {at_project}.{near}")
+    return place.removesuffix(place.rpartition(":")[2]) + str(here) if here.exists() else place
 
 
 def as_override(value: Any) -> str:

@@ -31,7 +31,6 @@ from biomerge_lib.core.parameters import (
     notebook_parameter_names,
     override_names,
     read_notebook_parameters,
-    refuse_missing_corpora,
     watch_metric_of,
 )
 from biomerge_lib.core.records import SPLITS
@@ -296,8 +295,6 @@ def describe_start(name: str, overrides: Sequence[str], check: Check | None = No
         _refuse_other_training(folder, parameters)
     elif stage in SCORING_STAGES:
         parameters = _scoring_parameters(folder, parameters, override_names(overrides))
-    elif stage == DATA:
-        refuse_missing_corpora(parameters.corpora)
     there = f"is there: existing_run={parameters.existing_run}" if folder.is_dir() else "a new folder"
     writes = STAGES[stage].writes.replace("<run_id>", folder.name)
     made = f"{stage} would run in {folder}/ ({there})\nand write {notebook.name}, metrics.json, {writes}"
@@ -321,7 +318,7 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
     folder with nothing but a notebook that refused its input is gone again.
 
     Raises:
-        ParameterError: unknown notebook, parameter or corpus, or a run of other parameters, before anything starts.
+        ParameterError: unknown notebook or parameter, or a run of other parameters, before anything starts.
         DataError: 04 or 05 of a run that does not exist.
         RunInterrupted: a job asked training to stop; it left a checkpoint.
         BioMergeError: a cell failed; says which cell and which executed notebook to open.
@@ -342,8 +339,6 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
     executed = folder / notebook.name
     if training:
         _check_start(check, parameters)
-    elif notebook.stem == DATA:
-        refuse_missing_corpora(parameters.corpora)
     with jobs.only_one(folder) if training else nullcontext() as lock:
         if training and parameters.existing_run == "resume":
             jobs.fetch_run(folder)

@@ -112,7 +112,7 @@ def test_a_run_is_compared_with_an_adapter_on_the_records_that_it_was_scored_on(
     command = ["compare", str(adapter), str(run)]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert f"{adapter} answers the 6 dev sentences of {run}, once, about 2 s on two CPU cores" in caplog.text
+    assert f"{adapter} answers the 6 dev sentences of {run}, once (2 s on two quiet CPU cores)" in caplog.text
     assert "| 1.0000 | +1.0000 | +1.0000 to +1.0000 | 0.0312 |" in out
     assert f"{own} is better than the first line by more than chance." in out.replace("\\", "")
     [kept] = run.glob("predictions-dev-greedy-mine-*.jsonl")
@@ -123,7 +123,7 @@ def test_a_run_is_compared_with_an_adapter_on_the_records_that_it_was_scored_on(
     write_predictions(own, collect_predictions(records[:5], prompts[:5], answers[:5]))
     assert main(command) == 0 and "answers the 5 dev sentences" in caplog.text
     assert main(["compare", "shipped", str(own)]) == 2
-    assert "an adapter answers the records of a run" in capsys.readouterr().err
+    assert "shipped answers, greedily, what a run was scored on" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_not_exported(run, tmp_path):

@@ -16,7 +16,6 @@ from biomerge_lib.core.parameters import (
     notebook_parameter_names,
     override_names,
     read_notebook_parameters,
-    refuse_missing_corpora,
 )
 from tests.conftest import ROOT, notebook_cells
 
@@ -169,23 +168,17 @@ def test_a_path_of_a_command_line_is_the_current_folders_or_else_the_projects(tm
     for name in ("mine/ner", "sample", "parameters"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    corpora = ["mine", "brat:mine", "sample", "hub:owner/name", "docs", "nowhere", "/"]
+    own, corpora = str(tmp_path / "mine"), ["mine", "brat:mine", "sample", "hub:owner/name", "docs", "/"]
     found = compose_parameters([f"corpora=[{','.join(corpora)}]", "data_dir=mine/ner", "runs_dir=mine/runs"])
-    own = str(tmp_path / "mine")
-    assert found.corpora == [own, f"brat:{own}", "sample", "hub:owner/name", "docs", "nowhere", "/"]
+    assert found.corpora == [own, f"brat:{own}", "sample", "hub:owner/name", "docs", "/"]
     assert (found.data_dir, found.runs_dir) == (f"{own}/ner", "mine/runs")
-    refuse_missing_corpora([*found.corpora[:5], "/"])
     with pytest.raises(ParameterError) as error:
-        refuse_missing_corpora(["mina"])
-    assert str(error.value) == (
-        f"corpora: there is no {tmp_path}/mina and no {NOTEBOOKS.parent}/mina. Did you mean 'mine'?"
-    )
+        compose_parameters(["corpora=[mina]"])
+    assert str(error.value) == f"corpora: there is no {own[:-1]}a and no {ROOT}/mina. Did you mean 'mine'?"
     zero = "parameters/deepspeed/zero2_offload.json"
     assert compose_parameters([f"deepspeed={zero}", "backend=peft"]).deepspeed == zero
-    monkeypatch.chdir(NOTEBOOKS.parent)
-    assert compose_parameters(["corpora=[docs]"]).corpora == ["docs"]
-    with pytest.raises(ParameterError, match=rf"there is no {NOTEBOOKS.parent}/mina\.$"):
-        refuse_missing_corpora(["mina"])
+    monkeypatch.chdir(ROOT)
+    assert compose_parameters(["corpora=[docs,mina]"]).corpora == ["docs", "mina"]  # 02_data says it
 
 
 def test_only_the_last_version_of_the_parameters_cell_counts():
