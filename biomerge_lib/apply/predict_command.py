@@ -107,7 +107,8 @@ def _tag(texts: Iterable[Text], characters: int, sentences: int, options: Namesp
         minutes = (time.monotonic() - begun) * characters / answered / 60
         if not (bar.n or bar.disable) and minutes > 1:  # after the first batch, which is small
             faster = "" if options.base_url else " A GPU's vLLM server is far faster: --base-url."
-            bar.write(f"{sentences:,} sentences, which take about {minutes:.0f} minutes.{faster}", sys.stderr)
+            told = f"{sentences:,} sentences, {minutes:.0f} minutes at the pace of the first.{faster}"
+            bar.write(told, sys.stderr)
         bar.update(answered)
 
     with tqdm(total=characters, **shown) as bar:
