@@ -147,4 +147,4 @@ def test_data_and_training_run_in_the_browser(lab, browser, tiny_backbone):
     assert (folder / "runs/in-lab/merged/config.json").is_file()
     kept = folder / "runs/in-lab/03_train.ipynb"  # as Lab saved it
     wait(lambda: kept.is_file() and "Next: 04_greedy_dev.ipynb" in printed(json.loads(kept.read_text())))
-    assert f"03_train of {ROOT}\n" in training
+    assert f"03_train of {ROOT}/\n" in training
