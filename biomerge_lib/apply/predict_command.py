@@ -77,10 +77,7 @@ def predict_texts(options: Namespace) -> None:
         elif kind == "html":
             page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
             look = {"inert": INERT, "style": STYLE, "highlight": highlight}
-            look |= {
-                "model": options.model or options.adapter or SHIPPED.name,
-                "threshold": options.threshold,
-            }
+            look |= {"model": options.model or options.adapter or SHIPPED.name, "asked": options}
             for piece in page.get_template("mentions.html.j2").generate(parts=tagged, **look):
                 print(piece, file=out, end="", flush=True)
         elif kind == "conll":

@@ -63,9 +63,7 @@ def highlight(
     of ``gold``, are shown while the pointer is over a mention.
     """
     gold = list(gold)
-    titles = {
-        span: f"score {score:.2f}" for span, score in zip(gold, scores, strict=False) if score is not None
-    }
+    scored = [(span, score) for span, score in zip(gold, scores, strict=False) if score is not None]
     gold = {span for span in gold if is_inside(span, len(text))}
     found = {span for span in pred or () if is_inside(span, len(text))}
     edges = sorted({0, len(text)} | {edge for span in gold | found for edge in span})
@@ -76,8 +74,8 @@ def highlight(
         kinds = [kind for kind in layers if any(first <= start < last for first, last in layers[kind])]
         kind = "overlap" if kinds == ["spurious", "missed"] else "".join(kinds[:1])
         piece = html.escape(text[start:end])
-        said = ", ".join(title for (first, last), title in titles.items() if first <= start < last)
-        title = f' title="{said}"' if said else ""
+        said = ", ".join(f"{score:.2f}" for (first, last), score in scored if first <= start < last)
+        title = f' title="score {said}"' if said else ""
         pieces.append(f'<mark class="{kind}"{title}>{piece}</mark>' if kind else piece)
     label = f' <span class="bm-note">{html.escape(note)}</span>' if note else ""
     return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
