@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import signal
@@ -101,6 +102,18 @@ def train_runs(
         compose_parameters(commands[run_id][5:])  # refused before any is started
     if failed := run_side_by_side(commands, at_once=at_once, budget=budget, stop=stop):
         raise SystemExit(f"not finished: {', '.join(failed)} (runs/NAME.log); the same command goes on.")
+
+
+def choose_names(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, known: Iterable[str]
+) -> list[str]:
+    """Those of ``known`` that --names names, or all; a NAME=VALUE behind --names is one of ``options.extra``."""
+    known = list(known)
+    options.extra += [word for word in options.names if "=" in word]
+    names = [word for word in options.names if "=" not in word]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"{unknown[0]} is none of {', '.join(known)}")
+    return names or known
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import run_side_by_side
+from benchmarks.common import choose_names, run_side_by_side
 from biomerge_lib.core.files import whole_folder
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.core.prompt_format import find_words
@@ -444,7 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--names", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(CONTROLS)}")
     parser.add_argument(
         "--split", choices=["dev", "test"], default="dev", help="what is scored (%(default)s)"
     )
@@ -457,16 +457,17 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="run the one control in this process")
     parser.add_argument("extra", nargs="*", metavar="NAME=VALUE", help="parameters of all of them")
     options = parser.parse_args()
+    names = choose_names(parser, options, CONTROLS)
     quiet_libraries()
     if options.here:
-        [name] = options.names
+        [name] = names
         return run_control(
             name, options.split, parameters_of(name, options.split, options.rate, options.extra)
         )
     commands = {}
     own = [sys.executable, "-m", "benchmarks.controls", "--split", options.split]
     own += ["--rate", options.rate] if options.rate else []
-    for name in options.names:
+    for name in names:
         parameters = parameters_of(
             name, options.split, options.rate, options.extra
         )  # refused before any is started

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from benchmarks.common import run_side_by_side, train_command
+from benchmarks.common import choose_names, run_side_by_side, train_command
 from biomerge_lib.core.files import write_json
 from biomerge_lib.core.parameters import watch_metric_of
 from biomerge_lib.core.prompt_format import GONE_STYLES
@@ -109,10 +109,10 @@ def run_id(group: str, name: str) -> str:
 
 
 def run_all(sets: list[str], *, names: list[str], at_once: int, budget: float, extra: list[str]) -> None:
-    """Train what is not finished, ``at_once`` side by side, in the sets' order; ``names`` are the only ones, if any."""
+    """Train what is not finished, ``at_once`` side by side, in the sets' order; ``names`` are the only ones."""
     commands = {}
     for group, name, changes in ((g, n, c) for g in sets for n, c in SETS[g].items()):
-        if (not names or name in names) and name not in GONE_STYLES:  # their published runs keep their rows
+        if name in names and name not in GONE_STYLES:  # their published runs keep their rows
             folder = run_id(group, name)
             commands[folder] = train_command(folder, *COMMON.split(), *changes.split(), *extra)
     run_side_by_side(commands, at_once=at_once, budget=budget)
@@ -291,10 +291,11 @@ def main() -> None:
     )
     parser.add_argument("extra", nargs="*", metavar="NAME=VALUE", help="parameters of all trainings")
     options = parser.parse_args()
+    names = choose_names(parser, options, [name for group in options.sets for name in SETS[group]])
     if not options.report:
         run_all(
             options.sets,
-            names=options.names,
+            names=names,
             at_once=options.at_once,
             budget=options.budget,
             extra=options.extra,

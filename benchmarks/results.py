@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.common import REPORTS, train_runs
+from benchmarks.common import REPORTS, choose_names, train_runs
 from benchmarks.controls import CONTROLS
 from benchmarks.sweep import FILE, SEEDS
 from biomerge_lib.core.errors import BioMergeError, DataError
@@ -59,7 +59,6 @@ SETS: dict[str, dict[str, str]] = {
         "smollm2-rank-16": f"{DEV} learning_rate=3e-3 lora_rank=16 num_train_epochs=4",
         **{f"qwen-{epochs}-epochs": f"{DEV} {QWEN} num_train_epochs={epochs}" for epochs in (2, 3)},
         "qwen-rate-6e-4": f"{DEV} {QWEN} learning_rate=6e-4 num_train_epochs=2",
-        "qwen-pieces": f"{DEV} {UNTOKENISED} {QWEN} offset_anchors=echo_pieces num_train_epochs=2",
     },
     "test": {
         **{f"smollm2-bc5cdr-{seed}": f"{TEST} data_dir={CORPORA['bc5cdr']} seed={seed}" for seed in SEEDS},
@@ -343,9 +342,7 @@ def main() -> None:
     quiet_libraries()
     try:
         if options.train:
-            if unknown := [name for name in options.names if name not in SETS[options.train]]:
-                parser.error(f"{unknown[0]} is none of {', '.join(SETS[options.train])}")
-            chosen = options.names or SETS[options.train]
+            chosen = choose_names(parser, options, SETS[options.train])
             runs = {f"results-{name}": SETS[options.train][name] for name in chosen}
             limits = {"at_once": options.at_once, "budget": options.budget, "stop": options.stop}
             train_runs(runs, options.extra, **limits)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import REPORTS, train_runs
+from benchmarks.common import REPORTS, choose_names, train_runs
 from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import write_json, write_text
 from biomerge_lib.core.records import SPLITS, Record, read_records, write_records
@@ -45,7 +45,7 @@ ANY = "any"  # the default cue
 COMMON = (
     "model=smollm2_135m runtime=h200 per_device_train_batch_size=16 per_device_eval_batch_size=256 num_workers=0 "
     "logging_steps=20 wandb_mode=disabled keep_checkpoint=last offset_anchors=echo_pieces max_target_tokens=256 "
-    "max_new_tokens=256 num_train_epochs=2 step_launch=compiled_graphed eval_steps=1000 save_steps=1000 eval_limit=4000"
+    "max_new_tokens=256 num_train_epochs=2 step_launch=compiled_graphed eval_steps=100000 save_steps=1000 eval_limit=4000"
 )
 UNION = f"{COMMON} data_dir={DATA}/ner corpus_cue=true"
 ONE = f"{COMMON} corpus_cue=false"
@@ -248,9 +248,8 @@ def main() -> None:
         if options.data:
             make_data(options.data)
         elif options.train:
-            if unknown := [name for name in options.names if name not in SETS[options.train]]:
-                parser.error(f"{unknown[0]} is none of {', '.join(SETS[options.train])}")
-            runs = {name: SETS[options.train][name] for name in options.names or SETS[options.train]}
+            names = choose_names(parser, options, SETS[options.train])
+            runs = {name: SETS[options.train][name] for name in names}
             train_runs(runs, options.extra, at_once=options.at_once, budget=36_000, stop=options.stop)
         elif options.ask:
             for name in options.ask:

@@ -14,7 +14,7 @@ from typing import Any
 from biomerge_lib.apply.ready_models import find_model
 from biomerge_lib.core.errors import ParameterError
 from biomerge_lib.core.records import Record
-from biomerge_lib.decoding.greedy import greedy_decode, load_decoder
+from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import (
     build_prompts,
     collect_predictions,
@@ -24,8 +24,9 @@ from biomerge_lib.decoding.predictions import (
 from biomerge_lib.experiment.runs import load_run_parameters, read_metrics
 from biomerge_lib.experiment.stages import GREEDY
 from biomerge_lib.model.adapters import CONFIG
+from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
 from biomerge_lib.prompts.ner_span import cue_record
-from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
+from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.report.comparison import find_predictions
 
 CPU_SECONDS = 0.4  # of a sentence, by SmolLM2-135M on two quiet cores (reports/threads.md)
@@ -74,11 +75,10 @@ def _answer(adapter: str, run: str, split: str) -> Path:
     log.info("%s answers the %d %s sentences of %s, once (%s)", adapter, len(records), split, run, seconds)
     if cues := manifest.cue_options():
         records = [cue_record(record, **cues) for record in records]
-    tokenizer = load_plain_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     prompts = build_prompts(records, tokenizer, manifest.prompt_format)
-    how = {"constrained_decoding": constraint}
-    model = load_decoder(folder, eos_token_id=tokenizer.eos_token_id, dtype=dtype, **how)
-    answers = greedy_decode(model, tokenizer, prompts, **limits, **how)
+    model = load_causal_lm(folder, dtype=dtype)
+    answers = greedy_decode(model, tokenizer, prompts, constrained_decoding=constraint, **limits)
     keeping = {"constrained": constraint != "off", "span_threshold": threshold}
     write_predictions(out, collect_predictions(records, prompts, answers, **keeping))
     return out

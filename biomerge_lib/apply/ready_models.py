@@ -90,11 +90,18 @@ def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     import torch
 
-    from biomerge_lib.decoding.greedy import greedy_decode, load_decoder
+    from biomerge_lib.decoding.greedy import greedy_decode
+    from biomerge_lib.decoding.plain_llama import load_plain_llama
     from biomerge_lib.prompts.plain_tokenizer import load_plain_tokenizer
 
     tokenizer: Any = load_plain_tokenizer(folder)
-    model = load_decoder(folder, eos_token_id=tokenizer.eos_token_id, dtype="float32")
+    model: Any = None
+    if not torch.cuda.is_available():
+        model = load_plain_llama(folder, eos_token_id=tokenizer.eos_token_id)
+    if model is None:
+        from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
+
+        model = load_causal_lm(folder, dtype="float32")
 
     def answer(prompts: list[Prompt]) -> list[RawAnswer]:
         threads = torch.get_num_threads()

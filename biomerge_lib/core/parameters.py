@@ -274,7 +274,7 @@ class Parameters(BaseModel):
             yield "watch_metric=token_head needs fast_metrics=true (there is no token head without)"
         if self.train_on == "train_dev" and self.keep_checkpoint == "best":
             yield "train_on=train_dev leaves no dev to choose a checkpoint by: set keep_checkpoint=last"
-        if self.save_steps % self.eval_steps:
+        if self.keep_checkpoint == "best" and self.save_steps % self.eval_steps:
             odd = f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}"
             yield f"{odd}: the best checkpoint could not be kept"
         if self.deepspeed and not (PARAMETERS_DIR.parent / self.deepspeed).is_file():

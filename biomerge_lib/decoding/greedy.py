@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from biomerge_lib.decoding.answer_grammar import build_grammar
@@ -25,22 +24,6 @@ if TYPE_CHECKING:
 # One row in so many may stay unfinished when a batch is left, and goes on with others like it behind the last batch:
 # the longest answer is several times as long as most, and would hold up all of its batch.
 SHARE_LEFT = 8
-
-
-def load_decoder(
-    folder: Path, *, eos_token_id: int, dtype: str, constrained_decoding: str = "off"
-) -> CausalLM | PlainLlama:
-    """A merged model for :func:`greedy_decode`: on a CPU a Llama in float32 with torch alone, twice as fast."""
-    import torch
-
-    if dtype == "float32" and constrained_decoding == "off" and not torch.cuda.is_available():
-        from biomerge_lib.decoding.plain_llama import load_plain_llama
-
-        if plain := load_plain_llama(folder, eos_token_id=eos_token_id):
-            return plain
-    from biomerge_lib.model.unsloth_lora_ner import load_causal_lm
-
-    return load_causal_lm(folder, dtype=dtype)
 
 
 def greedy_decode(

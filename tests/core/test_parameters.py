@@ -234,6 +234,10 @@ def test_what_is_wrong_is_refused_and_named(overrides, message):
     assert message in str(error.value)
 
 
+def test_the_last_checkpoint_is_kept_whenever_it_is_saved():
+    assert compose_parameters(["save_steps=700", "keep_checkpoint=last"]).save_steps == 700
+
+
 def test_a_number_that_yaml_reads_as_text_is_explained():
     values = compose_parameters([]).model_dump()
     with pytest.raises(ParameterError, match=r"write 1\.0e-4"):

@@ -1,5 +1,6 @@
 """The page of results has no figure of ours but from a run folder, and is refused while one is missing."""
 
+import argparse
 import json
 import re
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import pytest
 
 from benchmarks import results
-from benchmarks.common import run_side_by_side
+from benchmarks.common import choose_names, run_side_by_side
 from benchmarks.controls import CONTROLS
 from benchmarks.results import SETS, write_page
 from biomerge_lib.core.errors import DataError
@@ -119,3 +120,17 @@ def test_commands_stand_side_by_side_until_time_is_over(tmp_path, monkeypatch, c
     assert failed == ["three", "two"]
     assert "two: ended with -2" in capsys.readouterr().out  # an interrupt
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one.log", "two.log"]
+
+
+def test_values_behind_the_names_are_values(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--names", nargs="+", default=[])
+    parser.add_argument("extra", nargs="*")
+    options = parser.parse_args(["--names", "two", "num_train_epochs=4"])
+    assert choose_names(parser, options, ["one", "two"]) == ["two"] and options.extra == [
+        "num_train_epochs=4"
+    ]
+    assert choose_names(parser, parser.parse_args([]), ["one", "two"]) == ["one", "two"]
+    with pytest.raises(SystemExit):
+        choose_names(parser, parser.parse_args(["--names", "tow"]), ["one", "two"])
+    assert "tow is none of one, two" in capsys.readouterr().err
