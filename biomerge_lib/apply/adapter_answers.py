@@ -29,7 +29,6 @@ from biomerge_lib.prompts.ner_span import cue_record
 from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.report.comparison import find_predictions
 
-CPU_SECONDS = 0.4  # of a sentence, by SmolLM2-135M on two quiet cores (reports/threads.md)
 log = logging.getLogger("biomerge")
 
 
@@ -71,8 +70,12 @@ def _answer(adapter: str, run: str, split: str) -> Path:
     out = own.with_name(f"{own.stem}-{folder.name}-{key}.jsonl")
     if out.is_file():
         return out
-    seconds = f"{CPU_SECONDS * len(records):.0f} s on two quiet CPU cores"
-    log.info("%s answers the %d %s sentences of %s, once (%s)", adapter, len(records), split, run, seconds)
+    took = (
+        f", which took {scored['decode_seconds']:.0f} s in 04_greedy_dev"
+        if "decode_seconds" in scored
+        else ""
+    )
+    log.info("%s answers, once, the %d %s sentences of %s%s", adapter, len(records), split, run, took)
     if cues := manifest.cue_options():
         records = [cue_record(record, **cues) for record in records]
     tokenizer = load_tokenizer(folder)

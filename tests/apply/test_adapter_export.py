@@ -109,19 +109,23 @@ def test_a_run_is_compared_with_an_adapter_on_the_records_that_it_was_scored_on(
     answers = [RawAnswer([], format_spans(record.spans), "eos") for record in records]
     own = run / "predictions-dev-greedy.jsonl"
     write_predictions(own, collect_predictions(records, prompts, answers))
+    recorded = json.loads((run / "metrics.json").read_text())
+    recorded["stages"]["04_greedy_dev"] = {"metrics": {"decode_seconds": 3.1}}
+    (run / "metrics.json").write_text(json.dumps(recorded))
     command = ["compare", str(adapter), str(run)]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert f"{adapter} answers the 6 dev sentences of {run}, once (2 s on two quiet CPU cores)" in caplog.text
+    told = f"{adapter} answers, once, the 6 dev sentences of {run}"
+    assert f"{told}, which took 3 s in 04_greedy_dev\n" in caplog.text
     assert "| 1.0000 | +1.0000 | +1.0000 to +1.0000 | 0.0312 |" in out
     assert f"{own} is better than the first line by more than chance." in out.replace("\\", "")
     [kept] = run.glob("predictions-dev-greedy-mine-*.jsonl")
     found = read_predictions(kept)
     assert [(one.text, one.gold) for one in found] == [(one.text, list(one.spans)) for one in records]
     assert all(one.answer_ids[0] for one in found)  # decoded, not copied
-    assert main(command) == 0 and caplog.text.count("answers the 6") == 1
+    assert main(command) == 0 and caplog.text.count(told) == 1
     write_predictions(own, collect_predictions(records[:5], prompts[:5], answers[:5]))
-    assert main(command) == 0 and "answers the 5 dev sentences" in caplog.text
+    assert main(command) == 0 and "the 5 dev sentences" in caplog.text
     assert main(["compare", "shipped", str(own)]) == 2
     assert "shipped answers, greedily, what a run was scored on" in capsys.readouterr().err
 
