@@ -16,6 +16,8 @@ export PATH := $(BIN):$(PATH)
 export PYTHONUTF8 := 1
 export TOKENIZERS_PARALLELISM := false
 
+# In a container one is root, whom Jupyter refuses unless told.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # slurm/site.sh is the user's own
 SHELL_SCRIPTS := $(filter-out slurm/site.sh,$(wildcard slurm/*.sh slurm/*.sbatch tests/cluster/*.sh .ci/run))
@@ -58,7 +60,7 @@ format: env ## ruff's fixes and layout, outputs stripped from notebooks
 	@$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
 
 lab: env ## JupyterLab at the project (LAB_ARGS=--no-browser); its kernels import this checkout's library
-	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/jupyter lab --notebook-dir="$(CURDIR)" $(LAB_ARGS)
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/jupyter lab --notebook-dir="$(CURDIR)" $(AS_ROOT) $(LAB_ARGS)
 
 requirements: env ## new pins: requirements/*.in -> requirements/*.txt
 	@bash slurm/setup_env.sh --compile

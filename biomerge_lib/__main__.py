@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from textwrap import fill
 from typing import NoReturn
@@ -20,7 +21,7 @@ from biomerge_lib.core.errors import BioMergeError, nearest
 from biomerge_lib.core.files import names_full_disk
 from biomerge_lib.core.parameters import Parameters, compose_parameters
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
-from biomerge_lib.experiment.runs import quiet_libraries
+from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 
 EXIT_CODES = (
     f"exit codes: 0 done; 1 a fault of the program, please report it; 2 the input is at fault, the message says how; "
@@ -153,8 +154,10 @@ def _preflight(options: argparse.Namespace) -> int:
         found = check_site(compose_parameters([*JOB, *options.overrides]))
         print(found)
         return 2 if found.refused else 0
+    parameters = compose_parameters(options.overrides)
     try:
-        print(check_training(compose_parameters(options.overrides)))
+        with chdir(PROJECT_DIR):
+            print(check_training(parameters))
     except PreflightError as error:
         print(error.preflight)
         raise
@@ -168,9 +171,11 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from biomerge_lib.apply.adapter_answers import answer_adapters
     from biomerge_lib.report.comparison import compare_runs
 
-    print(compare_runs(options.runs, options.split, options.decoder))
+    places = answer_adapters(options.runs, options.split, options.decoder)
+    print(compare_runs(places, options.split, options.decoder))
 
 
 def _publish(options: argparse.Namespace) -> None:

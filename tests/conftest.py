@@ -202,6 +202,27 @@ def sample_records():
     return read_corpus("sample")
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """A headless chromium; fails where CI lacks one."""
+    import shutil
+
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    from tests.support.shared_corpora import skip_but_fail_in_ci
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        skip_but_fail_in_ci("chromium and chromedriver (Debian: chromium-driver) are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for switch in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(switch)
+    with webdriver.Chrome(options=options, service=Service(driver)) as browser:
+        yield browser
+
+
 def notebook_cells(name: str) -> list[dict]:
     """Cells of one of the project's notebooks."""
     path = ROOT / "notebooks" / name

@@ -18,22 +18,20 @@ from jinja2 import Environment, FileSystemLoader
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import OBJECT, read_values, write_json
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
-from biomerge_lib.core.parameters import Parameters, as_override
+from biomerge_lib.core.parameters import OF_THE_DATA, Parameters, as_override
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.checkpoints import best_checkpoint
-from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
 from biomerge_lib.model.adapters import CONFIG, WEIGHTS
 from biomerge_lib.model.backbones import BACKBONE_NOTE
 from biomerge_lib.prompts.manifest import ASKED_WITH, FILE, Manifest, read_manifest, write_manifest
-from biomerge_lib.prompts.ner_span import train_datasets
+from biomerge_lib.prompts.ner_span import trained_datasets
 from biomerge_lib.report.report_runs import changed_words
 
 NOTES = Path(__file__).parent / "corpus_notes.yaml"
 DECODERS = {"greedy": "transformers", "vllm": "vLLM"}
 # Where a run was made, not what it is.
-PLACES = {
-    "corpora",
+PLACES = OF_THE_DATA | {
     "data_dir",
     "runs_dir",
     "run_id",
@@ -142,11 +140,10 @@ def _scores(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _corpora(parameters: Parameters, metrics: Mapping[str, Any]) -> list[str]:
-    """The names of the corpora that were trained on: those of the data, where they are still what they were."""
-    data = metrics.get("data")
-    if data and data == data_hashes(parameters.data_dir):
-        return sorted(train_datasets(parameters.data_dir))
-    return [corpus.rstrip("/").rsplit("/", 1)[-1] for corpus in parameters.corpora]
+    """The names of the corpora that were trained on; that of the data's folder, where they are not there any more."""
+    folder = Path(parameters.data_dir)
+    known = trained_datasets(folder, metrics.get("data", {}))
+    return known or [folder.parent.name if folder.name == "ner" else folder.name]
 
 
 def _commands(name: str, parameters: Parameters, names: Sequence[str]) -> list[str]:

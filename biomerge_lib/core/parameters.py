@@ -48,6 +48,8 @@ OTHER_NAMES = {
     "training.output_dir": "runs_dir",
 }
 PLACES = ("data_dir", "runs_dir", "backbones_dir", "tokenizer_dir", "cache_dir", "backbone", "init_adapter")
+# What stands where a path may stand, and is none: the bundled corpus, backbone and adapter.
+NO_PLACES = ("sample", "smollm2-135m", "shipped")
 # Younger than the names of many runs: such a value is no part of a name.
 YOUNGER = {"init_adapter": None, "train_on": "train", "keep_checkpoint": "best"}
 # A parameter without one of these marks changes what is trained, and so the run's name. Scoring: how a trained model's
@@ -275,7 +277,7 @@ class Parameters(BaseModel):
         if self.keep_checkpoint == "best" and self.save_steps % self.eval_steps:
             odd = f"save_steps={self.save_steps} is no multiple of eval_steps={self.eval_steps}"
             yield f"{odd}: the best checkpoint could not be kept"
-        if self.deepspeed and not os.path.isfile(self.deepspeed):
+        if self.deepspeed and not (PARAMETERS_DIR.parent / self.deepspeed).is_file():
             yield f"deepspeed={self.deepspeed}: no such file"
         if self.trainable == "all" and self.init_adapter:
             yield "trainable=all trains no adapter: set init_adapter=null"
@@ -350,18 +352,39 @@ SCORING, _BESIDE = (
     for mark in ("scoring", "beside")
 )
 NOT_IDENTITY = SCORING | _BESIDE
+# How 02_data makes its files, down to where they lie: what a training was given of these says nothing of its data.
+OF_THE_DATA = frozenset(list(Parameters.model_fields)[: list(Parameters.model_fields).index("data_dir")])
 _GROUPS = frozenset(path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir())
 
 
 def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
     """Compose ``parameters/`` with Hydra; ``overrides`` are ``group=choice`` and ``name=value``.
 
-    ``+name=value`` and ``--name value`` mean the same as ``name=value``.
+    ``+name=value`` and ``--name value`` mean the same as ``name=value``. A relative path among them is one of the
+    current folder where that is there, and else of the project, as all paths of notebooks and YAML files are.
 
     Raises:
-        ParameterError: an unknown name or choice, a wrong type, a contradiction.
+        ParameterError: an unknown name or choice, a wrong type, a contradiction; a corpus that is in neither place.
     """
-    return check_parameters(_compose(tuple(_normalise_overrides(overrides))))
+    parameters = check_parameters(_compose(tuple(_normalise_overrides(overrides))))
+    names = override_names(overrides)
+    places = parameters.model_dump(include={*PLACES, "deepspeed"} & names, exclude_none=True)
+    here: dict[str, Any] = {name: _find_here(place, must_exist=False) for name, place in places.items()}
+    if "corpora" in names:
+        here["corpora"] = [_find_here(corpus, must_exist=True) for corpus in parameters.corpora]
+    return parameters.model_copy(update=here)
+
+
+def _find_here(place: str, *, must_exist: bool) -> str:
+    """A path, or the one in ``brat:path``, as it is or, where it is the current folder's and no name, from the root."""
+    path = Path(place.rpartition(":")[2]).expanduser()
+    here, at_project = Path.cwd() / path, PARAMETERS_DIR.parent / path
+    if here == at_project or place in NO_PLACES or place.startswith("hub:"):
+        return place
+    if must_exist and not (here.exists() or at_project.exists()):
+        near = nearest(path.name, [*NO_PLACES, *(other.name for other in here.parent.glob("*"))])
+        raise ParameterError(f"corpora: there is no {here} and no {at_project}.{near}")
+    return place.removesuffix(place.rpartition(":")[2]) + str(here) if here.exists() else place
 
 
 def as_override(value: Any) -> str:

@@ -80,7 +80,7 @@ def find_source(
     if not folder.exists():
         forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
         hint = nearest(name, [SAMPLE, *map(str, folder.parent.glob("*"))]) or nearest(head, FORMATS)
-        raise DataError(f"{folder}: no such corpus folder.{hint} A corpus is {forms}.")
+        raise DataError(f"{folder.absolute()}: no such corpus folder.{hint} A corpus is {forms}.")
     kind = forced or _find_format(folder)
     own_name = stem_of(folder) if folder.is_file() else folder.resolve().name
     dataset = SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}")

@@ -197,7 +197,7 @@ def open_run(stage: str, namespace: Mapping[str, Any], check: Check | None = Non
         prepare_run_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     keep_executed_copy(PROJECT_DIR / folder / f"{stage}.ipynb")
-    print(*[found] if check else [], f"{stage} of {PROJECT_DIR}", sep="\n")
+    print(*[found] if check else [], f"{stage} of {PROJECT_DIR}/", sep="\n")
     run.start()
     print(f"run {folder.name} in {folder}/ on {device_name()}")
     return run

@@ -23,6 +23,7 @@ from biomerge_lib.core.prompt_format import PromptFormat
 from biomerge_lib.core.records import Record, iter_records
 from biomerge_lib.corpora.draws import document_of, draw_share, place_in_draw
 from biomerge_lib.corpora.leakage import normalise
+from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.prompts.manifest import Manifest
 from biomerge_lib.prompts.prompt import BATCH, IGNORE, Encoding, encode, encode_chunks, word_labels
 
@@ -132,6 +133,12 @@ def train_datasets(data_dir: Path | str) -> frozenset[str]:
         DataError: ``train.jsonl`` is missing or broken.
     """
     return frozenset(record.dataset for record in _parse(Path(data_dir) / "train.jsonl"))
+
+
+def trained_datasets(data_dir: Path | str, hashes: Mapping[str, str]) -> list[str]:
+    """:func:`train_datasets` of a run that recorded these ``hashes``; none where its data are not there any more."""
+    then = hashes.get("train")
+    return sorted(train_datasets(data_dir)) if then and then == data_hashes(data_dir).get("train") else []
 
 
 def cue_record(

@@ -26,12 +26,7 @@ def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
     """
     if len(places) < 2:
         raise ParameterError("compare takes two runs or more: the first one, and what is compared with it.")
-    name = f"predictions-{split}-{decoder}.jsonl"
-    stage = next(stage for stage, of in STAGES.items() if of.decoder == decoder)
-    paths = [Path(place) / name if Path(place).is_dir() else Path(place) for place in places]
-    for path in paths:
-        if path.name == name and (why := outdated_stages(read_metrics(path.parent), path.parent).get(stage)):
-            raise DataError(f"{path} is out of date ({why}). Run {stage} again.")
+    paths = [find_predictions(place, split, decoder) for place in places]
     first, *others = [read_predictions(path) for path in paths]
     compared = [compare_predictions(first, other) for other in others]
     rows = [{"F1": f"{compared[0].first_f1:.4f}"}, *(comparison.cells() for comparison in compared)]
@@ -41,7 +36,9 @@ def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
         for path, row in zip(paths, rows, strict=True)
     ]
     verdicts = [
-        f"{in_markdown(path)} differs from the first line by {'no ' if one.p > 0.05 else ''}more than chance."
+        f"{in_markdown(path)} is {'better' if one.difference > 0 else 'worse'} than the first line by more than chance."
+        if one.p <= 0.05
+        else f"{in_markdown(path)} differs from the first line by no more than chance."
         for path, one in zip(paths[1:], compared, strict=True)
     ]
     command = shlex.join(["python", "-m", "biomerge_lib", "compare", *map(str, paths)])
@@ -54,3 +51,17 @@ def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
         f"two-sided, by approximate randomisation ({PERMUTATIONS:,} permutations), and not corrected for the number of "
         f"lines; the interval is a bootstrap's.\n\n{code_in_markdown(command)}, commit {provenance()['commit']}."
     )
+
+
+def find_predictions(place: str, split: str, decoder: str) -> Path:
+    """A predictions file, or that of a run folder.
+
+    Raises:
+        DataError: the run's is out of date.
+    """
+    name = f"predictions-{split}-{decoder}.jsonl"
+    stage = next(stage for stage, of in STAGES.items() if of.decoder == decoder)
+    path = Path(place) / name if Path(place).is_dir() else Path(place)
+    if path.name == name and (why := outdated_stages(read_metrics(path.parent), path.parent).get(stage)):
+        raise DataError(f"{path} is out of date ({why}). Run {stage} again.")
+    return path

@@ -48,13 +48,22 @@ ERROR_KINDS = {
 }
 
 
-def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = None, note: str = "") -> str:
+def highlight(
+    text: str,
+    gold: Iterable[Span],
+    pred: Iterable[Span] | None = None,
+    note: str = "",
+    scores: Iterable[float | None] = (),
+) -> str:
     """HTML of a text with its spans marked.
 
     With ``gold`` alone the mentions are marked ``gold``. With ``pred`` a character is ``right`` inside a span that
     both have, ``missed`` inside a gold span that was not predicted, ``spurious`` inside a predicted span that is not
-    gold, and ``overlap`` inside both of the last two, i.e. where only the boundaries differ.
+    gold, and ``overlap`` inside both of the last two, i.e. where only the boundaries differ. ``scores``, in the order
+    of ``gold``, are shown while the pointer is over a mention.
     """
+    gold = list(gold)
+    scored = [(span, score) for span, score in zip(gold, scores, strict=False) if score is not None]
     gold = {span for span in gold if is_inside(span, len(text))}
     found = {span for span in pred or () if is_inside(span, len(text))}
     edges = sorted({0, len(text)} | {edge for span in gold | found for edge in span})
@@ -65,7 +74,9 @@ def highlight(text: str, gold: Iterable[Span], pred: Iterable[Span] | None = Non
         kinds = [kind for kind in layers if any(first <= start < last for first, last in layers[kind])]
         kind = "overlap" if kinds == ["spurious", "missed"] else "".join(kinds[:1])
         piece = html.escape(text[start:end])
-        pieces.append(f'<mark class="{kind}">{piece}</mark>' if kind else piece)
+        said = ", ".join(f"{score:.2f}" for (first, last), score in scored if first <= start < last)
+        title = f' title="score {said}"' if said else ""
+        pieces.append(f'<mark class="{kind}"{title}>{piece}</mark>' if kind else piece)
     label = f' <span class="bm-note">{html.escape(note)}</span>' if note else ""
     return f'<div class="bm-text">{"".join(pieces)}{label}</div>'
 

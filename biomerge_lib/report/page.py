@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from biomerge_lib import __version__
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_text
 from biomerge_lib.core.markup import INERT
+from biomerge_lib.core.parameters import OF_THE_DATA
 from biomerge_lib.core.records import SPLITS, Record
 from biomerge_lib.decoding.predictions import Prediction, read_predictions
 from biomerge_lib.experiment.provenance import PROJECT_DIR, data_hashes
 from biomerge_lib.experiment.stages import SCORING_STAGES, STAGES
-from biomerge_lib.prompts.ner_span import read_split
+from biomerge_lib.prompts.ner_span import read_split, trained_datasets
 from biomerge_lib.report.answer_figures import draw_confidence, draw_weaknesses
 from biomerge_lib.report.display import ERROR_KINDS, LEGEND, STYLE, highlight_errors
 from biomerge_lib.report.report_figures import (
@@ -127,15 +129,17 @@ def _tables(ranked: Sequence[ReportedRun]) -> dict[str, pd.DataFrame]:
         row = {"commit": made.get("commit"), "device": device[-1], "versions": listed}
         row["data"] = run.parameters.get("data_dir")
         row |= {
-            split: code.format(run.data[split], run.data[split][:16]) for split in SPLITS if split in run.data
+            split: code.format(run.data[split], run.data[split][:12]) for split in SPLITS if split in run.data
         }
         made_with.setdefault(str(row), {"runs": [], **row})["runs"].append(run.rank)
     cost = values_table(ranked, COST_COLUMNS)
     cost.insert(2, "GPU hours", pd.Series([run.gpu_hours for run in ranked], dtype=float))
+    best = ranked[0]
+    corpora = trained_datasets(PROJECT_DIR / str(best.parameters.get("data_dir")), best.data)
+    parameters = {"trained on": ", ".join(corpora)} if corpora else {}
+    parameters |= {name: value for name, value in best.parameters.items() if name not in OF_THE_DATA}
     tables = {
-        "parameters": pd.DataFrame(
-            ranked[0].parameters.items(), columns=["parameter", "value"], dtype=object
-        ),
+        "parameters": pd.DataFrame(parameters.items(), columns=["parameter", "value"], dtype=object),
         "cost": cost.assign(device=device),
         "provenance": pd.DataFrame(
             [{**row, "runs": ", ".join(map(str, row["runs"]))} for row in made_with.values()], dtype=object
@@ -181,6 +185,12 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
             differences.append({"rank": run.rank, "run": run.name, **against.cells()})
             units = against.units
     first = compared[0][1] if compared else []
+    for path in sorted(compared[0][0].folder.glob(f"{str(file)[:-6]}-*.jsonl")) if compared else ():
+        with suppress(DataError):  # of other records, from before
+            against = compare_predictions(first, read_predictions(path))
+            adapter = "-".join(path.stem.removeprefix(f"{str(file)[:-6]}-").split("-")[:-2])
+            differences.append({"rank": None, "run": f"the adapter {adapter}", **against.cells()})
+            units = against.units
     examples = highlight_errors(first) if first else {}
     kinds = [(kind, count, ERROR_KINDS[kind]) for kind, (count, _) in examples.items()]
     return {
@@ -225,5 +235,7 @@ def _score_corpora(compared: Sequence[tuple[ReportedRun, list[Prediction]]]) -> 
 
 def command_of(run: ReportedRun, **other: Any) -> str:
     """The command that trains the run, or one with ``other`` parameters."""
-    words = changed_words(run.parameters | {"run_id": run.name} | other, leave_out={"existing_run"})
+    words = changed_words(
+        run.parameters | {"run_id": run.name} | other, leave_out={"existing_run"} | OF_THE_DATA
+    )
     return " \\\n  ".join(["python -m biomerge_lib run 03_train", *map(shlex.quote, words)])

@@ -13,10 +13,19 @@ from biomerge_lib.__main__ import main
 from biomerge_lib.apply.adapter_export import export_adapter
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.spans import format_spans
 from biomerge_lib.corpora.conversion import write_corpus
+from biomerge_lib.decoding.predictions import (
+    Prompt,
+    RawAnswer,
+    collect_predictions,
+    read_predictions,
+    write_predictions,
+)
 from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.model.backbones import backbone_sha256
 from biomerge_lib.model.unsloth_lora_ner import load_adapter, load_lora_model
+from biomerge_lib.prompts.prompt import Chunk
 from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.training.preflight import PreflightError, check_training
 from biomerge_lib.training.run import build_model, build_trainer, train
@@ -39,8 +48,8 @@ def run(tiny_prepared, tiny_parameters, tmp_path) -> Path:
     model.save_pretrained(folder / "checkpoints/checkpoint-9")
     note = {"sha256": backbone_sha256(tiny_prepared)}
     (folder / "checkpoints/checkpoint-9/backbone.json").write_text(json.dumps(note))
-    corpora = [f"{tmp_path}/bc5cdr_iob", f"{tmp_path}/other"]
-    parameters = tiny_parameters(corpora=corpora, tokenizer_dir=f"{tmp_path}/tokenizer")
+    places = {"data_dir": "bc5cdr/ner", "tokenizer_dir": f"{tmp_path}/tokenizer"}
+    parameters = tiny_parameters(**places, corpora=["sample"])  # 03's default, whatever it trains on
     (folder / "parameters.yaml").write_text(yaml.safe_dump(parameters.model_dump()))
     scores = dict(precision=0.8, recall=0.7, f1=0.74667, f1_low=0.7, f1_high=0.8)
     metrics = {f"greedy_dev_ner_{name}": value for name, value in scores.items()} | {"greedy_dev_records": 64}
@@ -77,16 +86,48 @@ def test_the_folder_names_no_place_of_the_machine_and_the_card_has_the_figures(r
         assert str(tmp_path) not in (tmp_path / "mine" / name).read_text()
     card = (tmp_path / "mine/README.md").read_text()
     assert "| dev, transformers | 64 | 0.800 | 0.700 | **0.747** [0.700, 0.800] |" in card
-    assert "Public Domain Mark" in card and "not known to BioMerge" in card and "abc" in card
-    assert "corpora=[path/to/bc5cdr_iob,path/to/other]" in card
-    # What 03 trained on is what its data hold; its own `corpora` may be a default.
+    assert "Public Domain Mark" in card and "abc" in card
+    assert "corpora=[path/to/bc5cdr]" in card and "corpora=[sample]" not in card
     write_corpus(["sample"], tmp_path / "data")
     given = yaml.safe_load((run / "parameters.yaml").read_text()) | {"data_dir": str(tmp_path / "data")}
     (run / "parameters.yaml").write_text(yaml.safe_dump(given))
     told = json.loads((run / "metrics.json").read_text()) | {"data": data_hashes(tmp_path / "data")}
     (run / "metrics.json").write_text(json.dumps(told))
     card = (export_adapter(run, tmp_path / "again") / "README.md").read_text()
-    assert "corpora=[sample]" in card and "path/to/other" not in card
+    assert "corpora=[sample]" in card and "path/to/bc5cdr" not in card
+
+
+def test_a_run_is_compared_with_an_adapter_on_the_records_that_it_was_scored_on(
+    run, tiny_backbone, tmp_path, monkeypatch, capsys, caplog, sample_records
+):
+    monkeypatch.setenv("BIOMERGE_CACHE", str(tmp_path / "cache"))
+    adapter = export_adapter(run, tmp_path / "mine")
+    said = json.loads((adapter / "biomerge.json").read_text()) | {"backbone": str(tiny_backbone)}
+    (adapter / "biomerge.json").write_text(json.dumps(said))
+    records = [record for record in sample_records["dev"] if record.spans][:6]
+    prompts = [Prompt(number, Chunk(record, 0), []) for number, record in enumerate(records)]
+    answers = [RawAnswer([], format_spans(record.spans), "eos") for record in records]
+    own = run / "predictions-dev-greedy.jsonl"
+    write_predictions(own, collect_predictions(records, prompts, answers))
+    recorded = json.loads((run / "metrics.json").read_text())
+    recorded["stages"]["04_greedy_dev"] = {"metrics": {"decode_seconds": 3.1}}
+    (run / "metrics.json").write_text(json.dumps(recorded))
+    command = ["compare", str(adapter), str(run)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    told = f"{adapter} answers, once, the 6 dev sentences of {run}"
+    assert f"{told}, which took 3 s in 04_greedy_dev\n" in caplog.text
+    assert "| 1.0000 | +1.0000 | +1.0000 to +1.0000 | 0.0312 |" in out
+    assert f"{own} is better than the first line by more than chance." in out.replace("\\", "")
+    [kept] = run.glob("predictions-dev-greedy-mine-*.jsonl")
+    found = read_predictions(kept)
+    assert [(one.text, one.gold) for one in found] == [(one.text, list(one.spans)) for one in records]
+    assert all(one.answer_ids[0] for one in found)  # decoded, not copied
+    assert main(command) == 0 and caplog.text.count(told) == 1
+    write_predictions(own, collect_predictions(records[:5], prompts[:5], answers[:5]))
+    assert main(command) == 0 and "the 5 dev sentences" in caplog.text
+    assert main(["compare", "shipped", str(own)]) == 2
+    assert "shipped answers, greedily, what a run was scored on" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_not_exported(run, tmp_path):

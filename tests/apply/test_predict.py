@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import pytest
 import biomerge_lib
 from biomerge_lib import predict
 from biomerge_lib.__main__ import build_parser, main
-from biomerge_lib.apply import ready_models
+from biomerge_lib.apply import predict_command, ready_models
 from biomerge_lib.apply.tagger import Part, Tagger
 from biomerge_lib.apply.texts import Text, iter_texts
 from biomerge_lib.core.errors import DataError, ParameterError
@@ -332,7 +333,7 @@ def test_piped_text_is_read(scoring, monkeypatch, capsys, words):
     assert line["mentions"] == [{"start": 0, "end": 8, "text": "Übelkeit", "score": 0.9}]
 
 
-def test_a_page_of_mentions_keeps_the_text_and_loads_nothing(scoring, tmp_path):
+def test_a_page_of_mentions_keeps_the_text_and_loads_nothing(scoring, tmp_path, capsys):
     (tmp_path / "a&b.txt").write_text('<b>Aspirin</b>\n\n  works & "helps".\n' * 9)
     assert main(["predict", "--file", str(tmp_path / "a&b.txt"), "--out", str(tmp_path / "x.html")]) == 0
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
@@ -341,8 +342,26 @@ def test_a_page_of_mentions_keeps_the_text_and_loads_nothing(scoring, tmp_path):
     assert 'content="light dark"' in page and "color: inherit" in page
     text = html.unescape(re.sub(r"</?(?:div|mark)[^>]*>", "", body.partition("</h2>")[2]))
     assert text.partition("</body>")[0].strip() == (tmp_path / "a&b.txt").read_text().strip()
-    marks = re.findall(r'<mark class="gold">(.*?)</mark>', body)
+    marks = re.findall(r'<mark class="gold" title="score 0.90">(.*?)</mark>', body)
     assert len(marks) > 9 and marks[0] == "&lt;"
+    assert "Found by bc5cdr-smollm2-135m." in body and "left out" not in body
+    asked = ["--format", "html", "--threshold", "0.5", "--model", "runs/<mine>"]
+    assert main(["predict", "Aspirin works.", *asked]) == 0
+    page = capsys.readouterr().out
+    assert "Found by runs/&lt;mine&gt;." in page and "Those below 0.5 are left out." in page
+
+
+def test_how_long_a_long_text_takes_is_said_after_its_first_sentences(scoring, tmp_path, monkeypatch, capsys):
+    (tmp_path / "long.txt").write_text("Aspirin works.\n" * 200)
+    clock = itertools.count(0, 30)
+    monkeypatch.setattr(predict_command.time, "monotonic", lambda: next(clock))
+    told = r"200 sentences, (\d+) minutes at the pace of the first. A GPU's vLLM server is far faster: --base-url.\n"
+    for path in ("long.txt", "short.txt"):
+        (tmp_path / "short.txt").write_text("Aspirin works.\n")
+        assert main(["predict", "--file", str(tmp_path / path), "--out", str(tmp_path / "x.jsonl")]) == 0
+        minutes = re.findall(told, capsys.readouterr().err)
+        # Half a minute for the first four of 200 sentences: 14 of their 15 characters are read.
+        assert minutes == (["27"] if path == "long.txt" else [])
 
 
 def test_predicted_jsonl_is_read_as_the_projects_records(scoring, tmp_path):

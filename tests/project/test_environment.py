@@ -367,6 +367,18 @@ def test_make_help_names_every_target() -> None:
     assert explained.keys() == targets
 
 
+@pytest.mark.parametrize("user", [0, 1000])
+def test_jupyter_is_told_that_it_is_roots_alone_where_it_is(tmp_path: Path, user: int) -> None:
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "id").chmod(0o755)
+    command = ["make", "-n", "-C", str(ROOT), "lab", f"VENV={tmp_path}"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    shown = subprocess.run(
+        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert "jupyter lab" in shown.stdout and ("--allow-root" in shown.stdout) == (user == 0)
+
+
 def test_make_clean_names_what_it_removes_and_removes_nothing_tracked(tmp_path: Path) -> None:
     for name in ("Makefile", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path / name)

@@ -15,7 +15,6 @@ import pytest
 from biomerge_lib.experiment.guarded_process import GuardedProcess
 from biomerge_lib.model.backbones import build_tokenizer
 from tests.conftest import ROOT, notebook_cells
-from tests.support.shared_corpora import skip_but_fail_in_ci
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 SETTINGS = {
@@ -53,22 +52,6 @@ def lab(tmp_path_factory):
         yield folder, address, token
     finally:
         server.stop()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        skip_but_fail_in_ci("chromium and chromedriver (Debian: chromium-driver) are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for switch in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
-        options.add_argument(switch)
-    with webdriver.Chrome(options=options, service=Service(driver)) as browser:
-        yield browser
 
 
 def is_up(address: str) -> bool:
@@ -164,4 +147,4 @@ def test_data_and_training_run_in_the_browser(lab, browser, tiny_backbone):
     assert (folder / "runs/in-lab/merged/config.json").is_file()
     kept = folder / "runs/in-lab/03_train.ipynb"  # as Lab saved it
     wait(lambda: kept.is_file() and "Next: 04_greedy_dev.ipynb" in printed(json.loads(kept.read_text())))
-    assert f"03_train of {ROOT}\n" in training
+    assert f"03_train of {ROOT}/\n" in training

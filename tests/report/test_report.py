@@ -17,8 +17,10 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.core.errors import DataError
+from biomerge_lib.core.records import SPLITS, Record, write_records
 from biomerge_lib.core.spans import parse_spans
 from biomerge_lib.decoding.predictions import Prediction, read_predictions, write_predictions
+from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.report import report_notebooks
 from biomerge_lib.report.answer_figures import draw_weaknesses
 from biomerge_lib.report.display import MARKS, highlight, highlight_errors, show_html
@@ -116,6 +118,64 @@ def test_the_page_says_whether_runs_differ_by_more_than_chance_and_where_the_bes
     assert 'aria-label="Boundary errors: left 0, right 0, both 0."' in page
     assert "calibration error 0.100" in page
     assert "seen and unseen mentions are not told apart" in page and "string in training:" not in page
+
+
+@pytest.mark.integration
+def test_tables_fit_a_laptop_and_scroll_in_their_boxes_on_a_phone(tmp_path, browser):
+    for run in make_pair(tmp_path / "runs"):
+        recorded = json.loads((run / "metrics.json").read_text())
+        versions = {"torch": "2.13.0", "transformers": "5.1.0", "peft": "0.20.0", "papermill": "2.7.0"}
+        trained = recorded["stages"]["03_train"]
+        trained["provenance"] = PROVENANCE | {"versions": versions}
+        measured = (
+            "greedy_dev_ner_precision",
+            "greedy_dev_ner_recall",
+            "eval_answer_ner_f1",
+            "eval_head_ner_f1",
+        )
+        trained["metrics"] |= dict.fromkeys(measured, 0.5)
+        recorded["stages"]["04_greedy_dev"] = {"status": "finished", "metrics": {"greedy_dev_ner_f1": 0.5}}
+        recorded["parameters"]["data_dir"] = "data/a-corpus-of-mine/ner"
+        recorded["data"] = {split: "ab" * 32 for split in SPLITS}
+        (run / "metrics.json").write_text(json.dumps(recorded))
+    page = write_report(tmp_path / "runs", tmp_path / "report.html")
+    too_wide = """return [...document.querySelectorAll("body, .box, .wide")]
+        .filter(box => box.scrollWidth > box.clientWidth).map(box => box.ariaLabel || box.tagName)"""
+    for width, wide in ((1280, []), (390, ["Finished runs"])):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get(page.as_uri())
+        found = browser.execute_script(too_wide)
+        assert set(wide) <= set(found) if wide else not found
+        assert "BODY" not in found
+    style = "return getComputedStyle(document.querySelector('.box'))"
+    assert browser.execute_script(f"{style}.scrollbarWidth") == "thin"
+    assert browser.execute_script(f"{style}.backgroundAttachment") == "local, scroll"
+
+
+def test_the_page_says_what_the_data_hold_and_nothing_of_02s_parameters(tmp_path):
+    """03's own ``corpora`` is a default, whatever it was trained on."""
+    data = tmp_path / "data"
+    record = Record(ASPIRIN, ((0, 7),), "d", "mine")
+    for split in SPLITS:
+        write_records(data / f"{split}.jsonl", [record])
+    folder = make_run(tmp_path / "runs", "best", 0.8, corpora=["sample"], data_dir=str(data))
+    recorded = json.loads((folder / "metrics.json").read_text())
+    trained_on = '<th scope="row">trained on</th>'
+    assert trained_on not in (page := page_of(folder, tmp_path / "report.html")) and "corpora" not in page
+    (folder / "metrics.json").write_text(json.dumps(recorded | {"data": data_hashes(data)}))
+    page = page_of(folder, tmp_path / "report.html").replace("\n", "")
+    assert f"{trained_on}<td>mine</td>" in page and "sample" not in page
+
+
+def test_an_adapter_that_answered_the_best_runs_sentences_stands_beside_it(tmp_path):
+    best, second = make_pair(tmp_path / "runs")
+    theirs = read_predictions(second / FILE)
+    write_predictions(best / "predictions-dev-greedy-bc-135m-0123456789ab-01234567.jsonl", theirs)
+    write_predictions(best / "predictions-dev-greedy-gone-0123456789ab-01234567.jsonl", theirs[:3])
+    page = page_of(best, tmp_path / "report.html").replace("\n", "")
+    row = '<th scope="row">the adapter bc-135m</th><td>0.6667</td><td>-0.3333</td>'
+    assert row in page and "The second" not in page and "gone" not in page
 
 
 def test_a_recall_of_zero_is_seen_and_a_types_name_is_no_formula():
