@@ -37,7 +37,8 @@ def runs(tmp_path, monkeypatch):
         "before <!-- test results: begin -->old<!-- test results: end --> after"
     )
     monkeypatch.setattr(results, "PROJECT_DIR", tmp_path)
-    folder, numbers, shown = tmp_path / "runs", iter(range(401, 900)), []
+    monkeypatch.setattr(results, "REPORTS", tmp_path)
+    folder, numbers, shown = tmp_path / "results", iter(range(401, 900)), []
 
     def scores(prefix):
         f1 = next(numbers) / 1000
@@ -92,6 +93,12 @@ def test_a_figure_without_a_run_folder_is_refused(runs, tmp_path, name):
     assert not (tmp_path / "results.md").exists()
     write_page(folder, tmp_path / "results.md", partial=True)
     assert f"\n**Not measured yet**: `{name}`.\n" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "README.md").read_text().count("LoRA") == 3  # of the runs that are there
+
+
+def test_the_readme_has_no_figure_of_a_run_that_is_not_published(runs, tmp_path):
+    folder, _ = runs
+    write_page(folder.rename(tmp_path / "runs"), tmp_path / "other.md", partial=True)
     assert "old" in (tmp_path / "README.md").read_text()
 
 
