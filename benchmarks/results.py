@@ -75,7 +75,12 @@ SETS: dict[str, dict[str, str]] = {
 AGREEMENT = "agreement"
 BEGIN, END = "<!-- test results: begin -->", "<!-- test results: end -->"  # in the README
 # The first three that are there.
-IN_README = ("results-qwen-bc5cdr", "results-smollm2-bc5cdr-42", "results-qwen-anatem", "results-smollm2-anatem")
+IN_README = (
+    "results-qwen-bc5cdr",
+    "results-smollm2-bc5cdr-42",
+    "results-qwen-anatem",
+    "results-smollm2-anatem",
+)
 Stage = dict[str, Any]
 ABOUT = (
     "Exact spans, type-free, micro F1 with its 95 % bootstrap interval, over documents where a corpus has some. "

@@ -37,7 +37,7 @@ JOB_NAME=${JOB_NAME:-${SLURM_JOB_ID:-}}
 CODE=(biomerge_lib notebooks parameters) # copied; all else in the project is linked
 LEAVE_OUT=()                             # what of runs/ is not copied back
 OVERRIDES=()
-WORKPLACE='' STAGED='' BIOMERGE_JOB_DIR='' STAGE='' CHILD='' COPIER='' TELLER='' TIMER='' SIGNALLED='' ENDED='' COPIED=yes
+WORKPLACE='' STAGED='' BIOMERGE_JOB_DIR='' STAGE='' CHILD='' COPIER='' TIMER='' SIGNALLED='' ENDED='' COPIED=yes
 
 say() { printf '%s%(%F %T)T: %s\n' "${JOB_NAME:+job $JOB_NAME, }" -1 "$*"; }
 warn() { say "WARNING: $*"; }
@@ -190,8 +190,6 @@ run_command() {
     "$@" &
   fi
   CHILD=$!
-  # papermill keeps what a cell prints for the notebook; the training's progress comes here as it is written
-  tail --pid="$CHILD" -n +1 -F "$BIOMERGE_JOB_DIR/progress" 2>/dev/null & TELLER=$!
   local status
   STATUS=127
   while true; do
@@ -202,7 +200,6 @@ run_command() {
   done
   ((status == 127)) || STATUS=$status
   CHILD=''
-  wait "$TELLER" # it reads on to the end of the file
   [[ -z $TIMER ]] || kill "$TIMER" 2>/dev/null
   TIMER=''
   # An agent ends well whatever becomes of its run.

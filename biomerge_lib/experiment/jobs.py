@@ -1,6 +1,6 @@
 """Knows what a cluster job and the run inside it tell each other; knows nothing of notebooks or models.
 
-job --stop--> run --progress, interrupted | failure--> job;
+job --stop--> run --interrupted | failure--> job;    kernel --progress--> the command that started it
 archive --[fetch_run]--> the run's folder, as the last job left it
 
 ``slurm/common.sh`` is the other side. Outside a job nothing here does anything.
@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from threading import Event, Thread
 from typing import IO
 
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.files import OBJECT, locked, read_values, whole_folder, write_json, write_text
 
 JOB_DIR = "BIOMERGE_JOB_DIR"  # folder of the messages
+PROGRESS = "BIOMERGE_PROGRESS"  # file of lines for who waits
 ARCHIVE = "BIOMERGE_ARCHIVE"  # where the job copies run folders back to, when runs_dir is the node's own disk
 INTERRUPTED = 75  # exit status: stopped on request, to be continued (EX_TEMPFAIL of sysexits.h)
 # Made anew from the rest, too large to fetch, or another job's: 03 merges again, W&B's logs are only added to.
@@ -50,10 +54,35 @@ def was_interrupted() -> bool:
 
 
 def note_progress(message: str) -> None:
-    """Add a line to the job's log, where what a notebook's cell prints is not seen."""
-    if folder := os.environ.get(JOB_DIR):
-        with Path(folder, "progress").open("a", encoding="utf-8") as lines:
+    """Say a line to the terminal or into the job's log, where what a notebook's cell prints is not seen."""
+    if path := os.environ.get(PROGRESS):
+        with open(path, "a", encoding="utf-8") as lines:
             lines.write(message + "\n")
+
+
+@contextmanager
+def progress_shown() -> Iterator[None]:
+    """Print what is noted inside the block, by this process and those that it starts, to standard error."""
+    ended = Event()
+    line_begins = "\r\x1b[K" if sys.stderr.isatty() else ""  # over papermill's bar
+
+    def show(lines: IO[str]) -> None:
+        goes_on = True
+        while goes_on:
+            goes_on = not ended.wait(0.5)
+            for line in lines:
+                print(line_begins + line, end="", file=sys.stderr, flush=True)
+
+    with NamedTemporaryFile("r", prefix="biomerge-", encoding="utf-8") as lines:
+        os.environ[PROGRESS] = lines.name
+        shower = Thread(target=show, args=(lines,), daemon=True)
+        shower.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            shower.join()
+            del os.environ[PROGRESS]
 
 
 def note_failure(message: str) -> None:

@@ -358,7 +358,8 @@ def run_notebook(name: str, overrides: Sequence[str], check: Check | None = None
 
 def _execute(run: Run, notebook: Path, executed: Path, chosen: Mapping[str, Any], held: Sequence[IO]) -> None:
     try:
-        execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR, held=held)
+        with jobs.progress_shown():
+            execute_notebook(notebook, executed, chosen, cwd=PROJECT_DIR, held=held)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.interrupt()) from None
     except NotebookFailed as error:

@@ -188,7 +188,7 @@ class SteadySpeed(TrainerCallback):
 class LiveView(TrainerCallback):
     """In a notebook, a view that is written anew every two seconds, in place; else a line an evaluation.
 
-    In a job's log a line twice a minute and an evaluation: step, rate, time left, loss or F1.
+    On a terminal and in a job's log a line twice a minute and an evaluation: step, rate, time left, loss or F1.
     """
 
     _view: Any = None

@@ -3,6 +3,8 @@
 import json
 import os
 import subprocess
+import sys
+import time
 
 import pytest
 from transformers import TrainerCallback
@@ -12,6 +14,7 @@ from biomerge_lib.experiment import jobs
 from biomerge_lib.training import run as training
 from tests.conftest import ROOT, make_tiny_parameters
 
+FROM_A_KERNEL = "from biomerge_lib.experiment.jobs import note_progress; note_progress('step 1 of 2')"
 CURVE = ("loss", "eval_loss", "eval_ner_f1", "greedy_dev_ner_f1", "grad_norm", "learning_rate")
 
 
@@ -199,15 +202,16 @@ def test_a_job_removes_its_workplace_when_its_results_are_copied_and_only_then(t
     assert (workplace / "runs/results").read_text() == "results\n"
 
 
-def test_a_jobs_log_shows_progress_as_it_is_written_to_the_last_line(tmp_path):
-    script = f"""
-      WORKROOT={tmp_path} SLURM_JOB_ID=7 BIOMERGE_JOB_DIR={tmp_path}
-      source {COMMON}
-      BIOMERGE_JOB_DIR={tmp_path}
-      run_command bash -c 'echo step 1 of 2 >>{tmp_path}/progress; echo step 2 of 2 >>{tmp_path}/progress; exit 3'
-      echo "status $STATUS" """
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["step 1 of 2", "step 2 of 2", "status 3"] and not done.stderr
+def test_what_is_noted_is_printed_at_once_and_to_the_last_line(capfd, monkeypatch):
+    monkeypatch.delenv(jobs.PROGRESS, raising=False)
+    jobs.note_progress("nobody waits")
+    with jobs.progress_shown():
+        subprocess.run([sys.executable, "-c", FROM_A_KERNEL], check=True)
+        while "step 1 of 2" not in (said := capfd.readouterr().err):
+            time.sleep(0.1)
+        jobs.note_progress("step 2 of 2")
+    assert said + capfd.readouterr().err == "step 1 of 2\nstep 2 of 2\n"
+    assert jobs.PROGRESS not in os.environ
 
 
 def site_values(tmp_path, site, **given):

@@ -1,4 +1,4 @@
-"""What a cluster job's log says while 03_train runs."""
+"""What a terminal or a cluster job's log says while 03_train runs."""
 
 import re
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from biomerge_lib.training.trainer_callbacks import LiveView
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
-    monkeypatch.setenv(jobs.JOB_DIR, str(tmp_path))
+    monkeypatch.setenv(jobs.PROGRESS, str(tmp_path / "progress"))
     return LiveView()
 
 
@@ -53,8 +53,8 @@ def test_losses_are_told_now_and_then_scores_and_the_last_step_always(log, tmp_p
     ]
 
 
-def test_outside_a_job_nothing_is_written(log, tmp_path, monkeypatch):
-    monkeypatch.delenv(jobs.JOB_DIR)
+def test_where_nobody_waits_nothing_is_written(log, tmp_path, monkeypatch):
+    monkeypatch.delenv(jobs.PROGRESS)
     begin(log)
     tell(log, 50, loss=0.5)
     assert not list(tmp_path.iterdir())
