@@ -88,9 +88,7 @@ def train_command(run_id: str, *words: str) -> list[str]:
     return [sys.executable, "-m", "biomerge_lib", "run", "03_train", *last.values(), f"run_id={run_id}"]
 
 
-def train_runs(
-    runs: Mapping[str, str], extra: Sequence[str], *, at_once: int, budget: float, stop: float | None
-) -> None:
+def train_runs(runs: Mapping[str, str], options: argparse.Namespace) -> None:
     """Train those of the runs (their words by run_id) that are not finished; each goes on where it was cut off."""
     commands = {}
     for run_id, words in runs.items():
@@ -98,10 +96,27 @@ def train_runs(
         if stages.get("03_train", {}).get("status") == "finished":
             print(f"{run_id} is finished")
             continue
-        commands[run_id] = train_command(run_id, *words.split(), *extra)
+        commands[run_id] = train_command(run_id, *words.split(), *options.extra)
         compose_parameters(commands[run_id][5:])  # refused before any is started
-    if failed := run_side_by_side(commands, at_once=at_once, budget=budget, stop=stop):
+    if failed := run_side_by_side(commands, at_once=options.at_once, budget=36_000, stop=options.stop):
         raise SystemExit(f"not finished: {', '.join(failed)} (runs/NAME.log); the same command goes on.")
+
+
+def page_parser(about: str, sets: Mapping[str, Mapping[str, str]], runs: Path) -> argparse.ArgumentParser:
+    """Options of a benchmark that trains sets of runs and makes a page of the published ones, beside their folder."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", choices=list(sets), help="train a set's runs instead of making the page")
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="only these of the set")
+    parser.add_argument("--at-once", type=int, default=5, help="trainings side by side (%(default)s)")
+    parser.add_argument(
+        "--stop", type=float, help="seconds after which what runs is interrupted, to be gone on with"
+    )
+    parser.add_argument("--runs", type=Path, default=runs, help="folder of run folders (%(default)s)")
+    parser.add_argument("--partial", action="store_true", help="name what is missing instead of refusing")
+    page = runs.with_name(f"{runs.name.replace('-', '_')}.md")
+    parser.add_argument("--out", type=Path, default=page, help="(%(default)s)")
+    parser.add_argument("extra", nargs="*", metavar="NAME=VALUE", help="parameters of all trainings")
+    return parser
 
 
 def choose_names(

@@ -15,13 +15,12 @@ page has no figure of ours but from a run folder, and is refused while one is mi
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.common import REPORTS, choose_names, train_runs
+from benchmarks.common import REPORTS, choose_names, page_parser, train_runs
 from benchmarks.controls import CONTROLS
 from benchmarks.sweep import FILE, SEEDS
 from biomerge_lib.core.errors import BioMergeError, DataError
@@ -326,33 +325,14 @@ def write_page(runs: Path, out: Path, *, partial: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--train", choices=list(SETS), help="train a set's runs instead of making the page")
-    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="only these of the set")
-    parser.add_argument("--at-once", type=int, default=5, help="trainings side by side (%(default)s)")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds after which none is started")
-    parser.add_argument(
-        "--stop", type=float, help="seconds after which what runs is interrupted, to be gone on with"
-    )
+    parser = page_parser(__doc__, SETS, REPORTS / "results")
     parser.add_argument("--agreement", type=Path, metavar="CORPORA", help="measure two guidelines' agreement")
-    parser.add_argument(
-        "--runs", type=Path, default=REPORTS / "results", help="folder of run folders (%(default)s)"
-    )
-    parser.add_argument("--partial", action="store_true", help="name what is missing instead of refusing")
-    parser.add_argument("--out", type=Path, default=REPORTS / "results.md", help="(%(default)s)")
-    parser.add_argument(
-        "extra", nargs="*", metavar="NAME=VALUE", help="parameters of all trainings of the set"
-    )
     options = parser.parse_args()
     quiet_libraries()
     try:
         if options.train:
             chosen = choose_names(parser, options, SETS[options.train])
-            runs = {f"results-{name}": SETS[options.train][name] for name in chosen}
-            limits = {"at_once": options.at_once, "budget": options.budget, "stop": options.stop}
-            train_runs(runs, options.extra, **limits)
+            train_runs({f"results-{name}": SETS[options.train][name] for name in chosen}, options)
         elif options.agreement:
             measure_agreement(options.agreement, options.runs)
         else:

@@ -14,13 +14,12 @@ The page has no figure but from a run folder, and names those that are missing w
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import REPORTS, choose_names, train_runs
+from benchmarks.common import REPORTS, choose_names, page_parser, train_runs
 from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import write_json, write_text
 from biomerge_lib.core.records import SPLITS, Record, read_records, write_records
@@ -226,22 +225,10 @@ def write_page(runs: Path, out: Path, *, partial: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = page_parser(__doc__, SETS, REPORTS / "union-models")
     parser.add_argument("--data", metavar="CORPORA", help="make the data from the corpora in this folder")
-    parser.add_argument("--train", choices=list(SETS), help="train a set's runs")
-    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="only these of the set")
     parser.add_argument(
         "--ask", nargs="+", default=[], metavar="RUN", help="let these runs answer all corpora"
-    )
-    parser.add_argument("--at-once", type=int, default=4, help="trainings side by side (%(default)s)")
-    parser.add_argument("--stop", type=float, help="seconds after which what runs is interrupted")
-    parser.add_argument("--runs", type=Path, default=REPORTS / "union-models", help="(%(default)s)")
-    parser.add_argument("--partial", action="store_true", help="name what is missing instead of refusing")
-    parser.add_argument("--out", type=Path, default=REPORTS / "union_models.md", help="(%(default)s)")
-    parser.add_argument(
-        "extra", nargs="*", metavar="NAME=VALUE", help="parameters of all trainings of the set"
     )
     options = parser.parse_args()
     quiet_libraries()
@@ -250,8 +237,7 @@ def main() -> None:
             make_data(options.data)
         elif options.train:
             names = choose_names(parser, options, SETS[options.train])
-            runs = {name: SETS[options.train][name] for name in names}
-            train_runs(runs, options.extra, at_once=options.at_once, budget=36_000, stop=options.stop)
+            train_runs({name: SETS[options.train][name] for name in names}, options)
         elif options.ask:
             for name in options.ask:
                 ask(PROJECT_DIR / "runs" / name)
