@@ -175,7 +175,7 @@ def _compare(options: argparse.Namespace) -> None:
     from biomerge_lib.report.comparison import compare_runs
 
     places = answer_adapters(options.runs, options.split, options.decoder)
-    print(compare_runs(places, options.split, options.decoder))
+    print(compare_runs(options.runs, options.split, options.decoder, places=places))
 
 
 def _publish(options: argparse.Namespace) -> None:

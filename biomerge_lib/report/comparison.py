@@ -17,31 +17,38 @@ from biomerge_lib.report.display import markdown_table
 from biomerge_lib.scoring.significance import PERMUTATIONS, compare_predictions
 
 
-def compare_runs(places: Sequence[str], split: str, decoder: str) -> str:
-    """A Markdown page; a place is a predictions file, or a run folder, of which ``split`` and ``decoder`` name one.
+def compare_runs(
+    names: Sequence[str], split: str, decoder: str, *, places: Sequence[str] | None = None
+) -> str:
+    """A Markdown page; a name is a predictions file, or a run folder, of which ``split`` and ``decoder`` name one.
+
+    ``places`` are where the names' predictions lie, if they are other than that.
 
     Raises:
         ParameterError: fewer than two places.
         DataError: no such file, or it is out of date, cannot be read, or is about other records than the first one.
     """
-    if len(places) < 2:
+    if len(names) < 2:
         raise ParameterError("compare takes two runs or more: the first one, and what is compared with it.")
-    paths = [find_predictions(place, split, decoder) for place in places]
+    paths = [find_predictions(place, split, decoder) for place in places or names]
     first, *others = [read_predictions(path) for path in paths]
     compared = [compare_predictions(first, other) for other in others]
     rows = [{"F1": f"{compared[0].first_f1:.4f}"}, *(comparison.cells() for comparison in compared)]
     header = ["predictions", *rows[1], "SHA-256"]
     cells = [
-        [in_markdown(path), *map(row.get, header[1:-1]), file_sha256(path)[:12]]
-        for path, row in zip(paths, rows, strict=True)
+        [in_markdown(name), *map(row.get, header[1:-1]), file_sha256(path)[:12]]
+        for name, path, row in zip(names, paths, rows, strict=True)
     ]
+    against, *compared_names = map(in_markdown, names)
     verdicts = [
-        f"{in_markdown(path)} is {'better' if one.difference > 0 else 'worse'} than the first line by more than chance."
+        f"{name} is {'better' if one.difference > 0 else 'worse'} than {against} by more than chance."
         if one.p <= 0.05
-        else f"{in_markdown(path)} differs from the first line by no more than chance."
-        for path, one in zip(paths[1:], compared, strict=True)
+        else f"{name} differs from {against} by no more than chance."
+        for name, one in zip(compared_names, compared, strict=True)
     ]
-    command = shlex.join(["python", "-m", "biomerge_lib", "compare", *map(str, paths)])
+    told = [f"--{option}={value}" for option, value in (("split", split), ("decoder", decoder))]
+    words = [*names, *(word for word in told if word not in ("--split=dev", "--decoder=greedy"))]
+    command = shlex.join(["python", "-m", "biomerge_lib", "compare", *words])
     units = compared[0].units
     if units.endswith("sentences"):
         units += " (documents are not known, or have one each)"

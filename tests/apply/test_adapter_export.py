@@ -118,7 +118,7 @@ def test_a_run_is_compared_with_an_adapter_on_the_records_that_it_was_scored_on(
     told = f"{adapter} answers, once, the 6 dev sentences of {run}"
     assert f"{told}, which took 3 s in 04_greedy_dev\n" in caplog.text
     assert "| 1.0000 | +1.0000 | +1.0000 to +1.0000 | 0.0312 |" in out
-    assert f"{own} is better than the first line by more than chance." in out.replace("\\", "")
+    assert f"{run} is better than {adapter} by more than chance." in out.replace("\\", "")
     [kept] = run.glob("predictions-dev-greedy-mine-*.jsonl")
     found = read_predictions(kept)
     assert [(one.text, one.gold) for one in found] == [(one.text, list(one.spans)) for one in records]

@@ -277,7 +277,7 @@ def test_an_earlier_copy_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("name", ["..", ".", "../docs", "/tmp", "bc5cdr-cpu"])
+@pytest.mark.parametrize("name", ["..", ".", "../docs", "/tmp", "bc5cdr-h200"])
 def test_a_group_of_reports_is_a_folder_inside_them(name):
     with pytest.raises(DataError, match="that is no published run"):
         folder_of_reports(name)
