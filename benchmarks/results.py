@@ -2,15 +2,16 @@
 
     python -m benchmarks.results --train dev --at-once 6 --stop 560                        # how long? chosen on dev
     python -m benchmarks.results --train test --at-once 5 --stop 560 num_train_epochs=4    # train and dev, test once
-    python -m benchmarks.results --train qwen --at-once 3 --stop 560 num_train_epochs=3
+    python -m benchmarks.results --train qwen --at-once 3 --stop 560 num_train_epochs=2
     python -m benchmarks.results --agreement ../shared/corpora   # of BC5CDR and BioRED, where they have one abstract
     python -m biomerge_lib publish runs/results-* --into results # and controls-*, and the sweep's runs
     python -m benchmarks.results                                 # the page, from reports/results/*/metrics.json
     python -m benchmarks.results --runs runs --partial --out runs/results.md    # what there is so far
 
-The data are made by 02_data and, where they come untokenised, by benchmarks.spaced (see CORPORA). With --train, words
-behind the options go to every run of the set; a run that is finished is left alone, one that was cut off goes on. The
-page has no figure of ours but from a run folder, and is refused while one is missing.
+A training of Qwen2.5-Coder takes up to 40 GB of the card, one of SmolLM2 10. The data are made by 02_data and, where
+they come untokenised, by benchmarks.spaced (see CORPORA). With --train, words behind the options go to every run of the
+set; a run that is finished is left alone, one that was cut off goes on. The page has no figure of ours but from a run
+folder, and is refused while one is missing.
 """
 
 from __future__ import annotations
