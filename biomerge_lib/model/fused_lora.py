@@ -70,6 +70,11 @@ def fuse_lora(model: PeftModel, *, joined: bool | None = None, in_product: bool 
     return sum(len(group.layers) for group in groups)
 
 
+def fused_layers(model: torch.nn.Module) -> list[Any]:
+    """A model's LoRA layers that training passes may compute in groups."""
+    return [module for module in model.modules() if hasattr(module, "fused_into")]
+
+
 def _kind(layer: Any) -> tuple[Any, ...]:
     """What members of a group have in common."""
     weight, dropout = layer.base_layer.weight, layer.lora_dropout["default"]
@@ -95,13 +100,16 @@ class _Group:
         rank = sum(layer.r["default"] for layer in layers)
         self.columns = -(-rank // COLUMNS) * COLUMNS if self.in_product else rank
         width = self.inputs + (self.columns if self.in_product else 0)
-        joined = torch.zeros(sum(outputs), width, dtype=first.dtype, device=first.device)
+        # A layer alone whose low-rank part is added behind it stays where it is.
+        alone = len(layers) == 1 and not self.in_product
+        joined = first.data if alone else first.new_zeros(sum(outputs), width, requires_grad=False)
         self._views = [rows[:, : self.inputs] for rows in joined.split(outputs)]
         self._slots = []
         column = self.inputs
         for layer, rows, view in zip(layers, joined.split(outputs), self._views, strict=True):
-            view.copy_(layer.base_layer.weight.data)
-            layer.base_layer.weight.data = view
+            if not alone:
+                view.copy_(layer.base_layer.weight.data)
+                layer.base_layer.weight.data = view
             self._slots.append(rows[:, column : column + layer.r["default"]])
             column += layer.r["default"]
         # Parameters, as torch.compile takes their sizes as constants.
@@ -148,6 +156,9 @@ class _Group:
             blocks = (torch.block_diag(*lora_b) * scale).to(x.dtype)  # (out, columns)
             y = F.linear(rows, self.weight, self.bias) + F.linear(low, blocks)
             parts = y.split([b.shape[0] for b in lora_b], dim=1)
+        # v is kept for the backward pass as it is, and would keep all of y. Gate and up, halves, are both kept.
+        if len(parts) > 2:
+            parts = tuple(part.contiguous() for part in parts)
         return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
 
 

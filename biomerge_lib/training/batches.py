@@ -13,6 +13,7 @@ import torch
 
 from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.parameters import Parameters
+from biomerge_lib.model.fused_lora import fused_layers
 from biomerge_lib.model.packing import PackedCollator, free_gpu_bytes, plan_rows
 from biomerge_lib.prompts.ner_span import SpanCollator
 
@@ -86,6 +87,7 @@ def choose_rows(
         free_bytes=free_gpu_bytes() - 12 * model.num_parameters(only_trainable=True),
         width=2 if parameters.dtype == "bfloat16" else 4,
         compiled="compiled" in launch or parameters.backend == "unsloth",
+        fused=bool(fused_layers(model)),
         gradient_checkpointing=parameters.gradient_checkpointing,
         step_tokens=max(longest, int(step_tokens)),
     )

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from biomerge_lib.model import fused_lora
-from biomerge_lib.model.fused_lora import drop, fuse_lora
+from biomerge_lib.model.fused_lora import drop, fuse_lora, fused_layers
+from biomerge_lib.model.packing import KEPT
 from biomerge_lib.model.reach_ins import count_compiled_graphs
 from biomerge_lib.model.unsloth_lora_ner import LINEAR_LAYERS
 
@@ -17,12 +18,14 @@ IDS = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(1))
 WAYS = [(joined, in_product) for joined in (False, True) for in_product in (False, True)] + [(True, "wide")]
 
 
-def build(kind="llama", dtype=torch.float32, *, device="cpu", hidden=48, **lora):
+def build(kind="llama", dtype=torch.float32, *, device="cpu", hidden=48, inner=None, heads=4, **lora):
     """A random model of two layers in training; Qwen2 has biases, and neither rank nor width is a multiple of 64."""
     config_class, model_class = KINDS[kind]
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden + 32, "num_hidden_layers": 2}
+    sizes = {"hidden_size": hidden, "intermediate_size": inner or hidden + 32, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    model = model_class(config_class(vocab_size=50, num_attention_heads=4, num_key_value_heads=2, **sizes))
+    model = model_class(
+        config_class(vocab_size=50, num_attention_heads=heads, num_key_value_heads=2, **sizes)
+    )
     adapter = {"r": 3, "lora_alpha": 2, "target_modules": list(LINEAR_LAYERS), "task_type": "CAUSAL_LM"}
     model = get_peft_model(model, LoraConfig(**adapter | lora))
     with torch.no_grad():
@@ -108,7 +111,7 @@ def test_checkpointed_layers_give_the_same_gradients_and_keep_nothing():
     _, fused = pass_of(model)
     for name in gradients:
         torch.testing.assert_close(fused[name], gradients[name], rtol=1e-4, atol=1e-6, msg=name)
-    groups = {module.fused_into[0] for module in model.modules() if hasattr(module, "fused_into")}
+    groups = {layer.fused_into[0] for layer in fused_layers(model)}
     assert len(groups) == 8 and all(group.held is None for group in groups)
 
 
@@ -150,22 +153,72 @@ def test_the_saved_adapter_is_pefts_and_the_weights_are_in_memory_once(tmp_path)
     assert (tmp_path / "fused/adapter_model.safetensors").read_bytes() == (
         tmp_path / "plain/adapter_model.safetensors"
     ).read_bytes()
-    for module in fused.modules():
-        if hasattr(module, "fused_into"):
-            places = [
-                w.untyped_storage().data_ptr()
-                for w in (module.base_layer.weight, module.fused_into[0].weight)
-            ]
-            assert places[0] == places[1]
+    for layer in fused_layers(fused):
+        weights = layer.base_layer.weight, layer.fused_into[0].weight
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+
+
+def test_a_layer_alone_stays_where_it_is_if_nothing_is_added_to_its_weight():
+    model = build()
+    places = {name: p.data_ptr() for name, p in model.named_parameters() if "base_layer" in name}
+    fuse_lora(model, joined=True, in_product="wide")
+    moved = {
+        name.split(".")[-3]
+        for name, p in model.named_parameters()
+        if p.data_ptr() != places.get(name, p.data_ptr())
+    }
+    assert moved == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+
+
+class KeptValues:
+    """Counts what the passes inside keep for their backward pass beside a model's parameters, in bfloat16's bytes."""
+
+    def __init__(self, model):
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.bytes = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor)
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            self.bytes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def total(self):
+        return sum(self.bytes.values()) / 2
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["peft", "fused"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_layer_keeps_what_rows_are_planned_with(compiled, fused):
+    """In an 8B's proportions; a plan is careful, and not by half."""
+    tokens, hidden, inner = 384, 256, 896
+    model = build(dtype=torch.bfloat16, hidden=hidden, inner=inner, heads=8, r=2, lora_dropout=0.05)
+    if fused:
+        fuse_lora(model)
+    decoder = model.get_decoder()
+    layer = decoder.layers[0]
+    if compiled:
+        torch._dynamo.reset()
+        layer.compile(dynamic=True, fullgraph=True, backend="aot_eager_decomp_partition")
+    x = torch.randn(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    kept = KeptValues(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(positions % 50, use_cache=False)
+        rotations = decoder.rotary_emb(x, positions)
+        with kept.hooks:
+            layer(x, attention_mask=None, position_ids=positions, position_embeddings=rotations)
+    of_hidden, of_inner = KEPT[compiled, fused]
+    assert 0.65 < kept.total() / tokens / (of_hidden * hidden + of_inner * inner) < 0.95
 
 
 def test_weights_that_were_moved_away_are_trained_by_peft():
     model, plain = build().double(), build().double()
     fuse_lora(model)
     model.float()
-    for module in model.modules():
-        if hasattr(module, "fused_into"):
-            module.fused_into[0].weight.data.fill_(torch.nan)  # the earlier place
+    for layer in fused_layers(model):
+        layer.fused_into[0].weight.data.fill_(torch.nan)  # the earlier place
     torch.testing.assert_close(pass_of(model)[1], pass_of(plain.float())[1])
 
 

@@ -78,22 +78,24 @@ LLAMA_8B = SimpleNamespace(
 
 
 @pytest.mark.parametrize(
-    "free_gb, compiled, checkpointing, plan",
+    "free_gb, compiled, fused, checkpointing, plan",
     [
-        (31, True, True, (4250, 18)),  # an A100 of 48 GB: 14 of 32 layers recompute
-        (110, True, True, (4250, 32)),  # an H200: none does
-        (110, True, False, (4250, 32)),
-        (110, False, False, (4250, 32)),
-        (31, True, False, (2749, 32)),  # too little for a step without recomputation: two rows
-        (3, True, True, (2315, 0)),
+        (31, True, False, True, (4250, 18)),  # an A100 of 48 GB: 14 of 32 layers recompute
+        (31, True, True, True, (4250, 28)),  # fused LoRA keeps less: four of them
+        (110, True, False, True, (4250, 32)),  # an H200: none does
+        (110, True, False, False, (4250, 32)),
+        (110, False, False, False, (4250, 32)),
+        (31, True, False, False, (2749, 32)),  # too little for a step without recomputation: two rows
+        (3, True, False, True, (2315, 0)),
     ],
 )
-def test_rows_and_recomputation_are_planned_by_the_free_memory(free_gb, compiled, checkpointing, plan):
+def test_rows_and_recomputation_are_planned_by_the_free_memory(free_gb, compiled, fused, checkpointing, plan):
     found = plan_rows(
         LLAMA_8B,
         free_bytes=free_gb * 1e9,
         width=2,
         compiled=compiled,
+        fused=fused,
         gradient_checkpointing=checkpointing,
         step_tokens=4250,
     )
@@ -103,7 +105,7 @@ def test_rows_and_recomputation_are_planned_by_the_free_memory(free_gb, compiled
 def test_a_card_too_small_for_one_row_is_refused_before_training(monkeypatch, tiny_parameters):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("biomerge_lib.training.batches.free_gpu_bytes", lambda: 3e9)
-    model = SimpleNamespace(config=LLAMA_8B, num_parameters=lambda only_trainable: 0)
+    model = SimpleNamespace(config=LLAMA_8B, num_parameters=lambda only_trainable: 0, modules=list)
     options = {"dtype": "bfloat16", "row_tokens": "auto"}
     with pytest.raises(
         ModelError, match=r"about 266 tokens, .* has 400. Set gradient_checkpointing=true, or lower"
