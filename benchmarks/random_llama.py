@@ -22,6 +22,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "1.5b": {  # Qwen2.5-1.5B's sizes
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "135m": {  # SmolLM2-135M's
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
     "tiny": {
         "hidden_size": 128,  # vLLM on a CPU wants heads of 32
         "intermediate_size": 128,

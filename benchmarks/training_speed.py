@@ -53,7 +53,7 @@ from typing import IO, Any, cast
 
 from benchmarks.common import REPORTS, command, write_report
 from benchmarks.kernel_profile import describe_kernels, summarise
-from benchmarks.random_llama import draw_weights, find_backbone
+from benchmarks.random_llama import SHAPES, draw_weights, find_backbone
 from benchmarks.training_page import add_runs
 from benchmarks.training_peers import PEERS, build_peer, count_batch, load_peer, parts_of
 from biomerge_lib.core.prompt_format import PromptFormat
@@ -200,7 +200,6 @@ def measure_way(options: dict[str, Any]) -> None:
 
     torch.set_float32_matmul_precision("high")
     tokenizer = load_tokenizer(Path(options["backbone"]))
-    records = read_split(options["data_dir"], "train")
     imported = time.perf_counter()
     folder, random = options["backbone"], options["backbone"].endswith("-weightless")
     if way in OURS:
@@ -217,7 +216,7 @@ def measure_way(options: dict[str, Any]) -> None:
     if random and compiles(way):
         faulthandler.dump_traceback_later(options["way_limit"], exit=True)
         few = {"batch": max(options["batches"]), "steps": 1, "profile": None}
-        measure(load(1), tokenizer, records, options | few)
+        measure(load(1), tokenizer, read_split(options["data_dir"], "train"), options | few)
         ahead["compile_seconds"] = round(time.perf_counter() - imported, 1)
         free_memory()
         faulthandler.cancel_dump_traceback_later()
@@ -231,12 +230,13 @@ def measure_way(options: dict[str, Any]) -> None:
         "import_seconds": round(imported - started, 1),
         "load_seconds": round(wait_for_gpu() - start, 1),
     }
-    runs: list[dict[str, Any]] = [{"batch": batch} for batch in options["batches"]]
+    runs: list[dict[str, Any]] = options.get("runs") or [{"batch": batch} for batch in options["batches"]]
     runs += [run | {"epoch": size} for run in runs for size in options["epochs"]]
     for run in runs:
         row: dict[str, Any] = {"way": way, "anchors": FORMAT.offset_anchors} | run
         faulthandler.dump_traceback_later(options["way_limit"], exit=True)
         try:
+            records = read_split((options | run)["data_dir"], "train")
             row |= startup | measure(model, tokenizer, records, options | run)
         except Exception as error:
             traceback.print_exc()
@@ -284,6 +284,8 @@ def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[st
     """One batch size, or one whole epoch (``epoch`` sentences) with the steps behind the first ones measured."""
     import torch
 
+    from biomerge_lib.model.fused_lora import fused_layers
+
     way, batch, epoch = options["way"], options["batch"], options.get("epoch")
     size = epoch or max(SENTENCES, batch)
     if epoch:
@@ -318,6 +320,7 @@ def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[st
         )
         result |= {
             **describe_numbers(numbers, result["measured_steps"] * parts_of(way, batch)),
+            "fused_layers": sum(layer.fused_into[0].ready for layer in fused_layers(trainer.model)),
             "accumulate": parts_of(way, batch),
             "decoder_weights": weights,
             "useful_tflops": round(4 * weights * result["tokens_a_second"] / 1e12, 1),
@@ -332,7 +335,11 @@ def measure(model, tokenizer, records: list, options: dict[str, Any]) -> dict[st
             result["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 1)
         if options["profile"] and torch.cuda.is_available():
             path = Path(f"{options['profile']}-{way.replace(', ', '-').replace(' ', '-')}-{batch}.json")
-            result["gpu_busy"] = profile_steps(trainer, path, way)
+            try:
+                result["gpu_busy"] = profile_steps(trainer, path, way)
+            except Exception as error:  # what was measured stays
+                traceback.print_exc()
+                result["profile_error"] = f"{type(error).__name__}: {error}"[:200]
     finally:
         # The next Trainer wraps the model's forward anew.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -523,7 +530,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--shape", default="8b", help="8b or tiny (random weights), or a prepared backbone's folder"
+        "--shape", default="8b", help=f"{', '.join(SHAPES)} (random weights), or a prepared backbone's folder"
     )
     parser.add_argument("--data_dir", default="data/bc5cdr_iob/ner")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=[*OURS, *PEERS], metavar="WAY")
