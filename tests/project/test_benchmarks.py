@@ -6,13 +6,16 @@ import json
 import re
 import shlex
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import scaling
 from benchmarks.join_qwen import join
 from benchmarks.kernel_profile import describe_kernels, summarise
 from benchmarks.learning import read_rows
+from benchmarks.scaling import lines_of, node_of
 from benchmarks.training_page import describe
 from benchmarks.training_speed import METHOD, Stopwatch, describe_numbers
 from biomerge_lib.core.prompt_format import GONE_STYLES
@@ -137,3 +140,85 @@ def test_a_trace_tells_what_kernels_achieve_and_when_none_runs():
 def test_losses_are_the_first_steps_and_the_measured_ones():
     seen = {"loss": [3.0, 2.0, 1.0], "grad_norm": [None, None, None]}
     assert describe_numbers(seen, 2) == {"first_loss": 3.0, "loss": 1.5}
+
+
+SPEED = [
+    {"cards": 1, "step_ms": 200.0, "tokens_a_second": 15_000.0},
+    {"cards": 2, "step_ms": 230.0, "tokens_a_second": 26_000.0, "all_reduce_ms": 0.4},
+]
+
+
+def test_a_node_keeps_what_two_cards_lost_and_adds_a_rings_all_reduce():
+    assert node_of(SPEED, 2) == [0.4, 230.0, 26_000, 0.867]
+    assert node_of(SPEED, 8) == [0.7, 230.3, round(4 * 26_000 * 230 / 230.3), 0.866]
+    # 84 MB at 25 GB/s are 3.36 ms, 1.75 times that with eight cards
+    assert node_of(SPEED, 8, 25)[:2] == [5.88, 235.5]
+
+
+def test_the_page_on_scaling_keeps_what_is_extrapolated_apart(tmp_path):
+    """Steps of 10 ms and 2 ms a thousand tokens, 100 tokens a sentence; other sentences and epochs are no part."""
+    origin = {
+        "command": "python -m benchmarks.scaling",
+        "commit": "0123456789abcdef",
+        "device": "a card",
+        "loss": 1.5,
+    }
+    rows = [
+        {"part": "models", "shape": "8b", "batch": batch, "tokens_a_step": 100 * batch, "ms_a_step": ms}
+        | {"tokens_a_second": 100 * batch / ms * 1e3, "sentences_a_second": batch / ms * 1e3}
+        for batch, ms in ((64, 22.8), (8, 11.6), (32, 16.4))
+    ]
+    rows += [rows[2] | {"third": "shorter", "ms_a_step": 99.0}, rows[2] | {"epoch": 1000, "ms_a_step": 99.0}]
+    rows += [{"part": "sweep", "shape": "135m", "trainings": count, "tokens_a_second": 9} for count in (1, 8)]
+    rows = [row | origin for row in rows] + [rows[0] | {"batch": 128, "error": "out of memory"} | origin]
+    del rows[-1]["ms_a_step"], rows[-1]["loss"]
+    ((shape, steps, fixed, slope),) = lines_of(rows)
+    assert (shape, fixed, slope) == ("8b", 10.0, 2.0)
+    assert [row["batch"] for row in steps] == [8, 32, 64]
+    measured, extrapolated = "\n".join(scaling.describe(rows, SPEED)).split("## Extrapolated")
+    assert measured.count("| models | 8b |") == 6 and measured.count("| sweep | 135m |") == 2
+    assert "out of memory" in measured and "a card, commit `0123456789ab`" in measured
+    assert "| 8b | 10.0 | 2.0 | 16 | 51 |" in extrapolated  # 1,000 and 3,125 steps of 16.4 ms
+    assert "| 25 GB/s | 5.88 | 235.5 |" in extrapolated
+    scaling.plot(rows, tmp_path / "scaling.svg")
+    drawn = (tmp_path / "scaling.svg").read_text(encoding="utf-8")
+    assert drawn.count('<g id="axes_') == 3
+
+
+def test_rows_of_a_call_replace_those_of_an_earlier_one(tmp_path, monkeypatch):
+    """As they come: what an interrupted call had measured stays."""
+    out = tmp_path / "scaling.json"
+
+    def measure(loss, *, broken=False):
+        def rows(shapes, way):
+            yield {"part": "models", "shape": "1.5b", "way": way, "batch": 32, "loss": loss}
+            if broken:
+                raise KeyboardInterrupt
+            yield {"part": "models", "shape": "1.5b", "way": way, "batch": 8, "loss": loss}
+
+        return rows
+
+    monkeypatch.setattr(sys, "argv", ["scaling", "--parts", "models", "--out", str(out)])
+    monkeypatch.setattr(scaling, "measure_models", measure(1.0))
+    scaling.main()
+    monkeypatch.setattr(scaling, "measure_models", measure(2.0, broken=True))
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main()
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(row["batch"], row["loss"]) for row in rows] == [(8, 1.0), (32, 2.0)]
+    assert all(row["commit"] and row["device"] for row in rows)
+
+
+def test_the_sweep_starts_nothing_that_cannot_end_in_time(monkeypatch):
+    started = []
+    monkeypatch.setattr(scaling, "model_words", lambda shape: [])
+    monkeypatch.setattr(
+        scaling, "run_side_by_side", lambda commands, **limits: started.append(list(commands)) or []
+    )
+    result = {"metrics": {"steady_tokens_per_second": 100.4}, "losses": [2.0, 1.0]}
+    monkeypatch.setattr(scaling, "result_of", lambda name: result)
+    (row,) = scaling.measure_sweep([4], time.perf_counter() + 100)
+    assert started == [[f"scaling-4-{place}" for place in range(4)]]
+    assert (row["tokens_a_second"], row["loss"], row["trainings"]) == (402, 1.0, 4)
+    (row,) = scaling.measure_sweep([8], time.perf_counter() + 30)
+    assert len(started) == 1 and row["error"].startswith("not finished within 30 s")
