@@ -9,7 +9,7 @@
 - sweep: 1, 4 and 8 trainings by 03_train side by side, of SmolLM2 where it is prepared, else of its shape. Speed is the
   sum of each one's over its steady steps; the seconds are those until the last has ended, start and scoring included.
 - A node, by reports/several_gpus.json: a step as on two cards (what it took longer there than on one, the host's work,
-  is assumed to stay), with a ring's all-reduce, 2 (n - 1) / n of the gradients' bytes over the bandwidth.
+  is assumed to stay), with a ring's all-reduce, 2 (n - 1) / n of the gradients' 84 MB over the bandwidth.
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ def measure_sweep(counts: list[int], deadline: float) -> Iterator[Row]:
 def node_of(speed: list[Row], cards: int, gb_s: float | None = None) -> list[float]:
     """Milliseconds of all-reduce and step, tokens a second and share of the ideal; ``gb_s`` replaces the bandwidth."""
     one, two = ({row["cards"]: row for row in speed}[count] for count in (1, 2))
-    # 84 MB: the 21 million gradients of LoRA r = 8 on an 8B, in float32
     all_reduce = 2 * (cards - 1) / cards * (84 / gb_s if gb_s else two["all_reduce_ms"])
     step = two["step_ms"] - two["all_reduce_ms"] + all_reduce
     tokens = cards / 2 * two["tokens_a_second"] * two["step_ms"] / step
@@ -139,8 +138,8 @@ def plot(rows: list[Row], path: Path) -> None:
         elif row["shape"] == "8b" and row["batch"] == STEP and "loss" in row:
             length.plot(row["tokens_a_step"] / STEP, row["tokens_a_second"], "o", color="tab:blue")
     step.set(xlabel="tokens a step", ylabel="ms a step")
-    length.set(xlabel="tokens a sentence (8b, 32 a step)", ylabel="tokens a second")
-    beside.set(xlabel="trainings side by side on one card", ylabel="tokens a second in all")
+    length.set(xlabel="tokens a sentence (8b, 32 a step)", ylabel="tokens a second", ylim=(0, None))
+    beside.set(xlabel="trainings side by side on one card", ylabel="tokens a second in all", ylim=(0, None))
     figure.savefig(path)
     plt.close(figure)
 

@@ -386,6 +386,8 @@ def build_ours(way: str, model, tokenizer, records: list, batch: int):
     parameters = our_parameters(way, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
     dev = [record for record in records if record.spans][:2]
     checkpoints = Path(tempfile.mkdtemp()) / "checkpoints"
+    if parameters.gradient_checkpointing:  # in the layers that the batch before needed not recompute, too
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = build_trainer(
         model, tokenizer, {"train": records, "dev": dev}, parameters, checkpoints=checkpoints
     )

@@ -45,7 +45,8 @@ def fuse_lora(model: PeftModel, *, joined: bool | None = None, in_product: bool 
 
     A layer is left as PEFT's where it is more than ``nn.Linear`` with LoRA (quantised, DoRA, several adapters), and so
     is every pass without gradients, in evaluation mode, or with the adapter disabled or merged. A training pass is one
-    of the whole decoder; its layers called by themselves compute as the pass before did.
+    of the whole decoder; its layers called by themselves compute as the pass before did. Merged, weights are views that
+    ``save_pretrained`` cannot write: merge an adapter into a backbone of its own, as ``merge_checkpoint`` does.
     """
     joined = OPTIONS["joined"] if joined is None else joined
     in_product = OPTIONS["in_product"] if in_product is None else in_product

@@ -63,6 +63,23 @@ def test_a_compiled_mask_is_the_hash_and_keeps_as_many_as_it_should():
     assert float(x.grad.max()) == pytest.approx(1 / 0.95, rel=0.004)
 
 
+def test_a_replayed_graph_draws_another_mask():
+    x = torch.ones(512, 1024, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(drop, dynamic=True)
+    for _ in range(2):
+        compiled(x, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dropped = compiled(x, 0.5)
+    masks = []
+    for _ in range(3):
+        graph.replay()
+        masks.append(dropped.clone() == 0)
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        # half a million draws: five standard deviations are 0.003
+        assert float((masks[one] & masks[other]).double().mean()) == pytest.approx(0.25, abs=0.004)
+
+
 @pytest.mark.parametrize(
     "packing, checkpointing, launch",
     [

@@ -18,6 +18,7 @@ from benchmarks.learning import read_rows
 from benchmarks.scaling import lines_of, node_of
 from benchmarks.training_page import describe
 from benchmarks.training_speed import METHOD, Stopwatch, describe_numbers
+from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.prompt_format import GONE_STYLES
 from biomerge_lib.experiment.runs import PROJECT_DIR
 from biomerge_lib.report.report_runs import collect_runs
@@ -211,10 +212,16 @@ def test_rows_of_a_call_replace_those_of_an_earlier_one(tmp_path, monkeypatch):
 
 def test_the_sweep_starts_nothing_that_cannot_end_in_time(monkeypatch):
     started = []
-    monkeypatch.setattr(scaling, "model_words", lambda shape: [])
-    monkeypatch.setattr(
-        scaling, "run_side_by_side", lambda commands, **limits: started.append(list(commands)) or []
-    )
+    monkeypatch.setattr(scaling, "model_words", lambda shape: ["model=smollm2_135m"])
+
+    def run(commands, **limits):
+        started.append(list(commands))
+        found = [compose_parameters(command[5:]) for command in commands.values()]
+        assert [each.seed for each in found] == [0, 1, 2, 3]
+        assert {(each.logging_steps, each.step_launch) for each in found} == {(50, "graphed")}
+        return []
+
+    monkeypatch.setattr(scaling, "run_side_by_side", run)
     result = {"metrics": {"steady_tokens_per_second": 100.4}, "losses": [2.0, 1.0]}
     monkeypatch.setattr(scaling, "result_of", lambda name: result)
     (row,) = scaling.measure_sweep([4], time.perf_counter() + 100)
