@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, ServerError
 from biomerge_lib.core.files import file_sha256, fingerprint_weights, write_json
 from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat
@@ -32,6 +30,7 @@ from biomerge_lib.decoding.predictions import (
 )
 from biomerge_lib.decoding.vllm_client import API_KEY, GreedyClient, RunningServer, Server, find_served_model
 from biomerge_lib.decoding.vllm_server import VllmServer
+from biomerge_lib.experiment.jobs import progress_bar
 from biomerge_lib.experiment.provenance import log_test_scoring
 from biomerge_lib.prompts.manifest import ASKED_WITH, Manifest, read_model_folder
 from biomerge_lib.prompts.ner_span import cue_record, read_split
@@ -117,13 +116,11 @@ def evaluate_split(
     with PartialAnswers(f"{out}.partial.jsonl", job) as partial:
         resumed = len(partial.answers)
         todo = {number: prompt for number, prompt in enumerate(prompts) if number not in partial.answers}
-        options: dict[str, Any] = {"unit": "sentence", "mininterval": 0, "disable": progress is None}
-        bar = tqdm(total=len(prompts), initial=resumed, desc=progress, **options)
+        bar = progress_bar(len(prompts), progress, done=resumed)
 
         def keep(number: int, answer: RawAnswer) -> None:
             partial.add(number, answer)
             bar.update()
-            bar.mininterval = 2.0  # each tick is a line in a log; the first answer gives rate and time left
 
         started = time.monotonic()
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from biomerge_lib.decoding.answer_grammar import build_grammar
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, margin_of, sum_parts
+from biomerge_lib.experiment.jobs import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -43,14 +44,12 @@ def greedy_decode(
     progress bar; None shows none. The model is left in the mode it was in.
     """
     import torch
-    from tqdm.auto import tqdm
 
     eos = cast(int, tokenizer.eos_token_id)
     decoder = _find_decoder(model, eos) if constrained_decoding == "off" else None
     masks_of = _grammar_masks(tokenizer, model.config.vocab_size, constrained_decoding)
     rows = [_Row(prompt) for prompt in prompts]
-    bar = tqdm(total=len(rows), desc=progress, unit="sentence", disable=progress is None, mininterval=0)
-    with decoding_mode(model), torch.inference_mode(), bar:
+    with decoding_mode(model), torch.inference_mode(), progress_bar(len(rows), progress) as bar:
         waiting = list(rows)
         # On a CPU a batch takes long, so that one sentence tells rate and time left first.
         one_first = progress is not None and model.device.type == "cpu"
@@ -65,7 +64,6 @@ def greedy_decode(
                 _continue(model, tokenizer, batch, max_new_tokens, masks=masks, decoder=decoder, leave=leave)
                 unfinished = [row for row in batch if eos not in row.ids and len(row.ids) < max_new_tokens]
                 bar.update(len(batch) - len(unfinished))
-                bar.mininterval = 2.0  # each tick is a line in a log
                 waiting += unfinished
     return [read_answer(row.ids, tokenizer, row.top_two) for row in rows]
 

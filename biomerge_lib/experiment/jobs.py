@@ -11,12 +11,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from math import inf
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from threading import Event, Thread
-from typing import IO
+from typing import IO, Any
 
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.files import OBJECT, locked, read_values, whole_folder, write_json, write_text
@@ -83,6 +86,31 @@ def progress_shown() -> Iterator[None]:
             ended.set()
             shower.join()
             del os.environ[PROGRESS]
+
+
+def progress_bar(total: int, says: str | None, *, done: int = 0) -> Any:
+    """tqdm's bar of sentences, and a noted line at the first ones and twice a minute; ``says=None`` shows neither.
+
+    The first tick comes at once, for rate and time left, later ones every two seconds: each is a line in a log.
+    """
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm):
+        noted_at = -inf
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            self.mininterval = 2.0
+            if not self.disable and time.monotonic() > self.noted_at + 30:
+                self.noted_at = time.monotonic()
+                pace = max(1e-3, self.format_dict["elapsed"]) / max(1, self.n - done)
+                left = timedelta(seconds=round(pace * (total - self.n)))
+                note_progress(
+                    f"{says}: {self.n:,} of {total:,} sentences, {1 / pace:.2f} a second, {left} left"
+                )
+            return shown
+
+    return Bar(total=total, initial=done, desc=says, unit="sentence", disable=says is None, mininterval=0)
 
 
 def note_failure(message: str) -> None:

@@ -214,6 +214,22 @@ def test_what_is_noted_is_printed_at_once_and_to_the_last_line(capfd, monkeypatc
     assert jobs.PROGRESS not in os.environ
 
 
+def test_a_bar_notes_rate_and_time_left_at_once_and_then_twice_a_minute(tmp_path, monkeypatch):
+    monkeypatch.setenv(jobs.PROGRESS, str(tmp_path / "progress"))
+    clock = iter([1000.0, 1000.0, 1010.0, 1040.0, 1040.0])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: next(clock))
+    with jobs.progress_bar(400, "decoding dev", done=100) as bar:
+        bar._time = lambda: bar.start_t + 20
+        for answers in (10, 20, 30):
+            bar.update(answers)
+    with jobs.progress_bar(8, None) as silent:
+        silent.update(8)
+    assert (tmp_path / "progress").read_text().splitlines() == [
+        "decoding dev: 110 of 400 sentences, 0.50 a second, 0:09:40 left",
+        "decoding dev: 160 of 400 sentences, 3.00 a second, 0:01:20 left",
+    ]
+
+
 def site_values(tmp_path, site, **given):
     """What ``slurm/common.sh`` makes of a site file and an environment."""
     (tmp_path / "slurm").mkdir()
