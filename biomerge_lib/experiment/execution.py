@@ -7,6 +7,7 @@ notebook as JupyterLab saves it --[keep_executed_copy]--> executed notebook
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import sys
@@ -183,9 +184,12 @@ def _copy_when_saved(path: Path, executed: Path, seen: int) -> None:
         time.sleep(1)
         if _copied[0] is not executed:  # the kernel has opened a run again
             return
-        with suppress(OSError):  # renamed, deleted, or a full disk: the next save may do
+        # Renamed, deleted, half written at this moment, or a full disk: the next look may do.
+        with suppress(OSError, ValueError):
             if (saved := path.stat().st_mtime_ns) != seen:
-                write_text(executed, path.read_text(encoding="utf-8"))
+                text = path.read_text(encoding="utf-8")
+                json.loads(text)
+                write_text(executed, text)
                 seen = saved
 
 

@@ -35,16 +35,19 @@ def test_what_jupyterlab_saves_is_copied_to_the_run_that_is_open(tmp_path, monke
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    notebook.write_text("as committed")
+    notebook.write_text('"as committed"')
     keep_executed_copy(first)
     assert not first.exists()  # nothing has run yet
-    save("half of the cells", first)
+    save('"some cells"', first)
     notebook.unlink()  # renamed, or a save that replaces the file
-    save("all cells", first)
+    notebook.write_text("")  # a save that has just begun
+    time.sleep(1.5)
+    assert first.read_text() == '"some cells"'
+    save('"all cells"', first)
     keep_executed_copy(second)
-    save("another run", second)
-    assert first.read_text() == "all cells"
+    save('"another run"', second)
+    assert first.read_text() == '"all cells"'
     monkeypatch.setenv(UNWATCHED, "1")  # papermill keeps its own
     keep_executed_copy(tmp_path / "third.ipynb")
-    notebook.write_text("more")
-    assert not (tmp_path / "third.ipynb").exists() and second.read_text() == "another run"
+    notebook.write_text('"more"')
+    assert not (tmp_path / "third.ipynb").exists() and second.read_text() == '"another run"'
