@@ -21,7 +21,6 @@ from biomerge_lib.apply.texts import STDIN, Text, iter_texts
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.files import partial_of, whole_file
 from biomerge_lib.core.markup import INERT
-from biomerge_lib.corpora.sentences import iter_sentences
 from biomerge_lib.corpora.writers import Tagged, write_brat, write_iob, write_jsonl
 from biomerge_lib.model.adapters import SHIPPED
 from biomerge_lib.report.display import STYLE, bracket, highlight
@@ -49,25 +48,22 @@ def predict_texts(options: Namespace) -> None:
         raise ParameterError(f"--batch-size must be at least 1, not {options.batch_size}.")
     if not 0 <= (options.threshold or 0) <= 1:
         raise ParameterError(f"--threshold {options.threshold} is no probability: give one from 0 to 1.")
-    for words in options.texts:
-        if os.path.exists(words):
-            raise ParameterError(f"{words} is there as a file or folder; to read it: predict --file {words}")
+    for text in options.texts:
+        if os.path.exists(text):
+            raise ParameterError(f"{text} is there as a file or folder; to read it: predict --file {text}")
     given = [Text(f"text-{number}", text) for number, text in enumerate(options.texts, 1) if text.strip()]
     is_piped = not (options.texts or options.file or sys.stdin.isatty())
     files = [STDIN] if is_piped else list(options.file)
     if STDIN in files:  # can be read once
         given += [text for path in files if path == STDIN for text in iter_texts([path])]
         files = [path for path in files if path != STDIN]
-    characters = sentences = 0
-    for text in chain(given, iter_texts(files) if files else ()):
-        characters += len(text.text)
-        sentences += sum(1 for _ in iter_sentences(text.text))
+    characters = sum(len(text.text) for text in chain(given, iter_texts(files) if files else ()))
     if not characters:
         raise DataError(
             'no text to read: python -m biomerge_lib predict "Aspirin can trigger asthma attacks ."'
         )
     texts = chain(given, iter_texts(files, name_empty=False) if files else ())
-    tagged = _tag(texts, characters, sentences, options)
+    tagged = _tag(texts, characters, options)
     if kind == "brat":
         write_brat(tagged, options.out)
         return
@@ -88,7 +84,7 @@ def predict_texts(options: Namespace) -> None:
                 print(shown, file=out, end="\n" if part.is_last else "", flush=True)
 
 
-def _tag(texts: Iterable[Text], characters: int, sentences: int, options: Namespace) -> Iterator[Tagged]:
+def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator[Tagged]:
     from tqdm import tqdm
 
     from biomerge_lib.apply.tagger import load_tagger
@@ -104,7 +100,7 @@ def _tag(texts: Iterable[Text], characters: int, sentences: int, options: Namesp
         minutes = (time.monotonic() - begun) * characters / answered / 60
         if not (bar.n or bar.disable) and minutes > 1:  # after the first batch, which is small
             faster = "" if options.base_url else " A GPU's vLLM server is far faster: --base-url."
-            told = f"{sentences:,} sentences, {minutes:.0f} minutes at the pace of the first.{faster}"
+            told = f"{characters:,} characters, {minutes:.0f} minutes at the pace of the first.{faster}"
             bar.write(told, sys.stderr)
         bar.update(answered)
 
