@@ -3,7 +3,7 @@
 job --stop--> run --interrupted | failure--> job;    kernel --progress--> the command that started it
 archive --[fetch_run]--> the run's folder, as the last job left it
 
-``slurm/common.sh`` is the other side. Outside a job nothing here does anything.
+``slurm/common.sh`` is the job's side. Outside a job there is nobody but the command that started a kernel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from math import inf
 from pathlib import Path
@@ -57,9 +57,12 @@ def was_interrupted() -> bool:
 
 
 def note_progress(message: str) -> None:
-    """Say a line to the terminal or into the job's log, where what a notebook's cell prints is not seen."""
+    """Say a line to the terminal or into the job's log, where what a notebook's cell prints is not seen.
+
+    What cannot be written (a full disk, a file that was tidied away) is not said: it is worth no training.
+    """
     if path := os.environ.get(PROGRESS):
-        with open(path, "a", encoding="utf-8") as lines:
+        with suppress(OSError), open(path, "a", encoding="utf-8") as lines:
             lines.write(message + "\n")
 
 

@@ -212,6 +212,8 @@ def test_what_is_noted_is_printed_at_once_and_to_the_last_line(capfd, monkeypatc
         jobs.note_progress("step 2 of 2")
     assert said + capfd.readouterr().err == "step 1 of 2\nstep 2 of 2\n"
     assert jobs.PROGRESS not in os.environ
+    monkeypatch.setenv(jobs.PROGRESS, "/nowhere/progress")
+    jobs.note_progress("ends no training")
 
 
 def test_a_bar_notes_rate_and_time_left_at_once_and_then_twice_a_minute(tmp_path, monkeypatch):
