@@ -5,6 +5,7 @@ runs/ --[collect_runs]--> ReportedRun --[write_page]--> report.html (one file, l
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -53,6 +54,9 @@ from biomerge_lib.scoring.breakdown import find_weaknesses
 from biomerge_lib.scoring.confidence import calibrate
 from biomerge_lib.scoring.ner_metrics import score_spans
 from biomerge_lib.scoring.significance import compare_predictions
+
+# Of an adapter's answers, by apply/adapter_answers: name, hash of the adapter, hash of what was asked.
+ADAPTERS = re.compile(r"(.+)-[0-9a-f]{12}-[0-9a-f]{8}")
 
 
 def write_report(paths: Iterable[Path | str] | Path | str, out: Path | str) -> Path:
@@ -186,11 +190,12 @@ def read_answers(ranked: Sequence[ReportedRun]) -> dict[str, Any]:
             units = against.units
     first = compared[0][1] if compared else []
     for path in sorted(compared[0][0].folder.glob(f"{str(file)[:-6]}-*.jsonl")) if compared else ():
+        adapter = ADAPTERS.fullmatch(path.stem.removeprefix(f"{str(file)[:-6]}-"))
         with suppress(DataError):  # of other records, from before
-            against = compare_predictions(first, read_predictions(path))
-            adapter = "-".join(path.stem.removeprefix(f"{str(file)[:-6]}-").split("-")[:-2])
-            differences.append({"rank": None, "run": f"the adapter {adapter}", **against.cells()})
-            units = against.units
+            if adapter:
+                against = compare_predictions(first, read_predictions(path))
+                differences.append({"rank": None, "run": f"the adapter {adapter[1]}", **against.cells()})
+                units = against.units
     examples = highlight_errors(first) if first else {}
     kinds = [(kind, count, ERROR_KINDS[kind]) for kind, (count, _) in examples.items()]
     return {

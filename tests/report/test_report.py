@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -176,6 +177,14 @@ def test_an_adapter_that_answered_the_best_runs_sentences_stands_beside_it(tmp_p
     page = page_of(best, tmp_path / "report.html").replace("\n", "")
     row = '<th scope="row">the adapter bc-135m</th><td>0.6667</td><td>-0.3333</td>'
     assert row in page and "The second" not in page and "gone" not in page
+
+
+def test_vllms_answers_one_by_one_are_no_adapters(tmp_path):
+    best, second = make_pair(tmp_path / "runs")
+    (best / FILE).rename(best / "predictions-dev-vllm.jsonl")
+    shutil.copy(second / FILE, best / "predictions-dev-vllm-one-by-one.jsonl")
+    page = page_of(best, tmp_path / "report.html")
+    assert "predictions-dev-vllm.jsonl" in page and "the adapter" not in page
 
 
 def test_a_recall_of_zero_is_seen_and_a_types_name_is_no_formula():
