@@ -377,14 +377,15 @@ def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
 
 def _find_here(place: str, *, must_exist: bool) -> str:
     """A path, or the one in ``brat:path``, as it is or, where it is the current folder's and no name, from the root."""
-    path = Path(place.rpartition(":")[2]).expanduser()
+    told = place.rpartition(":")[2]
+    path = Path(told).expanduser()
     here, at_project = Path.cwd() / path, PARAMETERS_DIR.parent / path
-    if here == at_project or place in NO_PLACES or place.startswith("hub:"):
+    if here == at_project or place in NO_PLACES or place.startswith("hub:") or not told:
         return place
     if must_exist and not (here.exists() or at_project.exists()):
         near = nearest(path.name, [*NO_PLACES, *(other.name for other in here.parent.glob("*"))])
         raise ParameterError(f"corpora: there is no {here} and no {at_project}.{near}")
-    return place.removesuffix(place.rpartition(":")[2]) + str(here) if here.exists() else place
+    return place.removesuffix(told) + str(here) if here.exists() else place
 
 
 def as_override(value: Any) -> str:

@@ -77,10 +77,11 @@ def find_source(
     if forced == "hub" and not folder.is_dir():
         repository, _, config = name.partition("#")
         return find_hub(name, "_".join(filter(None, [Path(repository).name, config])), splits, optional)
-    if not folder.exists():
+    if not (name and folder.exists()):
         forms = f"a folder, FORMAT:folder ({', '.join(FORMATS)}), hub:owner/name, or {SAMPLE}"
         hint = nearest(name, [SAMPLE, *map(str, folder.parent.glob("*"))]) or nearest(head, FORMATS)
-        raise DataError(f"{folder.absolute()}: no such corpus folder.{hint} A corpus is {forms}.")
+        said = folder.absolute() if name else f"corpora: {str(source)!r}"
+        raise DataError(f"{said}: no such corpus folder.{hint} A corpus is {forms}.")
     kind = forced or _find_format(folder)
     own_name = stem_of(folder) if folder.is_file() else folder.resolve().name
     dataset = SAMPLE if name == SAMPLE else own_name.removesuffix(f"_{kind}")

@@ -174,6 +174,10 @@ def test_a_path_of_a_command_line_is_the_current_folders_or_else_the_projects(tm
     found = compose_parameters([f"corpora=[{','.join(corpora)}]", "data_dir=mine/ner", "runs_dir=mine/runs"])
     assert found.corpora == [own, f"brat:{own}", "sample", "hub:owner/name", "docs", "/"]
     assert (found.data_dir, found.runs_dir) == (f"{own}/ner", "mine/runs")
+    assert compose_parameters(["corpora=['',brat:]"]).corpora == [
+        "",
+        "brat:",
+    ]  # no folder, not the current one
     with pytest.raises(ParameterError) as error:
         compose_parameters(["corpora=[mina]"])
     assert str(error.value) == f"corpora: there is no {own[:-1]}a and no {ROOT}/mina. Did you mean 'mine'?"

@@ -1209,6 +1209,9 @@ def test_splits_that_are_missing_or_twice(tmp_path):
         match=r"nowhere: no such corpus folder. A corpus is a folder, FORMAT:folder \(brat, pubtator",
     ):
         read_corpus(tmp_path / "nowhere")
+    for nameless in ("", "brat:"):  # not whatever folder is the current one
+        with pytest.raises(DataError, match=f"corpora: '{nameless}': no such corpus folder"):
+            read_corpus(nameless)
     folder = write_files(tmp_path, {f"{split}.tsv": GOOD_IOB for split in ("train", "test")})
     with pytest.raises(
         DataError,
