@@ -41,14 +41,19 @@ class Cluster:
         return self.project / "runs"
 
     def call(self, *command: str, expect: int = 0, **environment: str) -> str:
-        done = subprocess.run(
-            command,
-            cwd=self.project,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        for _ in range(5):
+            done = subprocess.run(
+                command,
+                cwd=self.project,
+                env=self.environment | environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            # A busy slurmctld may drop a client's connection, which ends the client: asking again changes nothing.
+            if done.returncode != -signal.SIGPIPE or command[0] not in ("squeue", "scontrol", "scancel"):
+                break
+            time.sleep(1)
         assert done.returncode == expect, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
