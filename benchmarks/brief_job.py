@@ -33,7 +33,8 @@ from typing import Any
 from benchmarks.common import read_log
 from benchmarks.random_llama import TOKENIZER_DIR, find_backbone
 from biomerge_lib.core.files import write_json
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 
 REPORT = PROJECT_DIR / "reports" / "brief_job.json"
 CARD_GB = 48

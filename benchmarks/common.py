@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.files import file_sha256, write_json, write_text
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 
 REPORTS = PROJECT_DIR / "reports"
 

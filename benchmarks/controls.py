@@ -28,14 +28,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import choose_names, run_side_by_side
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.files import whole_folder
-from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.prompt_format import find_words
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import TAG, Span, parse_answer
 from biomerge_lib.decoding.predictions import Prediction, Prompt, write_predictions
 from biomerge_lib.experiment.provenance import log_test_scoring
-from biomerge_lib.experiment.runs import PROJECT_DIR, Run, prepare_run_folder, quiet_libraries, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, Run, prepare_run_folder, quiet_libraries
 from biomerge_lib.prompts.ner_span import encode_example, read_split, read_training_records, scoring_options
 from biomerge_lib.prompts.prompt import B_I_O, IGNORE, Chunk, encode_chunks, word_labels
 from biomerge_lib.scoring.ner_metrics import score_predictions

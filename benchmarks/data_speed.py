@@ -109,7 +109,7 @@ def measure_preflight(folder: str) -> dict[str, Any]:
     """Preflight on a folder's data, imports and all."""
     clock = Clock()
     with clock.stage("preflight_seconds"):
-        from biomerge_lib.core.parameters import compose_parameters
+        from biomerge_lib.core.composition import compose_parameters
         from biomerge_lib.training.preflight import check_training
 
         words = [f"data_dir={folder}", "eval_limit=null", "corpus_cue=true", f"tokenizer_dir={TOKENIZER}"]

@@ -11,8 +11,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.files import whole_file
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.experiment.runs import PROJECT_DIR
 
 PARTS = 22

@@ -23,7 +23,8 @@ from benchmarks.common import choose_names, run_side_by_side, train_command
 from biomerge_lib.core.files import write_json
 from biomerge_lib.core.parameters import watch_metric_of
 from biomerge_lib.core.prompt_format import GONE_STYLES
-from biomerge_lib.experiment.runs import PROJECT_DIR, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR
 from biomerge_lib.report.display import markdown_table
 
 REPORT = PROJECT_DIR / "reports" / "learning.json"

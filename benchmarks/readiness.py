@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.common import REPORTS, command, read_log, write_report
 from benchmarks.random_llama import SHAPES, TOKENIZER_DIR, find_backbone
 from benchmarks.start import compare_starts, compare_threads
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 from biomerge_lib.report.display import markdown_table
 
 CARDS_GB = {"A100 48 GB": 48, "A100 80 GB": 80, "H100 94 GB": 94}

@@ -28,7 +28,8 @@ from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import read_values, write_json, write_text
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.experiment.provenance import TEST_LOG, provenance
-from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 from biomerge_lib.experiment.sweeps import read_sweep
 from biomerge_lib.report.display import markdown_table
 from biomerge_lib.report.report_runs import changed_words

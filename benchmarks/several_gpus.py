@@ -34,7 +34,8 @@ from typing import Any
 from benchmarks.common import read_log
 from benchmarks.random_llama import TOKENIZER_DIR, find_backbone
 from biomerge_lib.core.files import write_json
-from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance
 from biomerge_lib.report.display import markdown_table
 
 REPORT = PROJECT_DIR / "reports" / "several_gpus.json"

@@ -29,8 +29,8 @@ import psutil
 import yaml
 
 from benchmarks.common import run_side_by_side, train_command
+from biomerge_lib.core.composition import as_overrides
 from biomerge_lib.core.errors import BioMergeError
-from biomerge_lib.core.parameters import as_overrides
 from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 from biomerge_lib.experiment.sweeps import Sweep, describe_ranking, rank_points, read_sweep
 

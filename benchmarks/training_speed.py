@@ -355,7 +355,8 @@ def count_compilations(trainer) -> int:
 
 
 def our_parameters(way: str, **changes: Any):
-    from biomerge_lib.core.parameters import check_parameters, compose_parameters
+    from biomerge_lib.core.composition import compose_parameters
+    from biomerge_lib.core.parameters import check_parameters
 
     values = compose_parameters(["model=smollm2_135m", "runtime=h200"]).model_dump()
     values |= {

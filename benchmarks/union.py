@@ -24,7 +24,8 @@ from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import write_json, write_text
 from biomerge_lib.core.records import SPLITS, Record, read_records, write_records
 from biomerge_lib.experiment.provenance import provenance
-from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries, read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 from biomerge_lib.report.display import markdown_table
 
 # As published, in their own spelling where there is one; two are tokenised and have no other.

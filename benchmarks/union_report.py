@@ -16,10 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.files import write_json, write_text
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
-from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.core.spans import parse_spans
 from biomerge_lib.corpora.conversion import write_corpus

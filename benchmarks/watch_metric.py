@@ -33,13 +33,8 @@ from biomerge_lib.core.files import file_sha256, write_json
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.decoding.greedy import greedy_decode
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
-from biomerge_lib.experiment.runs import (
-    PROJECT_DIR,
-    load_run_parameters,
-    provenance,
-    quiet_libraries,
-    read_metrics,
-)
+from biomerge_lib.experiment.recorded import load_run_parameters, read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, provenance, quiet_libraries
 from biomerge_lib.model.backbones import prepare_backbone
 from biomerge_lib.model.unsloth_lora_ner import load_adapter
 from biomerge_lib.prompts.ner_span import read_split, scoring_options

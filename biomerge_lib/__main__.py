@@ -17,9 +17,10 @@ from typing import NoReturn
 import yaml
 
 from biomerge_lib import __version__
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import BioMergeError, nearest
 from biomerge_lib.core.files import names_full_disk
-from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment.jobs import INTERRUPTED, RunInterrupted, kept_path
 from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 
@@ -114,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from biomerge_lib.experiment.runs import describe_start, read_metrics
+    from biomerge_lib.experiment.notebooks import describe_start
+    from biomerge_lib.experiment.recorded import read_metrics
     from biomerge_lib.experiment.tracking import run_tracked_notebook
     from biomerge_lib.training.preflight import check_training
 

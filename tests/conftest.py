@@ -18,7 +18,8 @@ os.environ["WANDB_MODE"] = "disabled"
 # Tiny models run faster on one thread, and many times faster on a busy machine; so do the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from biomerge_lib.core.parameters import Parameters, check_parameters, compose_parameters
+from biomerge_lib.core.composition import compose_parameters
+from biomerge_lib.core.parameters import Parameters, check_parameters
 from biomerge_lib.core.prompt_format import PromptFormat, Rendering
 from biomerge_lib.core.records import Record
 from biomerge_lib.experiment.runs import quiet_libraries

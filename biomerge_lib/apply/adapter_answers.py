@@ -21,7 +21,7 @@ from biomerge_lib.decoding.predictions import (
     read_predictions,
     write_predictions,
 )
-from biomerge_lib.experiment.runs import load_run_parameters, read_metrics
+from biomerge_lib.experiment.recorded import load_run_parameters, read_metrics
 from biomerge_lib.experiment.stages import GREEDY
 from biomerge_lib.model.adapters import CONFIG
 from biomerge_lib.model.unsloth_lora_ner import load_causal_lm

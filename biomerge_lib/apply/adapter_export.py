@@ -15,13 +15,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from biomerge_lib.core.composition import as_override
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import OBJECT, read_values, write_json
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
-from biomerge_lib.core.parameters import OF_THE_DATA, Parameters, as_override
+from biomerge_lib.core.parameters import OF_THE_DATA, Parameters
 from biomerge_lib.core.records import SPLITS
 from biomerge_lib.experiment.checkpoints import best_checkpoint
-from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
+from biomerge_lib.experiment.recorded import current_stages, load_run_parameters, read_metrics
 from biomerge_lib.model.adapters import CONFIG, WEIGHTS
 from biomerge_lib.model.backbones import BACKBONE_NOTE
 from biomerge_lib.prompts.manifest import ASKED_WITH, FILE, Manifest, read_manifest, write_manifest

@@ -168,7 +168,7 @@ def _merge(adapter: Path, folder: Path, manifest: Manifest) -> None:
 
 def _prepare(backbone: str) -> Path:
     """The prepared backbone: the project's where there is one, else one in the cache folder."""
-    from biomerge_lib.core.parameters import compose_parameters
+    from biomerge_lib.core.composition import compose_parameters
     from biomerge_lib.experiment.provenance import PROJECT_DIR
     from biomerge_lib.model.backbones import backbone_name, build_tokenizer, prepare_backbone
     from biomerge_lib.model.reach_ins import gguf_opened_once

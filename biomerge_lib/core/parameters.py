@@ -1,20 +1,13 @@
-"""Knows every parameter's name, type and meaning, and where values come from; starts nothing.
-
-Values come from the YAML files in ``parameters/`` (composed by Hydra), from papermill (``-f``, ``-p``) or from
-a notebook's parameters cell. All of them end here, are checked once, and are frozen.
-"""
+"""Knows every parameter's name, type and meaning, and what contradicts what: values are checked once, and frozen."""
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -28,9 +21,6 @@ from pydantic import (
 
 from biomerge_lib.core.errors import ParameterError, nearest
 from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat, check_style
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 PARAMETERS_DIR = Path(__file__).resolve().parents[2] / "parameters"
 # What people call a parameter elsewhere (the brief's sweep, other trainers).
@@ -48,8 +38,6 @@ OTHER_NAMES = {
     "training.output_dir": "runs_dir",
 }
 PLACES = ("data_dir", "runs_dir", "backbones_dir", "tokenizer_dir", "cache_dir", "backbone", "init_adapter")
-# What stands where a path may stand, and is none: the bundled corpus, backbone and adapter.
-NO_PLACES = ("sample", "smollm2-135m", "shipped")
 # Younger than the names of many runs: such a value is no part of a name.
 YOUNGER = {"init_adapter": None, "train_on": "train", "keep_checkpoint": "best"}
 # A parameter without one of these marks changes what is trained, and so the run's name. Scoring: how a trained model's
@@ -354,56 +342,6 @@ SCORING, _BESIDE = (
 NOT_IDENTITY = SCORING | _BESIDE
 # How 02_data makes its files, down to where they lie: what a training was given of these says nothing of its data.
 OF_THE_DATA = frozenset(list(Parameters.model_fields)[: list(Parameters.model_fields).index("data_dir")])
-_GROUPS = frozenset(path.name for path in PARAMETERS_DIR.iterdir() if path.is_dir())
-
-
-def compose_parameters(overrides: Sequence[str] = ()) -> Parameters:
-    """Compose ``parameters/`` with Hydra; ``overrides`` are ``group=choice`` and ``name=value``.
-
-    ``+name=value`` and ``--name value`` mean the same as ``name=value``. A relative path among them is one of the
-    current folder where that is there, and else of the project, as all paths of notebooks and YAML files are.
-
-    Raises:
-        ParameterError: an unknown name or choice, a wrong type, a contradiction; a corpus that is in neither place.
-    """
-    parameters = check_parameters(_compose(tuple(_normalise_overrides(overrides))))
-    names = override_names(overrides)
-    places = parameters.model_dump(include={*PLACES, "deepspeed"} & names, exclude_none=True)
-    here: dict[str, Any] = {name: _find_here(place, must_exist=False) for name, place in places.items()}
-    if "corpora" in names:
-        here["corpora"] = [_find_here(corpus, must_exist=True) for corpus in parameters.corpora]
-    return parameters.model_copy(update=here)
-
-
-def _find_here(place: str, *, must_exist: bool) -> str:
-    """A path, or the one in ``brat:path``, as it is or, where it is the current folder's and no name, from the root."""
-    told = place.rpartition(":")[2]
-    path = Path(told).expanduser()
-    here, at_project = Path.cwd() / path, PARAMETERS_DIR.parent / path
-    if here == at_project or place in NO_PLACES or place.startswith("hub:") or not told:
-        return place
-    if must_exist and not (here.exists() or at_project.exists()):
-        near = nearest(path.name, [*NO_PLACES, *(other.name for other in here.parent.glob("*"))])
-        raise ParameterError(f"corpora: there is no {here} and no {at_project}.{near}")
-    return place.removesuffix(told) + str(here) if here.exists() else place
-
-
-def as_override(value: Any) -> str:
-    """A value as it stands behind ``name=``: ``null``, ``true``, ``[a,b]``, ``0.001``."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """``["learning_rate=0.001", ...]``: the words that give these values on a command line."""
-    return [f"{name}={as_override(value)}" for name, value in values.items()]
-
-
-def override_names(overrides: Sequence[str]) -> frozenset[str]:
-    """The parameter names that overrides set directly (choices of a group are not among them)."""
-    names = {word.partition("=")[0] for word in _normalise_overrides(overrides)}
-    return frozenset(names & PARAMETER_NAMES)
 
 
 def check_parameters(values: Mapping[str, Any]) -> Parameters:
@@ -428,112 +366,6 @@ def check_names(names: Iterable[str]) -> None:
     ]
     if unknown:
         raise ParameterError(" ".join(unknown) + " `python -m biomerge_lib parameters` lists all.")
-
-
-def read_notebook_parameters(namespace: Mapping[str, Any]) -> tuple[Parameters, frozenset[str]]:
-    """The parameters of a running notebook, and the names that it or papermill set.
-
-    Reads the names assigned in the parameters cell (its first line begins ``# Parameters``) and in the cell that
-    papermill injected after it; what neither sets has the default of ``runtime=cpu_debug``.
-
-    Args:
-        namespace: the notebook's ``globals()``.
-
-    Raises:
-        ParameterError: as :func:`check_parameters`; or no parameters cell has run.
-    """
-    cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]
-    own = max((i for i, cell in enumerate(cells) if not _is_injected(cell)), default=None)
-    if own is None:
-        raise ParameterError(
-            "run the notebook's parameters cell first (its first line begins '# Parameters')."
-        )
-    # A cell executed again replaces its earlier version; an injected one counts only after the cell it follows.
-    cells = [cells[own], *(cell for cell in cells[own + 1 :] if _is_injected(cell))]
-    names = {name for cell in cells for name in _assigned_names(cell)}
-    check_names(sorted(names))
-    given = {name: namespace[name] for name in names}
-    return check_parameters({**_compose(()), **given}), frozenset(names)
-
-
-def notebook_parameter_names(notebook: Path | str) -> list[str]:
-    """The names in a notebook file's parameters cell, in order."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    return [name for cell in tagged for name in _assigned_names("".join(cell["source"]))]
-
-
-@cache
-def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    # Hydra would take deepspeed=FILE for a choice of the folder parameters/deepspeed.
-    named_as_group = [word for word in overrides if word.partition("=")[0] in _GROUPS & PARAMETER_NAMES]
-    choices = tuple(word for word in overrides if word.partition("=")[0] in _GROUPS - PARAMETER_NAMES)
-    try:
-        config = _compose_choices(choices).copy()
-        for value in OverridesParser.create().parse_overrides(
-            [word for word in overrides if word not in {*named_as_group, *choices}]
-        ):
-            if value.is_sweep_override():
-                raise ParameterError(f"{value.input_line}: one value is wanted. A list is written [a,b].")
-            config[value.key_or_group] = value.value()
-        for name, _, file in (word.partition("=") for word in named_as_group):
-            config[name] = None if file == "null" else file
-        for name, given in cast(Mapping[str, Any], OmegaConf.to_container(config)).items():
-            if re.search(r"\$\{[^}]*:", str(given)):
-                raise ParameterError(
-                    f"{name}: what ${{...:...}} gives would be stored with the run; write it out."
-                )
-        return cast(Mapping[str, Any], OmegaConf.to_container(config, resolve=True))
-    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ParameterError(str(error).strip().splitlines()[0][:200]) from None
-
-
-@cache
-def _compose_choices(choices: tuple[str, ...]) -> DictConfig:
-    """What Hydra makes of the files that the groups' choices name; a sweep asks for the same ones at each point."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(PARAMETERS_DIR), version_base="1.3"):
-        config = compose("config", overrides=list(choices))
-    OmegaConf.set_struct(config, False)
-    return config
-
-
-def _normalise_overrides(overrides: Sequence[str]) -> list[str]:
-    words = iter(overrides)
-    normalised = []
-    for word in words:
-        if word.startswith("--") and "=" not in word:
-            value = next(words, None)
-            if value is None:
-                raise ParameterError(f"{word} has no value.")
-            word = f"{word}={value}"
-        word = word.lstrip("-+")
-        name, separator, choice = word.partition("=")
-        if not separator:
-            raise ParameterError(f"{word!r} is no override; write name=value or group=choice.")
-        if name not in _GROUPS - PARAMETER_NAMES:
-            check_names([name])
-        elif choice not in (choices := sorted(path.stem for path in (PARAMETERS_DIR / name).glob("*.yaml"))):
-            known = ", ".join(choices)
-            raise ParameterError(f"unknown {name}={choice}.{nearest(choice, choices)} There are: {known}.")
-        normalised.append(word)
-    return normalised
-
-
-def _is_injected(cell: str) -> bool:
-    return cell.lstrip().splitlines()[0].strip() == "# Parameters"
-
-
-def _assigned_names(source: str) -> list[str]:
-    targets = [node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _explain(error: ValidationError) -> str:

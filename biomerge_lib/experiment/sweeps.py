@@ -17,21 +17,15 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
+from biomerge_lib.core.composition import as_override, as_overrides, compose_parameters
 from biomerge_lib.core.errors import ParameterError, nearest
 from biomerge_lib.core.files import OBJECT, read_values
-from biomerge_lib.core.parameters import (
-    PARAMETER_NAMES,
-    PARAMETERS_DIR,
-    Parameters,
-    as_override,
-    as_overrides,
-    check_names,
-    compose_parameters,
-)
+from biomerge_lib.core.parameters import PARAMETER_NAMES, PARAMETERS_DIR, Parameters, check_names
 from biomerge_lib.experiment import jobs
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.provenance import PROJECT_DIR, changed_splits, data_hashes
-from biomerge_lib.experiment.runs import Check, load_run_parameters, read_metrics
+from biomerge_lib.experiment.recorded import load_run_parameters, read_metrics
+from biomerge_lib.experiment.runs import Check
 from biomerge_lib.experiment.stages import TRAIN
 from biomerge_lib.experiment.tracking import run_tracked_notebook
 

@@ -19,13 +19,16 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import BioMergeError, DataError
 from biomerge_lib.core.files import OBJECT, read_values, write_json
-from biomerge_lib.core.parameters import Parameters, compose_parameters
+from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment.checkpoints import best_checkpoint
 from biomerge_lib.experiment.jobs import RunInterrupted
+from biomerge_lib.experiment.notebooks import find_notebook, run_notebook
 from biomerge_lib.experiment.provenance import PROJECT_DIR, data_hashes, provenance
-from biomerge_lib.experiment.runs import Check, current_stages, find_notebook, read_metrics, run_notebook
+from biomerge_lib.experiment.recorded import current_stages, read_metrics
+from biomerge_lib.experiment.runs import Check
 from biomerge_lib.experiment.stages import STAGES, TRAIN
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ CURVE_SECONDS, FILES_SECONDS = 60, 600  # how long a notebook's end waits for an
 
 
 def run_tracked_notebook(name: str, overrides: Sequence[str], check: Check | None = None) -> Path:
-    """:func:`runs.run_notebook`; what it leaves, also when it fails, is added to the run's W&B run."""
+    """:func:`notebooks.run_notebook`; what it leaves, also when it fails, is added to the run's W&B run."""
     parameters = compose_parameters(overrides)
     folder = PROJECT_DIR / parameters.run_folder
     stage = find_notebook(name).stem

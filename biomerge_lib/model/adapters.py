@@ -13,7 +13,7 @@ from biomerge_lib.core.errors import ModelError
 from biomerge_lib.core.files import OBJECT, file_sha256, read_values
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.experiment.checkpoints import best_checkpoint
-from biomerge_lib.experiment.runs import load_run_parameters, read_metrics
+from biomerge_lib.experiment.recorded import load_run_parameters, read_metrics
 from biomerge_lib.experiment.stages import TRAIN
 from biomerge_lib.model.backbones import refuse_other_backbone
 from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest

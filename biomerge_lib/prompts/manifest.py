@@ -12,7 +12,7 @@ from pydantic import BaseModel, PositiveInt
 from biomerge_lib.core.errors import ModelError, ParameterError, nearest
 from biomerge_lib.core.files import read_values, write_json
 from biomerge_lib.core.prompt_format import PromptFormat, check_style
-from biomerge_lib.experiment.runs import load_run_parameters
+from biomerge_lib.experiment.recorded import load_run_parameters
 
 FILE = "biomerge.json"
 ASKED_WITH = ("offset_anchors", "corpus_cue", "max_input_tokens", "max_new_tokens")

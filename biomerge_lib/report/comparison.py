@@ -11,7 +11,7 @@ from biomerge_lib.core.files import file_sha256
 from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.decoding.predictions import read_predictions
 from biomerge_lib.experiment.provenance import provenance
-from biomerge_lib.experiment.runs import outdated_stages, read_metrics
+from biomerge_lib.experiment.recorded import outdated_stages, read_metrics
 from biomerge_lib.experiment.stages import STAGES
 from biomerge_lib.report.display import markdown_table
 from biomerge_lib.scoring.significance import PERMUTATIONS, compare_predictions

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.files import OBJECT, read_values
-from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETERS_DIR, SCORING, Parameters, compose_parameters
+from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETERS_DIR, SCORING, Parameters
 from biomerge_lib.report.display import markdown_table
 
 HEAD = Path(__file__).with_name("parameters_head.md")

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import OBJECT, read_values, whole_folder, write_text
 from biomerge_lib.core.markup import in_markdown
-from biomerge_lib.experiment.runs import PROJECT_DIR, TEST_LOG, current_stages, outdated_stages, read_metrics
+from biomerge_lib.experiment.recorded import current_stages, outdated_stages, read_metrics
+from biomerge_lib.experiment.runs import PROJECT_DIR, TEST_LOG
 from biomerge_lib.report.display import markdown_table
 from biomerge_lib.report.report_runs import collect_runs, seeds_table
 

@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeGuard, cast
 
 import pandas as pd
 
+from biomerge_lib.core.composition import as_overrides, compose_parameters
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import read_values
-from biomerge_lib.core.parameters import NOT_IDENTITY, as_overrides, compose_parameters, watch_metric_of
-from biomerge_lib.experiment.runs import outdated_stages, read_metrics
+from biomerge_lib.core.parameters import NOT_IDENTITY, watch_metric_of
+from biomerge_lib.experiment.recorded import outdated_stages, read_metrics
 from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
 
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.

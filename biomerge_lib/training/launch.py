@@ -19,7 +19,8 @@ from biomerge_lib.core.errors import BioMergeError
 from biomerge_lib.core.files import OBJECT, read_values
 from biomerge_lib.core.parameters import Parameters
 from biomerge_lib.core.records import Record
-from biomerge_lib.experiment.runs import PROJECT_DIR, load_run_parameters, quiet_libraries
+from biomerge_lib.experiment.recorded import load_run_parameters
+from biomerge_lib.experiment.runs import PROJECT_DIR, quiet_libraries
 from biomerge_lib.model.backbones import prepare_backbone
 from biomerge_lib.model.unsloth_lora_ner import import_backend
 from biomerge_lib.prompts.ner_span import read_training_splits

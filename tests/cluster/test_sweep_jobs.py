@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.core.composition import compose_parameters
 from tests.cluster.mini_cluster import with_light_training
 
 pytestmark = pytest.mark.integration

@@ -6,17 +6,14 @@ import logging
 import pytest
 import yaml
 
-from biomerge_lib.core.errors import ParameterError
-from biomerge_lib.core.parameters import (
-    PARAMETER_NAMES,
-    PARAMETERS_DIR,
-    Parameters,
-    check_parameters,
+from biomerge_lib.core.composition import (
     compose_parameters,
     notebook_parameter_names,
     override_names,
     read_notebook_parameters,
 )
+from biomerge_lib.core.errors import ParameterError
+from biomerge_lib.core.parameters import PARAMETER_NAMES, PARAMETERS_DIR, Parameters, check_parameters
 from tests.conftest import ROOT, notebook_cells
 
 NOTEBOOKS = ROOT / "notebooks"

@@ -35,7 +35,7 @@ from biomerge_lib.corpora.leakage import (
 )
 from biomerge_lib.corpora.readers import read_corpus
 from biomerge_lib.corpora.union import build_union
-from biomerge_lib.experiment.runs import run_notebook
+from biomerge_lib.experiment.notebooks import run_notebook
 from tests.conftest import ROOT
 from tests.support.shared_corpora import shared_corpus
 

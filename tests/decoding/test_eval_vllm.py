@@ -20,9 +20,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import DataError, ModelError, ParameterError, ServerError
 from biomerge_lib.core.files import fingerprint_weights
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.prompt_format import GONE_STYLES
 from biomerge_lib.core.records import write_records
 from biomerge_lib.decoding.answer_grammar import build_grammar

@@ -14,11 +14,12 @@ from papermill import execute_notebook as papermill_alone
 from papermill.exceptions import PapermillExecutionError
 
 from biomerge_lib.__main__ import main
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import BioMergeError, DataError, ModelError, ParameterError
-from biomerge_lib.core.parameters import compose_parameters
-from biomerge_lib.experiment import execution, runs
+from biomerge_lib.experiment import execution, notebooks, runs
 from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
-from biomerge_lib.experiment.runs import open_run, run_notebook
+from biomerge_lib.experiment.notebooks import run_notebook
+from biomerge_lib.experiment.runs import open_run
 from biomerge_lib.training.preflight import check_training
 from tests.support.notebooks import write_notebook
 
@@ -109,17 +110,17 @@ def test_a_kernel_that_dies_at_its_start_is_started_again(execute, tmp_path, mon
 
 
 def _run_light(number):
-    runs.run_notebook("01_tokenizer", [f"run_id=r{number}", f"runs_dir={os.environ['LIGHT_RUNS']}"])
+    notebooks.run_notebook("01_tokenizer", [f"run_id=r{number}", f"runs_dir={os.environ['LIGHT_RUNS']}"])
 
 
 def test_ten_notebooks_at_four_at_a_time(tmp_path, monkeypatch):
     """01_tokenizer without its middle: what papermill, the kernel and the run folder do is all there."""
-    notebook = nbformat.read(runs.NOTEBOOKS_DIR / "01_tokenizer.ipynb", 4)
+    notebook = nbformat.read(notebooks.NOTEBOOKS_DIR / "01_tokenizer.ipynb", 4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     code[-1].source = 'run.finish({"process": __import__("os").getpid()})'
     notebook.cells = [code[0], code[1], code[-1]]
     nbformat.write(notebook, tmp_path / "01_tokenizer.ipynb")
-    monkeypatch.setattr(runs, "NOTEBOOKS_DIR", tmp_path)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS_DIR", tmp_path)
     monkeypatch.setenv("LIGHT_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with multiprocessing.get_context("fork").Pool(4) as pool:
@@ -189,7 +190,7 @@ def test_a_mistyped_start_leaves_no_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_first_cell_refuses_leaves_no_folder_and_a_fault_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "NOTEBOOKS_DIR", tmp_path)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS_DIR", tmp_path)
     words = [f"runs_dir={tmp_path}/runs", "run_id=mine"]
     refuse = "from biomerge_lib.core.errors import DataError; raise DataError('no such corpus')"
     notebook = write_notebook(tmp_path / "02_data.ipynb", refuse)

@@ -7,19 +7,14 @@ import pytest
 import yaml
 
 from biomerge_lib.__main__ import main
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import DataError, ParameterError
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.experiment.notebooks import describe_start
 from biomerge_lib.experiment.provenance import TEST_LOG, data_hashes, log_test_scoring
+from biomerge_lib.experiment.recorded import current_stages, read_metrics
 from biomerge_lib.experiment.replaced import list_replaced
-from biomerge_lib.experiment.runs import (
-    Run,
-    current_stages,
-    describe_start,
-    open_run,
-    prepare_run_folder,
-    read_metrics,
-)
+from biomerge_lib.experiment.runs import Run, open_run, prepare_run_folder
 from biomerge_lib.report.page import read_answers, write_page
 from biomerge_lib.report.published import results_table
 from biomerge_lib.report.report_runs import collect_runs

@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 import yaml
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import ParameterError
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.experiment import sweeps
 from biomerge_lib.experiment.sweeps import (
     describe_ranking,

@@ -56,7 +56,8 @@ def train_one(combination: dict[str, Any], prepared: Path, folder: Path) -> dict
     import torch
     from transformers import TrainerCallback
 
-    from biomerge_lib.core.parameters import check_parameters, compose_parameters
+    from biomerge_lib.core.composition import compose_parameters
+    from biomerge_lib.core.parameters import check_parameters
     from biomerge_lib.corpora.readers import read_corpus
     from biomerge_lib.decoding.greedy import greedy_decode
     from biomerge_lib.decoding.predictions import build_prompts

@@ -13,14 +13,15 @@ from platform import node
 import pytest
 from safetensors import SafetensorError
 
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import DataError, DiskFull, ParameterError
 from biomerge_lib.core.files import OBJECT, names_full_disk, read_values, whole_file, whole_folder, write_text
-from biomerge_lib.core.parameters import check_parameters, compose_parameters
+from biomerge_lib.core.parameters import check_parameters
 from biomerge_lib.core.records import Record
 from biomerge_lib.corpora.readers import read_corpus
 from biomerge_lib.corpora.sentences import WINDOW, find_sentences
 from biomerge_lib.decoding.vllm_client import RunningServer
-from biomerge_lib.experiment.runs import read_metrics
+from biomerge_lib.experiment.recorded import read_metrics
 from biomerge_lib.prompts.prompt import split_record
 from biomerge_lib.report.display import bracket
 from tests.conftest import START
@@ -184,7 +185,7 @@ def test_an_interrupt_is_one_line_and_a_failing_cell_is_recorded(tmp_path):
     from biomerge_lib.experiment.execution import NotebookFailed, execute_notebook
 
     begin = (
-        "from pathlib import Path\nfrom biomerge_lib.core.parameters import compose_parameters\n"
+        "from pathlib import Path\nfrom biomerge_lib.core.composition import compose_parameters\n"
         "from biomerge_lib.experiment.runs import Run\n"
         "run = Run(Path('run'), '03_train', compose_parameters([]))\nrun.start()"
     )

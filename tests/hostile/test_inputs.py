@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from biomerge_lib.apply.texts import iter_texts
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import BioMergeError, DataError, ParameterError, ServerError
 from biomerge_lib.core.files import OBJECT, read_values
-from biomerge_lib.core.parameters import Parameters, check_parameters, compose_parameters
+from biomerge_lib.core.parameters import Parameters, check_parameters
 from biomerge_lib.core.prompt_format import ANCHOR_STYLES, PromptFormat
 from biomerge_lib.core.records import Record, parse_record
 from biomerge_lib.core.spans import format_spans, is_inside, parse_answer, parse_spans
@@ -30,7 +31,7 @@ from biomerge_lib.decoding.predictions import (
 )
 from biomerge_lib.decoding.vllm_client import GreedyClient, read_models
 from biomerge_lib.experiment.checkpoints import find_damage, seal_checkpoint
-from biomerge_lib.experiment.runs import current_stages, load_run_parameters, read_metrics
+from biomerge_lib.experiment.recorded import current_stages, load_run_parameters, read_metrics
 from biomerge_lib.experiment.sweeps import rank_points, read_sweep
 from biomerge_lib.experiment.tracking import upload_stage
 from biomerge_lib.prompts.manifest import Manifest, read_manifest, read_model_folder

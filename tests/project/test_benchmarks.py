@@ -18,7 +18,7 @@ from benchmarks.learning import read_rows
 from benchmarks.scaling import lines_of, node_of
 from benchmarks.training_page import describe
 from benchmarks.training_speed import METHOD, Stopwatch, describe_numbers
-from biomerge_lib.core.parameters import compose_parameters
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.prompt_format import GONE_STYLES
 from biomerge_lib.experiment.runs import PROJECT_DIR
 from biomerge_lib.report.report_runs import collect_runs

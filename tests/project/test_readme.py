@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from biomerge_lib.__main__ import build_parser
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETER_NAMES, compose_parameters
-from biomerge_lib.experiment.runs import find_notebook
+from biomerge_lib.core.parameters import NOT_IDENTITY, PARAMETER_NAMES
+from biomerge_lib.experiment.notebooks import find_notebook
 from biomerge_lib.report.published import (
     BEGIN,
     END,

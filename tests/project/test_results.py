@@ -11,8 +11,8 @@ from benchmarks import results
 from benchmarks.common import choose_names, run_side_by_side
 from benchmarks.controls import CONTROLS
 from benchmarks.results import SETS, write_page
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.experiment.provenance import TEST_LOG
 from biomerge_lib.experiment.sweeps import read_sweep
 

@@ -9,8 +9,8 @@ import yaml
 
 from benchmarks import union
 from benchmarks.union import ANSWERS, SETS, ask, write_page
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.prompts.manifest import write_manifest
 from biomerge_lib.prompts.ner_span import describe_model

@@ -12,8 +12,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from benchmarks.union_report import write_union_report
 from biomerge_lib.apply import adapter_export
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.markup import INERT, code_in_markdown, escaped, in_markdown
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.decoding.predictions import Prediction, write_predictions
 from biomerge_lib.report.page import show_value, write_report

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from biomerge_lib.experiment.runs import load_run_parameters, quiet_libraries
+from biomerge_lib.experiment.recorded import load_run_parameters
+from biomerge_lib.experiment.runs import quiet_libraries
 from biomerge_lib.training import launch
 
 FORKS = multiprocessing.get_context("forkserver")

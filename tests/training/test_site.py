@@ -10,8 +10,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError
 
 from biomerge_lib.__main__ import main
+from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.errors import ModelError
-from biomerge_lib.core.parameters import compose_parameters
 from biomerge_lib.model.backbones import build_tokenizer, prepare_backbone
 from biomerge_lib.training import site
 

@@ -13,7 +13,8 @@ from benchmarks import watch_metric
 from benchmarks.common import read_log
 from biomerge_lib.core.parameters import watch_metric_of
 from biomerge_lib.core.records import write_records
-from biomerge_lib.experiment.runs import Run, load_run_parameters, prepare_run_folder
+from biomerge_lib.experiment.recorded import load_run_parameters
+from biomerge_lib.experiment.runs import Run, prepare_run_folder
 from biomerge_lib.model.backbones import build_tokenizer
 from biomerge_lib.prompts.prompt import IGNORE, encode
 from biomerge_lib.training.batches import rows_of
