@@ -427,6 +427,17 @@ def test_a_cue_must_be_one_that_the_model_knows():
         MANIFEST.cue_options("anatem")
 
 
+def test_the_cues_of_a_model_are_listed_with_what_they_find():
+    known = {"cues": ["nlmgene", "mine"], "default_cue": "any"}
+    manifest = replace(MANIFEST, prompt_format=replace(START, corpus_cue=True), **known)
+    lines = ready_models.describe_cues(manifest).split("\n")
+    genes = "nlmgene  genes of many species, gene families and domains, and cells"
+    assert lines == ["any      (the default)", "mine", genes]
+    lines = ready_models.describe_cues(replace(manifest, default_cue="nlmgene")).split("\n")
+    assert lines == ["mine", f"{genes} (the default)"]
+    assert "without corpus cues" in ready_models.describe_cues(MANIFEST)
+
+
 def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
