@@ -1,7 +1,7 @@
 """What an exported adapter finds, as `predict` runs it: in its own corpora, by cue and type, and in others.
 
     python -m benchmarks.shipped_adapter --data data/union7/ner --own bc5cdr --foreign anatem bc2gm
-    python -m benchmarks.shipped_adapter --data data/union7/ner --adapter path/to/union --limit 200
+    python -m benchmarks.shipped_adapter --data data/union7/ner --adapter path/to/union --batch-size 256
 
 Sentences of dev.jsonl, as their corpora have them and spread evenly, go through the tagger as raw texts, in float32
 with the rounded weights as they are shipped. An adapter with cues says which corpora are its own. Writes scores.json
@@ -100,6 +100,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=400, help="sentences of its own corpora (%(default)s)")
     parser.add_argument("--foreign-limit", type=int, default=100, help="of the others (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="256 on a GPU (%(default)s)")
     options = parser.parse_args()
     quiet_libraries()
     card = options.adapter / "README.md"
@@ -115,7 +116,7 @@ def main() -> None:
     foreign = [name for name in dev if name not in own] if options.foreign is None else options.foreign
     if unknown := [name for name in (*own, *foreign) if name not in dev]:
         parser.error(f"{unknown[0]} is none of {', '.join(dev)}")
-    tagger = load_tagger(adapter=options.adapter)
+    tagger = load_tagger(adapter=options.adapter, batch_size=options.batch_size)
     where = provenance()
     report = {
         "command": command("shipped_adapter"),

@@ -137,7 +137,9 @@ def test_an_adapter_with_cues_answers_with_each_and_lists_them(
     assert main(["predict", "--adapter", str(adapter), "--cue"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["any     (the default)", "bc2gm   genes and proteins"] and len(lines) == 3
-    assert not (tmp_path / "cache").exists()
+    assert main(["predict", "--adapter", str(adapter), "--cue", "bc2gn", "TP53 rose."]) == 2
+    assert "cue=bc2gn is none of any, bc2gm, jnlpba. Did you mean 'bc2gm'" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()  # nothing was merged for that
     asked = []
 
     def answer(prompts):
@@ -148,8 +150,6 @@ def test_an_adapter_with_cues_answers_with_each_and_lists_them(
         tagger = load_tagger(adapter=adapter, cue=cue)
         assert spans_of([replace(tagger, answer=answer).predict("TP53 rose.")]) == [[(0, 4)]]
         assert head in asked[-1]
-    assert main(["predict", "--adapter", str(adapter), "--cue", "bc2gn", "TP53 rose."]) == 2
-    assert "cue=bc2gn is none of any, bc2gm, jnlpba. Did you mean 'bc2gm'" in capsys.readouterr().err
 
 
 def test_the_card_of_several_corpora_has_their_cues_scores_and_licences(cued, tmp_path):

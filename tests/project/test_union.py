@@ -11,7 +11,7 @@ from benchmarks import union
 from benchmarks.union import ANSWERS, SETS, ask, pool, write_page
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.parameters import compose_parameters
-from biomerge_lib.core.records import Record, write_records
+from biomerge_lib.core.records import Record, read_records, write_records
 from biomerge_lib.prompts.manifest import write_manifest
 from biomerge_lib.prompts.ner_span import describe_model
 
@@ -23,6 +23,27 @@ def test_every_training_composes(group):
     for words in SETS[group].values():
         last = {word.partition("=")[0]: word for word in words.split()}
         assert compose_parameters([*last.values()]).train_on == "train"
+
+
+def test_the_part_to_share_has_no_sentence_of_another_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(union, "PROJECT_DIR", tmp_path / "project")
+    monkeypatch.setattr(union, "CORPORA", {"one": "{}/one_original", "two": "{}/two_iob"})
+    monkeypatch.setattr(union, "PARTS", {"one": ["one"], "two": ["two"], "shipped": ["one"]})
+    for folder in ("one_original", "two_iob"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "dev", "test"):
+            rows = "".join(f"{split}{folder}\tB-Drug\nhelped\tO\n{n}\tO\n\n" for n in range(3))
+            (tmp_path / folder / f"{split}.tsv").write_text(rows)
+    union.make_data(str(tmp_path))
+    names = {}
+    for name in ("union7", "union7_even", *(f"union7_{part}" for part in union.PARTS)):
+        records = read_records(tmp_path / f"project/data/{name}/ner/train.jsonl")
+        names[name] = [record.dataset for record in records]
+    both, one, two = ["one"] * 3 + ["two"] * 3, ["one"] * 3, ["two"] * 3
+    assert names["union7"] == names["union7_even"] == both
+    assert (names["union7_one"], names["union7_two"], names["union7_shipped"]) == (one, two, one)
+    card = json.loads((tmp_path / "project/data/union7_shipped/ner/data_card.json").read_text())
+    assert card == {"command": "python -m benchmarks.union --data path/to/corpora"}
 
 
 @pytest.mark.parametrize("has_cues", [True, False])
