@@ -4,7 +4,7 @@
     python -m benchmarks.results --train test --at-once 5 --stop 560 num_train_epochs=4    # train and dev, test once
     python -m benchmarks.results --train qwen --at-once 3 --stop 560 num_train_epochs=2
     python -m benchmarks.results --agreement ../shared/corpora   # of BC5CDR and BioRED, where they have one abstract
-    python -m biomerge_lib publish runs/results-* --into results # and controls-*, and the sweep's runs
+    python -m biomerge_lib publish runs/results-*/ --into results # and controls-*/, the sweep's runs
     python -m benchmarks.results                                 # the page, from reports/results/*/metrics.json
     python -m benchmarks.results --runs runs --partial --out runs/results.md    # what there is so far
 

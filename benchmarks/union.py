@@ -1,27 +1,31 @@
 """One model for seven corpora, each asked for by its cue: beside a model for each, on the others, and what lifts it.
 
-    python -m benchmarks.union --data ../shared/corpora           # data/union7 and a folder a corpus (CPU, two minutes)
-    python -m benchmarks.union --train models --at-once 8 --stop 560   # SmolLM2: the union, without cues, each corpus
+    python -m benchmarks.union --data ../shared/corpora           # data/union7 and its parts (CPU, two minutes)
+    python -m benchmarks.union --train models --at-once 10 --stop 560  # SmolLM2: unions, without cues, each corpus
     python -m benchmarks.union --train lifts --at-once 6 --stop 560    # the union with one thing changed
     python -m benchmarks.union --train qwen --at-once 3 --stop 560     # Qwen2.5-Coder-1.5B
-    python -m benchmarks.union --ask union union-bc5cdr union-bc2gm    # each on all corpora, with every cue
-    python -m biomerge_lib publish runs/union-* --into union-models
+    python -m benchmarks.union --ask union union-shipped union-bc5cdr  # each on all corpora, with every cue
+    python -m biomerge_lib publish runs/union*/ --into union-models
     python -m benchmarks.union                                    # the page, reports/union_models.md
 
-Words behind the options go to every run of a set; a run that is finished is left alone, one that was cut off goes on.
+union-shipped is the run whose adapter is shipped: of the corpora that corpus_notes.yaml lets be shared (docs/corpora.md
+has the commands). Words behind the options go to every run of a set; a run that is finished is left alone, one that was
+cut off goes on.
 The page has no figure but from a run folder, and names those that are missing with --partial.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.common import REPORTS, choose_names, page_parser, train_runs
+from biomerge_lib.apply.ready_models import NOTES
 from biomerge_lib.core.errors import BioMergeError, DataError
-from biomerge_lib.core.files import write_json, write_text
+from biomerge_lib.core.files import OBJECT, read_values, write_json, write_text
 from biomerge_lib.core.records import SPLITS, Record, read_records, write_records
 from biomerge_lib.experiment.provenance import provenance
 from biomerge_lib.experiment.recorded import read_metrics
@@ -38,6 +42,7 @@ CORPORA = {
     "nlmgene": "{}/nlmgene_pubtator",
     "gnormplus": "{}/gnormplus_pubtator",
 }
+SHIPPED = [name for name in CORPORA if read_values(NOTES, OBJECT)[name]["shared"]]
 DATA = "data/union7"
 MOST_SENTENCES = 6000  # of a corpus: a run takes ten minutes at most
 DEV_SENTENCES = 400  # of a corpus, asked with every cue
@@ -49,12 +54,13 @@ COMMON = (
     "eval_limit=4000"
 )
 UNION = f"{COMMON} data_dir={DATA}/ner corpus_cue=true"
-ONE = f"{COMMON} corpus_cue=false"
+ONE = f"{COMMON} corpus_cue=false eval_limit=null"  # the whole of what the union is scored on a part of
 QWEN = "model=qwen2_5_coder_1_5b per_device_eval_batch_size=128 num_train_epochs=1"
 SETS: dict[str, dict[str, str]] = {
     "models": {
         "union": UNION,
         "union-no-cue": f"{UNION} corpus_cue=false",
+        "union-shipped": f"{UNION} data_dir={DATA}_shipped/ner",
         **{f"union-{name}": f"{ONE} data_dir={DATA}_{name}/ner" for name in CORPORA},
     },
     "lifts": {
@@ -72,16 +78,19 @@ SETS: dict[str, dict[str, str]] = {
         **{f"union-qwen-{name}": f"{ONE} {QWEN} data_dir={DATA}_{name}/ner" for name in CORPORA},
     },
 }
+PARTS = {name: [name] for name in CORPORA} | {"shipped": SHIPPED}
+MADE = "python -m benchmarks.union --data path/to/corpora"
 ANSWERS = "asked"  # the stage that --ask adds to a run's metrics
 ABOUT = (
-    "Exact spans, type-free, micro F1 on 4,000 dev sentences, spread evenly. Of each corpus at most "
+    "Exact spans, type-free, micro F1: unions on 4,000 dev sentences, spread evenly, models of one corpus on the whole "
+    "of its part in them. Of each corpus at most "
     f"{MOST_SENTENCES:,} training sentences; documents that any corpus's dev or test has are in no training set. "
     "Models are SmolLM2-135M with LoRA and two epochs, or Qwen2.5-Coder-1.5B and one."
 )
 
 
 def make_data(corpora: str) -> None:
-    """The union's folder, one with as many sentences of each corpus, and one for each corpus alone."""
+    """The union's folder, one with as many sentences of each corpus, and parts: each corpus alone, those to share."""
     from biomerge_lib.corpora.conversion import write_corpus
 
     sources = [place.format(corpora) for place in CORPORA.values()]
@@ -102,10 +111,13 @@ def make_data(corpora: str) -> None:
                 for record in read_records(path)
             ]
             write_records(path, records)
-            for name in CORPORA if folder == DATA else ():
-                own = [record for record in records if record.dataset == name]
-                count = write_records(PROJECT_DIR / f"{DATA}_{name}/ner/{split}.jsonl", own)
-                print(f"{DATA}_{name}/ner/{split}.jsonl: {count:,} records")
+            for name, kept in PARTS.items() if folder == DATA else ():
+                part = PROJECT_DIR / f"{DATA}_{name}/ner"
+                own = [record for record in records if record.dataset in kept]
+                print(
+                    f"{DATA}_{name}/ner/{split}.jsonl: {write_records(part / f'{split}.jsonl', own):,} records"
+                )
+                write_json(part / "data_card.json", {"command": MADE})
 
 
 def ask(run: Path) -> None:
@@ -127,7 +139,7 @@ def ask(run: Path) -> None:
         records = list(read_records(PROJECT_DIR / f"{DATA}_{name}/ner/dev.jsonl"))
         count = min(DEV_SENTENCES, len(records))
         drawn = [records[index * len(records) // count] for index in range(count)]
-        for cue in [*CORPORA, ANY] if given["corpus_cue"] else [name]:
+        for cue in [*manifest.cues, ANY] if manifest.cues else [name]:
             asked += [(name, cue, replace(record, cue=cue)) for record in drawn]
     records = [record for *_, record in asked]
     prompts = build_prompts(records, tokenizer, manifest.prompt_format)
@@ -163,40 +175,84 @@ class Page:
 
     def lines(self) -> Iterator[str]:
         yield from ("# One model for seven corpora", "", ABOUT)
-        for title, union, one in (
-            ("SmolLM2-135M", "union", "union-{}"),
-            ("Qwen2.5-Coder-1.5B", "union-qwen", "union-qwen-{}"),
+        some = f"of {', '.join(SHIPPED)}, pooled over them"
+        smollm2 = {"union": "the union, with cues", "union-shipped": some}
+        for title, unions, one in (
+            ("SmolLM2-135M", smollm2, "union-{}"),
+            ("Qwen2.5-Coder-1.5B", {"union-qwen": "the union, with cues"}, "union-qwen-{}"),
         ):
             yield from ("", f"## {title}: the union beside a model for each corpus", "")
-            yield markdown_table(["model", "pooled dev F1", *CORPORA], self.beside(union, one))
+            yield markdown_table(["model", "pooled dev F1", *CORPORA], self.beside(unions, one))
         yield from ("", "## What lifts it, one change at a time", "")
         rows = [
             [name, show(self.read(name), "greedy_dev_ner_f1")]
             for name in ("union", "union-no-cue", *SETS["lifts"])
         ]
         yield markdown_table(["run", "pooled dev F1"], rows)
-        yield from ("", f"## Trained on one corpus, asked on {DEV_SENTENCES} dev sentences of each", "")
-        yield markdown_table(["trained on", *CORPORA], map(self.crossed, CORPORA))
-        yield from ("", "## The union's answers by cue", "")
-        rows = [[cue, *self.cued(cue)] for cue in (*CORPORA, ANY)]
-        yield markdown_table(["asked as", *CORPORA, "mean but for its own"], rows)
+        yield from (
+            "",
+            f"## Trained on one corpus or several, asked on {DEV_SENTENCES} dev sentences of each",
+            "",
+        )
+        yield "By its own cue where the model knows one, else by the default cue.\n"
+        rows = [self.crossed(f"union-{name}", name) for name in CORPORA]
+        rows += [self.crossed("union", "all"), self.crossed("union-shipped", ", ".join(SHIPPED))]
+        yield markdown_table(["trained on", *CORPORA], rows)
+        yield from self.by_cue("union", "all corpora")
+        yield from self.by_cue("union-shipped", ", ".join(SHIPPED))
 
-    def beside(self, union: str, one: str) -> Iterator[list[str]]:
-        metrics = self.read(union)
-        scores = [show(metrics, f"greedy_dev_dataset/{name}/ner_f1") for name in CORPORA]
-        yield ["the union, with cues", show(metrics, "greedy_dev_ner_f1"), *scores]
+    def beside(self, unions: Mapping[str, str], one: str) -> Iterator[list[str]]:
+        for run, what in unions.items():
+            metrics = self.read(run)
+            scores = [show(metrics, f"greedy_dev_dataset/{name}/ner_f1") for name in CORPORA]
+            yield [what, show(metrics, "greedy_dev_ner_f1"), *scores]
         own = [self.read(one.format(name)) for name in CORPORA]
-        yield ["one model a corpus", "", *(show(metrics, "greedy_dev_ner_f1") for metrics in own)]
+        yield ["one model a corpus", pool(own), *(show(metrics, "greedy_dev_ner_f1") for metrics in own)]
 
-    def crossed(self, trained: str) -> list[str]:
-        metrics = self.read(f"union-{trained}", ANSWERS)
-        return [trained, *(show(metrics, f"{name} as {name}") for name in CORPORA)]
+    def crossed(self, run: str, trained: str) -> list[str]:
+        metrics = self.read(run, ANSWERS)
+        cued = {name: f"{name} as {name}" for name in CORPORA}
+        return [
+            trained,
+            *(show(metrics, own if own in metrics else f"{name} as {ANY}") for name, own in cued.items()),
+        ]
 
-    def cued(self, cue: str) -> Iterator[str]:
-        metrics = self.read("union", ANSWERS)
-        yield from (show(metrics, f"{name} as {cue}") for name in CORPORA)
-        others = [metrics.get(f"{name} as {cue}", 0.0) for name in CORPORA if name != cue]
-        yield f"{sum(others) / len(others):.3f}" if metrics else ""
+    def by_cue(self, run: str, trained: str) -> Iterator[str]:
+        """The answers of a union by cue, and which one to take for a text of unknown origin.
+
+        A cue is judged by corpora that the model does not know, or where it knows all by those that are not the cue's
+        own, beside the default cue on the same ones.
+        """
+        metrics = self.read(run, ANSWERS)
+        cues = [cue for cue in (ANY, *CORPORA) if f"{next(iter(CORPORA))} as {cue}" in metrics]
+        if not cues:
+            return
+        unknown = [name for name in CORPORA if name not in cues]
+        others = {cue: [name for name in unknown or CORPORA if name != cue] for cue in cues}
+        means = {
+            cue: [mean(metrics[f"{name} as {asked}"] for name in names) for asked in (cue, ANY)]
+            for cue, names in others.items()
+        }
+        yield from ("", f"## By cue: the model of {trained}", "")
+        rows = [
+            [cue, *(show(metrics, f"{name} as {cue}") for name in CORPORA), f"{own:.3f}, {default:.3f}"]
+            for cue, (own, default) in means.items()
+        ]
+        where = f"mean of {', '.join(unknown) or 'all but its own'}, and of {ANY} there"
+        yield markdown_table(["asked as", *CORPORA, where], rows)
+        best = max(means, key=lambda cue: means[cue][0] - means[cue][1])
+        beside = "" if best == ANY else f" where {ANY} has {means[best][1]:.3f}"
+        yield f"\nThe cue for a text of unknown origin: **{best}**, {means[best][0]:.3f}{beside}."
+
+
+def pool(runs: Sequence[Mapping[str, float]]) -> str:
+    """Micro F1 of several runs' dev answers taken together; empty while one is missing."""
+    names = [f"greedy_dev_{name}" for name in ("ner_precision", "pred_spans", "gold_spans")]
+    if not all(name in metrics for metrics in runs for name in names):
+        return ""
+    counts = [[metrics[name] for name in names] for metrics in runs]
+    found = sum(precision * predicted for precision, predicted, _ in counts)
+    return f"**{2 * found / sum(predicted + gold for _, predicted, gold in counts):.3f}**"
 
 
 def show(metrics: Mapping[str, float], name: str) -> str:

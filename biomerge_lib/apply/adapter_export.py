@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from biomerge_lib.apply.ready_models import NOTES
 from biomerge_lib.core.composition import as_override
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import OBJECT, read_values, write_json
@@ -29,7 +30,6 @@ from biomerge_lib.prompts.manifest import ASKED_WITH, FILE, Manifest, read_manif
 from biomerge_lib.prompts.ner_span import trained_datasets
 from biomerge_lib.report.report_runs import changed_words
 
-NOTES = Path(__file__).parent / "corpus_notes.yaml"
 DECODERS = {"greedy": "transformers", "vllm": "vLLM"}
 # Where a run was made, not what it is.
 PLACES = OF_THE_DATA | {
@@ -112,8 +112,7 @@ def build_card(
         p=parameters,
         backbone=backbone,
         megabytes=megabytes,
-        corpora=[note["title"] for note in notes],
-        entities=" and ".join(dict.fromkeys(note["entities"] for note in notes)),
+        names=names,
         notes=notes,
         scores=scores,
         has_test=any(row["split"] == "test" for row in scores),
@@ -151,12 +150,16 @@ def _commands(name: str, parameters: Parameters, names: Sequence[str]) -> list[s
     corpora = [corpus if corpus == "sample" else f"path/to/{corpus}" for corpus in names]
     words = changed_words(parameters.model_dump(), leave_out=PLACES)
     data_dir = f"data_dir={parameters.data_dir}"
+    card = Path(parameters.data_dir) / "data_card.json"
+    # Of data that 02_data did not make.
+    told = read_values(card, OBJECT).get("command") if card.is_file() else None
     commands = [
         ["run", "02_data", f"corpora={as_override(corpora)}", data_dir],
         ["run", "03_train", data_dir, *words, f"run_id={name}"],
         ["export-adapter", f"runs/{name}", name],
     ]
-    return [shlex.join(["python", "-m", "biomerge_lib", *command]) for command in commands]
+    lines = [shlex.join(["python", "-m", "biomerge_lib", *command]) for command in commands]
+    return [told or lines[0], *lines[1:]]
 
 
 def _unknown(corpus: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from biomerge_lib.model.adapters import SHIPPED
 from biomerge_lib.report.display import STYLE, bracket, highlight
 
 FORMAT_OF_ENDING = {".jsonl": "jsonl", ".html": "html", ".conll": "conll", ".iob": "conll", ".tsv": "conll"}
+LIST_CUES = "list"  # what --cue without a name stands for
 LONG = 2_000  # characters that take long enough for a progress bar
 
 
@@ -36,6 +37,11 @@ def predict_texts(options: Namespace) -> None:
         from biomerge_lib.apply.ready_models import find_model
 
         print(find_model(adapter=options.adapter, model=options.model)[0])
+        return
+    if options.cue == LIST_CUES:
+        from biomerge_lib.apply.ready_models import describe_cues, find_manifest
+
+        print(describe_cues(find_manifest(adapter=options.adapter, model=options.model)))
         return
     kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
     if kind == "brat" and not options.out:

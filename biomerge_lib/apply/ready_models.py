@@ -18,12 +18,13 @@ from typing import Any
 import psutil
 
 from biomerge_lib.core.errors import ModelError
-from biomerge_lib.core.files import file_sha256, locked
+from biomerge_lib.core.files import OBJECT, file_sha256, locked, read_values
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer
 from biomerge_lib.model.adapters import CONFIG, SHIPPED, WEIGHTS, read_adapter
 from biomerge_lib.prompts.manifest import FILE, Manifest, read_manifest, read_model_folder
 
+NOTES = Path(__file__).with_name("corpus_notes.yaml")
 ADAPTER_FILES = (WEIGHTS, CONFIG, FILE)
 # Of a container, in microseconds: "200000 100000" are two cores, or "max".
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -72,11 +73,28 @@ def find_model(
     Raises:
         ModelError: no model or adapter in the folder, or it cannot be merged.
     """
+    manifest = find_manifest(adapter=adapter, model=model)
+    if model is not None:
+        return read_model_folder(Path(model))[0], manifest
+    return merge_for_use(Path(adapter or SHIPPED)), manifest
+
+
+def find_manifest(*, adapter: Path | str | None = None, model: Path | str | None = None) -> Manifest:
+    """How the model of :func:`find_model` is asked, which merges nothing."""
     if model is not None:
         folder, said = read_model_folder(Path(model))
-        return folder, Manifest.of(said, where=folder)
-    folder = Path(adapter or SHIPPED)
-    return merge_for_use(folder), read_adapter(folder)
+        return Manifest.of(said, where=folder)
+    return read_adapter(Path(adapter or SHIPPED))
+
+
+def describe_cues(manifest: Manifest) -> str:
+    """A line for each cue that a model may be asked with, and the entities of its corpus where they are noted."""
+    notes = read_values(NOTES, OBJECT)
+    found = {cue: notes.get(cue, {}).get("entities", "") for cue in manifest.known_cues}
+    found |= {cue: f"{found[cue]} (the default)".strip() for cue in found if cue == manifest.default_cue}
+    width = max(map(len, found), default=0)
+    lines = [f"{cue:<{width}}  {entities}".rstrip() for cue, entities in found.items()]
+    return "\n".join(lines) or "This model was trained without corpus cues: ask it without --cue."
 
 
 def decode_here(folder: Path, *, max_new_tokens: int, batch_size: int) -> tuple[Any, Answerer]:

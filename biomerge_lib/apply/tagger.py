@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.apply.ready_models import ask_server, decode_here, find_model
+from biomerge_lib.apply.ready_models import ask_server, decode_here, find_manifest, find_model
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.prompt_format import PromptFormat, find_words
 from biomerge_lib.core.records import Record
@@ -231,8 +231,8 @@ def load_tagger(
         ParameterError: the model knows no such cue.
         ServerError: the server cannot be reached.
     """
+    cues = find_manifest(adapter=adapter, model=model).cue_options(cue)  # refused before anything is merged
     folder, manifest = find_model(adapter=adapter, model=model)
-    cues = manifest.cue_options(cue)
     new_tokens, prompt_format = manifest.max_new_tokens, manifest.prompt_format
     if base_url:
         tokenizer, answer = ask_server(folder, base_url, max_new_tokens=new_tokens)

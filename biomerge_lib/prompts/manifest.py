@@ -65,6 +65,11 @@ class Manifest:
         values |= values.pop("prompt_format")
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def known_cues(self) -> list[str]:
+        """The cues that a text may be asked with, sorted; none for a model without."""
+        return sorted({*(self.cues or []), str(self.default_cue)}) if self.prompt_format.corpus_cue else []
+
     def cue_options(self, cue: str | None = None) -> dict[str, Any] | None:
         """How ``cue_record`` marks texts for a model that was trained with corpus cues; None for one that was not.
 
@@ -73,11 +78,11 @@ class Manifest:
         Raises:
             ParameterError: the model knows no cues, or not this one.
         """
-        if not self.prompt_format.corpus_cue:
+        known = self.known_cues
+        if not known:
             if cue:
                 raise ParameterError(f"cue={cue}: this model was trained without corpus cues; leave it out.")
             return None
-        known = sorted({*(self.cues or []), str(self.default_cue)})
         if cue and cue not in known:
             raise ParameterError(f"cue={cue} is none of {', '.join(known)}.{nearest(cue, known)}")
         return {"trained": self.cues, "default_cue": cue or self.default_cue}

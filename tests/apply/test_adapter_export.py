@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.apply.adapter_export import export_adapter
+from biomerge_lib.apply.tagger import load_tagger
 from biomerge_lib.core.errors import DataError, ModelError
 from biomerge_lib.core.files import file_sha256
+from biomerge_lib.core.parameters import check_parameters
+from biomerge_lib.core.records import Record, write_records
 from biomerge_lib.core.spans import format_spans
 from biomerge_lib.corpora.conversion import write_corpus
 from biomerge_lib.decoding.predictions import (
@@ -25,11 +29,13 @@ from biomerge_lib.decoding.predictions import (
 from biomerge_lib.experiment.provenance import data_hashes
 from biomerge_lib.model.backbones import backbone_sha256
 from biomerge_lib.model.unsloth_lora_ner import load_adapter, load_lora_model
+from biomerge_lib.prompts.manifest import write_manifest
+from biomerge_lib.prompts.ner_span import describe_model
 from biomerge_lib.prompts.prompt import Chunk
 from biomerge_lib.prompts.tokenizer import load_tokenizer
 from biomerge_lib.training.preflight import PreflightError, check_training
 from biomerge_lib.training.run import build_model, build_trainer, train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, spans_of
 
 SHIPPED = ROOT / "biomerge_lib/apply/adapters/bc5cdr-smollm2-135m"
 
@@ -95,6 +101,69 @@ def test_the_folder_names_no_place_of_the_machine_and_the_card_has_the_figures(r
     (run / "metrics.json").write_text(json.dumps(told))
     card = (export_adapter(run, tmp_path / "again") / "README.md").read_text()
     assert "corpora=[sample]" in card and "path/to/bc5cdr" not in card
+
+
+@pytest.fixture
+def cued(run, tmp_path):
+    """The run with data of several corpora, each asked for by its cue."""
+
+    def train_on(*names):
+        data = tmp_path / "-".join(names)
+        records = [Record(f"{name} reads TP53 .", ((0, len(name)),), name, name) for name in names]
+        for split in ("train", "dev", "test"):
+            write_records(data / f"{split}.jsonl", records)
+        (data / "data_card.json").write_text('{"command": "python -m union --data path/to/corpora"}')
+        given = yaml.safe_load((run / "parameters.yaml").read_text())
+        given |= {"data_dir": str(data), "corpus_cue": True}
+        (run / "parameters.yaml").write_text(yaml.safe_dump(given))
+        told = json.loads((run / "metrics.json").read_text()) | {"data": data_hashes(data)}
+        by_corpus = {f"greedy_dev_dataset/{name}/ner_f1": 0.615 for name in names}
+        told["stages"]["03_train"]["metrics"] |= by_corpus
+        (run / "metrics.json").write_text(json.dumps(told))
+        write_manifest(run / "merged", describe_model(check_parameters(given)))
+        return run
+
+    return train_on
+
+
+def test_an_adapter_with_cues_answers_with_each_and_lists_them(
+    cued, tiny_backbone, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("BIOMERGE_CACHE", str(tmp_path / "cache"))
+    adapter = export_adapter(cued("jnlpba", "bc2gm"), tmp_path / "mine")
+    said = json.loads((adapter / "biomerge.json").read_text())
+    assert (said["cues"], said["default_cue"]) == (["bc2gm", "jnlpba"], "any")
+    (adapter / "biomerge.json").write_text(json.dumps(said | {"backbone": str(tiny_backbone)}))
+    assert main(["predict", "--adapter", str(adapter), "--cue"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["any     (the default)", "bc2gm   genes and proteins"] and len(lines) == 3
+    assert main(["predict", "--adapter", str(adapter), "--cue", "bc2gn", "TP53 rose."]) == 2
+    assert "cue=bc2gn is none of any, bc2gm, jnlpba. Did you mean 'bc2gm'" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()  # nothing was merged for that
+    asked = []
+
+    def answer(prompts):
+        asked.extend(tagger.tokenizer.decode(prompt.prompt_ids) for prompt in prompts)
+        return [RawAnswer([], " 0-4", "eos") for _ in prompts]
+
+    for cue, head in ((None, "any | TP53"), ("jnlpba", "jnlpba | TP53")):
+        tagger = load_tagger(adapter=adapter, cue=cue)
+        assert spans_of([replace(tagger, answer=answer).predict("TP53 rose.")]) == [[(0, 4)]]
+        assert head in asked[-1]
+
+
+def test_the_card_of_several_corpora_has_their_cues_scores_and_licences(cued, tmp_path):
+    card = (export_adapter(cued("jnlpba", "bc2gm"), tmp_path / "mine") / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "\n| `bc2gm` | genes and proteins |\n| `jnlpba` | proteins, DNA, RNA" in card
+    assert "\n| `any`, the default |" in card and "10 % of the training sentences" in card
+    assert "bc2gm 0.615, jnlpba 0.615." in card
+    assert "Corpus annotations (c) GENIA Project" in card
+    assert "```bash\npython -m union --data path/to/corpora\npython -m biomerge_lib run 03_train" in card
+    assert "Entities other than genes and proteins; proteins, DNA, RNA" in card
+    for other in ("anatem", "my_own"):
+        card = (export_adapter(cued("bc2gm", other), tmp_path / other) / "README.md").read_text()
+        assert card.startswith("---\nlicense: other\n") and "Do not give this adapter on" in card
 
 
 def test_a_run_is_compared_with_an_adapter_on_the_records_that_it_was_scored_on(

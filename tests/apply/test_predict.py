@@ -355,7 +355,7 @@ def test_how_long_a_long_text_takes_is_said_after_its_first_sentences(scoring, t
     (tmp_path / "long.txt").write_text("Aspirin works.\n" * 200)
     clock = itertools.count(0, 30)
     monkeypatch.setattr(predict_command.time, "monotonic", lambda: next(clock))
-    told = r"3,000 characters, (\d+) minutes at the pace of the first. A GPU's vLLM server is far faster: --base-url.\n"
+    told = r"3,000 characters, up to (\d+) minutes, by the first. A GPU's vLLM server is far faster: --base-url.\n"
     for path in ("long.txt", "short.txt"):
         (tmp_path / "short.txt").write_text("Aspirin works.\n")
         assert main(["predict", "--file", str(tmp_path / path), "--out", str(tmp_path / "x.jsonl")]) == 0
@@ -425,6 +425,17 @@ def test_a_cue_must_be_one_that_the_model_knows():
         manifest.cue_options("anatme")
     with pytest.raises(ParameterError, match="without corpus cues"):
         MANIFEST.cue_options("anatem")
+
+
+def test_the_cues_of_a_model_are_listed_with_what_they_find():
+    known = {"cues": ["nlmgene", "mine"], "default_cue": "any"}
+    manifest = replace(MANIFEST, prompt_format=replace(START, corpus_cue=True), **known)
+    lines = ready_models.describe_cues(manifest).split("\n")
+    genes = "nlmgene  genes of many species, gene families and domains, and cells"
+    assert lines == ["any      (the default)", "mine", genes]
+    lines = ready_models.describe_cues(replace(manifest, default_cue="nlmgene")).split("\n")
+    assert lines == ["mine", f"{genes} (the default)"]
+    assert "without corpus cues" in ready_models.describe_cues(MANIFEST)
 
 
 def test_an_adapter_is_merged_once_and_anew_when_it_changed(tiny_prepared, tmp_path, monkeypatch):

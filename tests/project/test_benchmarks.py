@@ -16,12 +16,18 @@ from benchmarks.join_qwen import join
 from benchmarks.kernel_profile import describe_kernels, summarise
 from benchmarks.learning import read_rows
 from benchmarks.scaling import lines_of, node_of
+from benchmarks.shipped_adapter import describe as describe_adapter
+from benchmarks.shipped_adapter import measure, plan_rows
 from benchmarks.training_page import describe
 from benchmarks.training_speed import METHOD, Stopwatch, describe_numbers
+from biomerge_lib.apply.tagger import Tagger
 from biomerge_lib.core.composition import compose_parameters
 from biomerge_lib.core.prompt_format import GONE_STYLES
+from biomerge_lib.core.records import Record
+from biomerge_lib.decoding.predictions import RawAnswer
 from biomerge_lib.experiment.runs import PROJECT_DIR
 from biomerge_lib.report.report_runs import collect_runs
+from tests.conftest import START
 
 FILES = sorted((PROJECT_DIR / "benchmarks").glob("*.py"))
 PROGRAMS = [path.stem for path in FILES if "\ndef main(" in path.read_text(encoding="utf-8")]
@@ -229,3 +235,37 @@ def test_the_sweep_starts_nothing_that_cannot_end_in_time(monkeypatch):
     assert (row["tokens_a_second"], row["loss"], row["trainings"]) == (402, 1.0, 4)
     (row,) = scaling.measure_sweep([8], time.perf_counter() + 30)
     assert len(started) == 1 and row["error"].startswith("not finished within 30 s")
+
+
+def test_an_adapter_is_asked_with_each_cue_and_about_other_corpora():
+    rows = [(row.corpus, row.options, row.own) for row in plan_rows(["a"], ["b"], has_cues=True)]
+    assert rows == [
+        ("a", "--cue a", True),
+        ("a", "--cue a --as-is", True),
+        ("a", "", True),
+        ("b", "", False),
+    ]
+    rows = [(row.corpus, row.options, row.own) for row in plan_rows(["a"], ["b"], has_cues=False)]
+    assert rows == [("a", "", True), ("a", "--as-is", True), ("b", "", False)]
+
+
+def test_an_adapters_answers_are_counted_by_type(tokenizer):
+    answers = {"Aspirin": " 0-7", "Heparin": " 12-17"}
+    tagger = Tagger(
+        tokenizer,
+        START,
+        None,
+        lambda prompts: [RawAnswer([], answers[p.chunk.record.text.split()[0]], "eos") for p in prompts],
+    )
+    records = [
+        Record("Aspirin for asthma", ((0, 7), (12, 18)), "1", "mine", types=("Drug", "Disease")),
+        Record("Heparin for fever", ((0, 7), (12, 17)), "2", "mine", types=("Drug|Sugar", "Disease")),
+    ]
+    found = measure(tagger, records, spaced=True, name="mine")
+    assert found["types"] == {"Drug": [1, 2], "Disease": [1, 2], "Sugar": [0, 1]}
+    assert (found["sentences"], found["gold"], found["precision"], found["recall"]) == (2, 4, 1.0, 0.5)
+    row = next(plan_rows(["mine"], [], has_cues=True))
+    told = row._asdict() | {"options": row.options, "of": 9, "commit": "abc"} | found
+    page = describe_adapter({"rows": [told], "command": "python -m x", "device": "a CPU"})
+    assert "| mine | its own | `--cue mine` | 2 of 9 | 1.000 | 0.500 | **0.667** [" in page
+    assert "| Drug 0.50 (2), Disease 0.50 (2), Sugar 0.00 (1) |" in page
