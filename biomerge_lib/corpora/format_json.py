@@ -40,14 +40,14 @@ def read_json(path: Path, counts: ReadCounts, name: str) -> Iterator[Document]:
     rows = _iter_docbin(path) if ending_of(path) == _DOCBIN else iter_json(path)
     for number, (where, row) in enumerate(rows, start=1):
         if isinstance(row, list) and len(row) == 2:  # spaCy: [text, {"entities": ...}]
-            row = {"text": row[0], "entities": _field(row[1], "mentions", where)}
+            row = {"text": row[0], "entities": _mentions_in(row[1], where)}
         elif isinstance(row, dict) and isinstance(row.get("data"), dict):
             row = _label_studio_row(row, where, counts)
         text = _field(row, "text", where)
         if row.get("answer", "accept") != "accept":  # Prodigy
             counts.other_lines += 1
             continue
-        items = [] if "answer" in row and "spans" not in row else _field(row, "mentions", where)
+        items = _mentions_in(row, where)
         places = None
         if isinstance(text, list):  # GLiNER: numbers of tokens, the last one included
             tokens = list(map(str, text))
@@ -56,6 +56,22 @@ def read_json(path: Path, counts: ReadCounts, name: str) -> Iterator[Document]:
         mentions = tuple(_mention_of(item, places, where) for item in items)
         doc_id = id_of(row, f"{name}_{number:05d}")
         yield Document(doc_id, text, mentions, where, is_sentence=places is not None)
+
+
+def _mentions_in(row: Any, where: str) -> list[Any]:
+    """The mentions of a row, of whose fields one may hold any; spaCy's span groups are joined with its entities."""
+    fields = row if isinstance(row, dict) else {}
+    if isinstance(groups := fields.get("spans"), dict):
+        fields = {"ents": [*fields.get("ents", ()), *chain(*groups.values())]}
+    lists = {name: fields[name] for name in FIELDS["mentions"][0] if isinstance(fields.get(name), list)}
+    found = [name for name, items in lists.items() if any(isinstance(item, dict | list) for item in items)]
+    if len(found) > 1:
+        raise DataError(f"{where}: mentions stand in {' and in '.join(found)}; keep one of them.")
+    is_prodigy = "answer" in fields and not fields.get("spans")
+    is_pubannotation = "sourcedb" in fields and not {"denotations", "tracks"} & fields.keys()
+    if not found and (is_prodigy or is_pubannotation):  # which leave the field out where there are none
+        return []
+    return lists[found[0]] if found else _field(fields or row, "mentions", where)
 
 
 def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
@@ -69,6 +85,8 @@ def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
         spans = [(places[a][0], places[b][1]) if a in inside and b in inside else (-1, -1) for a, b in spans]
     kind = _field(item, "type", where, "")
     kind = "|".join(map(str, kind)) if isinstance(kind, list) else kind
+    if kind == "O":
+        raise DataError(f"{where}: a mention has type O, as a tag outside of mentions; give mentions alone.")
     return Mention(tuple(spans), kind or UNTYPED, _field(item, "words", where, None), where)
 
 
@@ -80,12 +98,13 @@ def _label_studio_row(row: dict[str, Any], where: str, counts: ReadCounts) -> di
     if len(done) > 1:
         problem = f"{len(done)} annotations of one task; mark one as ground truth, or export one."
         raise DataError(f"{where}: {problem}")
-    values = [result.get("value") for result in _objects(done[0].get("result"))] if done else []
-    labels = [value for value in _objects(values) if "start" in value]
-    counts.other_lines += len(values) - len(labels)
+    results = _objects(done[0].get("result")) if done else []
+    labelled = [one.get("value") for one in results if str(one.get("type", "labels")).endswith("labels")]
+    spans = [value for value in _objects(labelled) if "start" in value]
+    counts.other_lines += len(results) - len(spans)
     texts = [value for value in row["data"].values() if isinstance(value, str)]
     text = {"text": texts[0]} if len(texts) == 1 else {}  # under any name
-    return {**text, **row["data"], "spans": labels, "answer": "accept" if done else "skipped"}
+    return {**text, **row["data"], "spans": spans, "answer": "accept" if done else "skipped"}
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
@@ -117,8 +136,7 @@ def _iter_docbin(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     docs = spacy.tokens.DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab)
     for number, doc in enumerate(docs, start=1):
         fields = doc.to_json()
-        ents = [*fields["ents"], *chain(*fields.get("spans", {}).values())]
-        yield f"{path} item {number}", {"text": fields["text"], "ents": ents}
+        yield f"{path} item {number}", fields
 
 
 def _has(path: Path) -> bool:
@@ -126,8 +144,9 @@ def _has(path: Path) -> bool:
     if ending_of(path) == _DOCBIN:
         return True
     keys = json_keys(path)
-    has_text = not keys.isdisjoint(FIELDS["text"][0]) or first_line(path).lstrip().startswith("[")
-    has_mentions = not keys.isdisjoint({*FIELDS["mentions"][0], "result"})
+    is_list = first_line(path).lstrip().startswith("[")
+    has_text = is_list or not keys.isdisjoint({*FIELDS["text"][0], "classes"})
+    has_mentions = not keys.isdisjoint({*FIELDS["mentions"][0], "result", "sourcedb"})
     return has_text and has_mentions and not has_tags(keys) and keys.isdisjoint({"input", "passages"})
 
 

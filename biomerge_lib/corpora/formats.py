@@ -184,8 +184,9 @@ def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((where, parse_json(line, where, object)) for where, line in lines)
         return
     whole = parse_json(text.removeprefix(BOM), path, object)
-    if isinstance(whole, dict):  # BioC's collection, or one object
-        whole = next((whole[name] for name in ("documents", "PubTator3") if name in whole), whole)
+    if isinstance(whole, dict):  # BioC's collection, what people annotate for spaCy, or one object
+        lists = ("documents", "PubTator3", *(["annotations"] if "classes" in whole else []))
+        whole = next((whole[name] for name in lists if name in whole), whole)
     items = whole if isinstance(whole, list) else [whole]
     yield from ((f"{path} item {number}", item) for number, item in enumerate(items, start=1))
 

@@ -176,12 +176,46 @@ def test_annotation_tools_rows(tmp_path, tool, form):
     assert corpus.counts["train"].offset_units == ({"utf-16 units": 2} if tool == "Label Studio" else {})
 
 
+def test_mentions_are_found_wherever_a_tool_has_put_them(tmp_path):
+    gene, species = [4, 8, "Gene"], {"start": 17, "end": 21, "label": "Species"}
+    rows = [
+        {"text": TEXT, "entities": [], "label": [gene, species]},
+        {"text": TEXT, "labels": ["Gene", "Species"], "ner": [gene, species]},
+        {
+            "text": TEXT,
+            "ents": [{"start": 4, "end": 8, "label": "Gene"}],
+            "spans": {"sc": [species]},
+            "tokens": [],
+        },
+    ]
+    for row in rows:
+        corpus = read(tmp_path, {"train.json": json.dumps([row])})
+        assert mentions(corpus["train"]) == [("IL-2", "Gene"), ("mice", "Species")]
+    wrapped = {
+        "classes": ["GENE"],
+        "annotations": [[TEXT, {"entities": [gene]}]],
+    }  # as tools for spaCy write it
+    assert mentions(read(tmp_path, {"train.json": json.dumps(wrapped)})["train"]) == [("IL-2", "Gene")]
+
+
+def test_label_studio_says_more_of_a_mention_than_its_label(tmp_path):
+    place, task = {"start": 5, "end": 9}, json.loads(json.dumps(TOOLS["Label Studio"]))
+    task["annotations"][1]["result"] += [
+        {"type": "choices", "value": place | {"text": "IL-2", "choices": ["sure"]}},
+        {"type": "textarea", "value": place | {"text": ["a note"]}},
+    ]
+    corpus = read(tmp_path, {"train.json": json.dumps([task])})
+    assert mentions(corpus["train"]) == [("IL-2", "Gene"), ("mice", "Species")]
+    assert corpus.counts["train"].other_lines == 3 and not corpus.counts["train"].duplicates
+
+
 def test_what_an_annotator_did_not_accept_is_no_text(tmp_path):
     rejected = [TOOLS["Prodigy"] | {"answer": answer} for answer in ("reject", "ignore")]
     untouched = TOOLS["Label Studio"] | {"annotations": []}
-    rows = [TOOLS["Prodigy"], *rejected, untouched, {"text": "Nothing here.", "answer": "accept"}]
+    empty = {"text": "Nothing here.", "answer": "accept"}
+    rows = [TOOLS["Prodigy"], *rejected, untouched, empty, empty | {"spans": None}]
     corpus = read(tmp_path, {"train.jsonl": "".join(f"{json.dumps(row)}\n" for row in rows)})
-    assert [record.text for record in corpus["train"]] == [TEXT, "Nothing here."]
+    assert [record.text for record in corpus["train"]] == [TEXT, "Nothing here.", "Nothing here."]
     assert corpus.counts["train"].other_lines == 3
 
 
@@ -191,6 +225,14 @@ def test_a_mention_of_several_parts_or_overlapping_ones(tmp_path):
     corpus = read(tmp_path, {"train/1.json": json.dumps(row)})
     assert mentions(corpus["train"]) == [("Hip and elbow", "Part")]
     assert corpus.counts["train"].discontinuous_skipped == 1
+
+
+def test_a_document_of_pubannotation_without_mentions_is_one(tmp_path):
+    empty = {"text": "No.", "sourcedb": "PubMed", "sourceid": "78"}
+    files = {f"train/{n}.json": json.dumps(row) for n, row in enumerate((TOOLS["PubAnnotation"], empty))}
+    assert [record.doc_id for record in read(tmp_path, files)["train"]] == ["77", "78"]
+    with pytest.raises(DataError, match=r"1\.json item 1: no mentions \(spans, "):
+        read(tmp_path, {"train/1.json": json.dumps(empty | {"tracks": []})})
 
 
 TWO = {"data": {"text": "IL"}, "annotations": [{"result": []}, {"result": []}]}
@@ -220,6 +262,11 @@ TWO = {"data": {"text": "IL"}, "annotations": [{"result": []}, {"result": []}]}
             r"train.json:1: not JSON \(unexpected end of hex",
         ),
         ('{"text": "IL", "label": 7}', r"item 1: the mentions cannot be '7'"),
+        (
+            '{"text": "IL", "label": [[0, 2, "X"]], "ents": [[0, 2, "Y"]]}',
+            r"item 1: mentions stand in ents and in label",
+        ),
+        ('[["IL 2", {"entities": [[0, 2, "B-X"], [3, 4, "O"]]}]]', r"item 1: a mention has type O"),
         (
             '[{"data": {"text": "IL"}, "annotations": [{"result": [{"value": 7}, 7]}, 7]}]',
             "no entity in train",
