@@ -5,6 +5,7 @@ Tokens are looked up in their sentence one after the other, so that it does not 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +16,8 @@ from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCount
 from biomerge_lib.corpora.formats import Format, by_file, first_line, read_text, split_lines
 
 _TEXT = "#Text="
+# What a backslash stands before, in texts and tokens.
+_ESCAPED = {"\\": "\\", "t": "\t", "n": "\n", "f": "\f", "r": "\r", "b": "\b"}
 
 
 def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Document]:
@@ -28,7 +31,8 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
     features = _find_features([line for _, line in lines if line.startswith("#T_")], path)
     for is_sentence, block in groupby(lines, key=lambda numbered: numbered[1].strip() != ""):
         sentence = list(block)
-        text = "\n".join(line.removeprefix(_TEXT) for _, line in sentence if line.startswith(_TEXT))
+        said = [line.removeprefix(_TEXT) for _, line in sentence if line.startswith(_TEXT)]
+        text = _unescape("\n".join(said))
         found: dict[tuple[str, str], Span] = {}  # by type, and number of the mention or of the line
         start = end = 0
         for number, line in sentence if is_sentence else []:
@@ -37,17 +41,18 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
                 continue
             columns = line.split("\t")
             is_part = "." in columns[0]  # 1-2.1 is a part of token 1-2
-            start = text.find(columns[2], start if is_part else end) if len(columns) > max(features) else -1
+            words = _unescape(columns[2]) if len(columns) > max(features) else "\0"
+            start = text.find(words, start if is_part else end)
             if start < 0:
                 where = f"{path}:{number}"
                 raise DataError(f"{where}: expected a token of {text[:40]!r}, found {line[:40]!r}.")
-            token = (start, start + len(columns[2]))
+            token = (start, start + len(words))
             end = end if is_part else token[1]
             # Of "identifier|value" the value is the type.
             values = [columns[at] for at in features if columns[at] not in ("_", "")]
             named = [value for value in values if value[0] != "*"]
-            for value in (named or values or [""])[-1].split("|"):
-                kind, _, mention = value.partition("[")
+            for value in re.split(r"(?<!\\)\|", (named or values or [""])[-1]):
+                kind, mention = (*re.split(r"(?<!\\)\[", value), "")[:2]
                 key = (UNTYPED if kind == "*" else kind.replace("\\", ""), mention or f"line {number}")
                 if kind:
                     found[key] = (found.get(key, token)[0], token[1])
@@ -57,13 +62,17 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
             yield Document(doc_id, text, mentions, where, is_sentence=True)
 
 
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([\\tnfrb])", lambda found: _ESCAPED[found[1]], text)
+
+
 def _find_features(layers: list[str], path: Path) -> list[int]:
     """The columns of the layer that holds the mentions; ``layers`` are the header's lines on them."""
     found: dict[str, list[int]] = {}
     at = 3  # after number, offsets and token
     for layer in layers:
         name, *features = layer.split("|")
-        width = max(len(features), 1) + name.startswith("#T_RL=")
+        width = max(len(features), 1)
         if name.startswith("#T_SP="):
             found[name.removeprefix("#T_SP=")] = list(range(at, at + width))
         at += width

@@ -344,15 +344,15 @@ def test_bioc_json_is_bioc(tmp_path):
 WEBANNO = """#FORMAT=WebAnno TSV 3.2
 #T_SP=de.POS|coarse|pos
 #T_SP=webanno.custom.NamedEntity|identifier|value
-#T_RL=webanno.custom.Link|kind|BT_NamedEntity
+#T_RL=webanno.custom.Link|kind|BT_POS
 
 
 #Text=😀 IL-2 and IL-4.
 1-1\t0-2\t😀\t*\tX\t_\t_\t_\t_\t
-1-2\t3-7\tIL-2\t*\tN\t*[1]|*[2]\tGene[1]|Any\\_one[2]\t_\t_\t
-1-3\t8-11\tand\t*\tC\t*[2]\tAny\\_one[2]\t_\t_\t
-1-4\t12-16\tIL-4\t*\tN\t*[2]\tAny\\_one[2]\t_\t_\t
-1-4.1\t12-14\tIL\t_\t_\thttp://x\t*\t_\t_\t
+1-2\t3-7\tIL-2\t*\tN\tr\t1-1\t*[1]|*[2]\tGene[1]|Any\\_one[2]\t
+1-3\t8-11\tand\t*\tC\t_\t_\t*[2]\tAny\\_one[2]\t
+1-4\t12-16\tIL-4\t*\tN\t_\t_\t*[2]\tAny\\_one[2]\t
+1-4.1\t12-14\tIL\t_\t_\t_\t_\thttp://x\t*\t
 1-5\t16-17\t.\t*\t.\t_\t_\t_\t_\t
 
 #Text=No.
@@ -374,6 +374,15 @@ def test_webanno_layers_and_stacked_mentions(tmp_path):
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------
+
+def test_webanno_escapes(tmp_path):
+    rows = ["A\\\\B\t*\tX\t_\t_\t_\tX\\|Y\\[1\\]\t", "IL-2\t*\tX\t_\t_\t_\tGene\t"]
+    tokens = "".join(f"3-{n}\t0-0\t{row}\n" for n, row in enumerate(rows, start=1))
+    content = f"{WEBANNO}\n#Text=A\\\\B\\nIL-2\\t.\n{tokens}"
+    records = read(tmp_path, {"train.tsv": content})["train"]
+    assert records[2].text == "A\\B\nIL-2\t."
+    assert mentions(records[2:]) == [("A\\B", "X|Y[1]"), ("IL-2", "Gene")]
+
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path):
