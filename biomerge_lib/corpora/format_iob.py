@@ -29,6 +29,7 @@ from biomerge_lib.corpora.formats import (
     split_lines,
 )
 from biomerge_lib.corpora.tags import (
+    GAPS,
     LOOKED_AT,
     TAG,
     TAG_COLUMNS,
@@ -82,7 +83,7 @@ def read_iob(
     documents = sentences = 0
     tokens: list[str] = []
     tags: list[ParsedTag] = []
-    for number, line in enumerate([*lines, ""], start=1):  # "" ends the last sentence
+    for number, line in layout.number(lines):
         if (row := rows.get(line)) is None:
             marker = _DOCUMENT.fullmatch(line) if line.startswith(_NO_ROW) else None
             if marker or not line.strip():
@@ -128,6 +129,7 @@ class _Layout:
     token_at: int = 0
     tag_at: int = 1
     has_ids: bool = False  # of documents, in the first column
+    has_blanks: bool = True  # at the ends of sentences
     has_types: bool = False
     names_line: int = 0
 
@@ -137,6 +139,22 @@ class _Layout:
             return [cell for cell in line.replace("\t", " ").split(" ") if cell]
         row = line.split("\t")
         return row[: self.width] if len(row) > self.width and not any(row[self.width :]) else row
+
+    def number(self, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """The lines with their numbers, and a blank one at the end.
+
+        Where none ends a sentence, one stands before another id or a running number that begins anew.
+        """
+        before = ""
+        for number, line in enumerate([*lines, ""], start=1):
+            if not self.has_blanks and line.strip() and not line.startswith(_NO_ROW):
+                first = self.split(line)[0].strip()
+                is_smaller = (len(first), first) <= (len(before), before)
+                are_numbers = first.isdecimal() and before.isdecimal()
+                if first not in ("", before) if self.has_ids else are_numbers and is_smaller:
+                    yield number, ""
+                before = first or before
+            yield number, line
 
     def read(self, line: str, where: str) -> tuple[str, str, ParsedTag]:
         """The line's first column, its token without white space around it, and its tag."""
@@ -190,7 +208,9 @@ def _find_layout(lines: Sequence[str], how: Reading, path: Path) -> _Layout:
     if token_at == layout.tag_at:
         raise DataError(f"{where}: token_column and tag_column are both {token_at}: set both of them.")
     layout.token_at = token_at
-    layout.has_ids = 0 not in (token_at, layout.tag_at) and is_repetitive(columns[0])
+    if 0 not in (token_at, layout.tag_at):
+        layout.has_ids = is_repetitive(columns[0]) or find_implausible(columns[0]) == GAPS
+        layout.has_blanks = "\n\n" in "\n".join(map(str.strip, lines)).strip()
     return layout
 
 

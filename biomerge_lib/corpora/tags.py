@@ -20,8 +20,11 @@ from biomerge_lib.corpora.documents import UNTYPED, ReadCounts
 
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")  # what a table calls them
 TAG = re.compile(r"O|([BIESLUMW])(?:-(.*))?")
+_MORE = re.compile(r"[;|,+](O$|[BIESLUMW]-)|[^\w-]\d*\.\d+$")  # a second tag, or a probability
 _CONTINUES, _ENDS = frozenset("IELM"), frozenset("ESLUW")
 _NUMBER = re.compile(r"\d+(?:[-.:_]\d+)*")
+_NOTHING = re.compile("")
+GAPS = "gaps"
 LOOKED_AT = 1000  # tokens
 ParsedTag = tuple[str | None, str]
 OUTSIDE: ParsedTag = (None, "")
@@ -43,7 +46,7 @@ def refuse_implausible(tokens: Sequence[str], where: str, column: str) -> None:
 
 def find_implausible(tokens: Sequence[str]) -> str | None:
     """What more than half of some tokens are, where that can be no text; two tokens or fewer say nothing."""
-    for what, pattern in (("tags", TAG), ("running numbers", _NUMBER)):
+    for what, pattern in (("tags", TAG), ("running numbers", _NUMBER), (GAPS, _NOTHING)):
         if 2 * sum(pattern.fullmatch(token) is not None for token in tokens) > len(tokens) > 2:
             return what
     return "repetitions" if is_repetitive(tokens) else None
@@ -64,6 +67,8 @@ def parse_tag(tag: str, where: str) -> ParsedTag:
     if match is None:
         tags = "tags are O, B-Type, I-Type, E-Type, S-Type (or M-, L-, U-, W-), with or without a type"
         raise DataError(f"{where}: unknown tag {tag.strip()!r}; {tags}. In another column: set tag_column.")
+    if _MORE.search(tag.strip()):
+        raise DataError(f"{where}: the tag {tag.strip()!r} holds two tags, or a number; keep one tag.")
     return (match[1], match[2] or UNTYPED) if match[1] else OUTSIDE
 
 

@@ -313,6 +313,36 @@ def test_a_column_of_ids_before_the_tokens_tells_documents(tmp_path):
 
 def test_iob_documents(tmp_path):
     rows = "-DOCSTART- (d (1))\tO\n\na\tO\n\nb\tO\n\n###MEDLINE:95369245\n\nc\tB-X\n\n-DOCSTART-\tO\n\nd\tO\n"
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "1\tIL-2\tB-Gene\n1\trose\tO\n1\t.\tO\n2\tNo\tO\n2\t.\tO\n2\t.\tO\n",  # sentences by their numbers
+        "1 IL-2 B-Gene\n2 rose O\n3 . O\n1 No O\n2 . O\n3 . O\n",  # tokens by theirs
+        "Sentence\tWord\tTag\nSentence: 1\tIL-2\tB-Gene\n\trose\tO\n\t.\tO\nSentence: 2\tNo\tO\n\t.\tO\n\t.\tO\n",
+    ],
+)
+def test_a_column_ends_sentences_where_no_blank_line_does(tmp_path, rows):
+    records, _ = read_lines(tmp_path, rows)
+    assert [(record.text, mentions(record)) for record in records] == [
+        ("IL-2 rose .", ["IL-2"]),
+        ("No . .", []),
+    ]
+    with pytest.raises(
+        DataError, match=r"train.tsv:4: unknown tag 'X'"
+    ):  # lines are counted as the file has them
+        read_lines(tmp_path, "1\ta\tB\n2\tb\tO\n1\tc\tO\n2\td\tX\n")
+
+
+@pytest.mark.parametrize("tag", ["B-X;B-Y", "B-X|B-Y", "B-X,O", "B-X/0.98", "B-X:.5"])
+def test_a_tag_of_two_or_with_a_number_is_refused(tmp_path, tag):
+    with pytest.raises(
+        DataError, match=rf"train.tsv:1: the tag '{re.escape(tag)}' holds two tags, or a number"
+    ):
+        read_lines(tmp_path, f"a\t{tag}\nb\tO\n")
+    _, counts = read_lines(tmp_path, "a\tB-T103,T038\nb\tB-Gene/Protein 2\n")
+    assert counts.types == {"T103,T038": 1, "Gene/Protein 2": 1}
+
+
     records, counts = read_lines(tmp_path, rows)
     assert [record.doc_id for record in records] == ["d (1)", "d (1)", "95369245", "x_train_00003"]
     assert (counts.documents, counts.sentences) == (3, 4)
