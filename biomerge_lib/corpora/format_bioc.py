@@ -121,7 +121,8 @@ def _to_element(tag: str, fields: Any, place: str) -> ElementTree.Element:
     for name, value in fields.items():
         if name == "infons" and isinstance(value, dict):
             for key, said in value.items():
-                ElementTree.SubElement(element, "infon", {"key": key}).text = str(said)
+                infon = ElementTree.SubElement(element, "infon", {"key": key})
+                infon.text = None if said is None else str(said)
         else:
             for one in value if isinstance(value, list) else [value]:
                 element.append(_to_element(name.removesuffix("s"), one, place))

@@ -86,6 +86,9 @@ def _read(source: Source, split: str, how: Reading, counts: ReadCounts) -> Itera
             raise DataError(f"{at}: {words_in} and {tags_in} must be lists, of a tag for each token.")
         if len(tokens) != len(found):
             raise DataError(f"{at}: {len(tokens)} {words_in} but {len(found)} {tags_in}.")
+        if None in (*tokens, *found):
+            missing = "was it the word NA or null?" if None in tokens else "store O for no tag."
+            raise DataError(f"{at}: {words_in if None in tokens else tags_in} has an empty entry; {missing}")
         for tag in found:
             if str(tag) not in parsed_tags:
                 parsed_tags[str(tag)] = parse_tag(_name_of(tag, stream.features, tags_in, at), at)

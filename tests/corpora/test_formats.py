@@ -336,6 +336,8 @@ def test_bioc_json_is_bioc(tmp_path):
         assert mentions(corpus["train"]) == [("IL-2", "Gene")]
         counts = corpus.counts["train"]
         assert (counts.without_location, counts.other_lines) == (1, 1)
+    annotations[0]["infons"]["type"] = None
+    assert mentions(read(tmp_path, {"train.json": json.dumps(document)})["train"]) == [("IL-2", "Entity")]
     location["length"] = 9
     with pytest.raises(DataError, match=r"train.json:item 1: offsets 2-11 .*|.*the mention is 'IL-2'"):
         read(tmp_path, {"train.json": json.dumps(document)})

@@ -1096,6 +1096,14 @@ BAD = {
     "iob: empty": ({"train.tsv": "\n\n"}, r"train.tsv: the file has no sentences"),
     "iob: no entity": ({"train.tsv": "IL\tO\n"}, r"no entity in train; is this an annotated corpus\?"),
     "brat: .ann alone": (
+        (
+            {"tokens": ["a", None], "ner_tags": ["O", "O"]},
+            r"train row 0: tokens has an empty entry; was it the word NA",
+        ),
+        (
+            {"tokens": ["a", "b"], "ner_tags": ["O", None]},
+            r"train row 0: ner_tags has an empty entry; store O for no",
+        ),
         {"train/a.ann": "", "train/b.txt": "IL", "train/b.ann": GOOD_ANN},
         r"a.ann: no a.txt beside it",
     ),
