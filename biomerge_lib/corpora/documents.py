@@ -6,8 +6,9 @@ What every reader of documents keeps to:
   that count otherwise (UTF-8 bytes, UTF-16 units, CRLF as one, no byte order mark, or two of these) are understood
   where code points fail and more mentions then fit their words; such texts are counted (``offset_units``).
 - ``text[start:end]`` is the annotated mention. White space may be written differently in the annotation (a space for
-  a line break; counted as ``respaced``), and so may letters (``TNF-a`` for ``TNF-α``; ``folded``). White space at a
-  mention's edges is left out (``trimmed``). A mention whose file does not say its words is ``unchecked``.
+  a line break, or nothing; counted as ``respaced``), and so may letters (``TNF-a`` for ``TNF-α``, one ``é`` for ``e``
+  with an accent; ``folded``). White space at a mention's edges is left out (``trimmed``). A mention whose file does not
+  say its words is ``unchecked``.
 - A mention that does not fit stops the run, or with ``bad_mentions="skip"`` is left out and listed (``bad_mentions``).
   Of mentions that are left out anyway the words may be wrong (``misplaced``), or the place missing
   (``without_location``).
@@ -26,6 +27,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, product
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.spans import Span
@@ -138,7 +140,7 @@ def read_spans(
             counts.trimmed += (start, end) != (parts[0][0], parts[-1][1])
             counts.unchecked += mention.words is None
             if len(parts) == 1 and mention.words is not None and text[start:end] != mention.words.strip():
-                is_respaced = text[start:end].split() == mention.words.split()
+                is_respaced = "".join(text[start:end].split()) == "".join(mention.words.split())
                 counts.respaced += is_respaced
                 counts.folded += not is_respaced
             counts.duplicates += (start, end) in found
@@ -192,8 +194,8 @@ def _find_problem(mention: Mention, parts: Sequence[Span], document: Document) -
         return f"{mention.where}: the mention at {offsets} is only white space."
     if mention.words is None or found == mention.words:
         return None
-    glue = "" if len(parts) > 1 else " "  # formats differ in how they join parts
-    one, other = glue.join(found.split()), glue.join(mention.words.split())
+    # Tools drop line breaks, and differ in how they join parts and write accents and ligatures.
+    one, other = ("".join(normalize("NFKC", words).split()) for words in (found, mention.words))
     pairs = zip(one, other, strict=False)
     # One of them may have characters in ASCII: TNF-a for TNF-α.
     is_same = (a == b or (a.isascii() != b.isascii() and a.isalpha() == b.isalpha()) for a, b in pairs)

@@ -609,6 +609,15 @@ def test_letters_may_be_written_in_ascii(tmp_path):
     with pytest.raises(DataError, match="the mention is 'TNF-a', but the text at 0-5 is 'TNF-b'"):
         read_one(tmp_path, brat("TNF-b", "T1\tX 0 5\tTNF-a"))
 
+    # One character for several, and no white space where the text has some.
+    text, lines = (
+        "nai\u0308ve \ufb01ber",
+        ["T1\tX 0 6\tna\u00efve", "T2\tX 7 11\tfiber", "T3\tX 0 11\tnaïvefiber"],
+    )
+    (record,), counts = read_one(tmp_path, brat(text, *lines))
+    assert (record.spans, counts.folded) == (((0, 6), (0, 11), (7, 11)), 3)
+    records, counts = read_one(tmp_path, brat("Lung\ncancer", "T1\tX 0 11\tLungcancer"))
+    assert (records[0].spans, counts.respaced) == (((0, 11),), 1)
 
 def test_what_is_left_out_anyway_may_be_wrong(tmp_path):
     text = "Colon or rectal cancer in mice"
