@@ -168,6 +168,8 @@ def _find_candidates(
     }
     unread = [entry for entry, names in told.items() if len(names) != 1]
     is_loose = all(entry.is_file() and not told[entry] for entry in unread)
+    for entry in [entry for entry, names in told.items() if len(names) == 1 and entry.is_dir()]:
+        _refuse_strays(entry, files[entry], kind)
     if len(required) == 1 and unread and is_loose and not any(candidates.values()):
         candidates[required[0]], unread = [unread], []
     return candidates, unread
@@ -175,6 +177,15 @@ def _find_candidates(
 
 def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]], unread: list[Path]) -> str:
     if found:
+def _refuse_strays(folder: Path, own: Sequence[Path], kind: str) -> None:
+    """Raise DataError where a split's folder holds more than its files in the corpus's format: it would be lost."""
+    for path in entries_of(folder):
+        inside = path.rglob("*") if path.is_dir() else [path] if not _ABOUT.fullmatch(stem_of(path)) else []
+        if path not in own and any(ending_of(one) in FORMATS[kind].endings for one in inside):
+            what = "a folder in a split's, which" if path.is_dir() else "among a split's files, but"
+            raise DataError(f"{path}: {what} is not read as {kind}; mend it, or move it elsewhere.")
+
+
         names = ", ".join(paths[0].name if len(paths) == 1 else paths[0].parent.name + "/" for paths in found)
         return f"{folder}: {split} has {len(found)} candidates ({names}); keep one of them in the folder."
     what = f"{kind} file or sub-folder"

@@ -836,6 +836,17 @@ def test_a_split_may_be_a_folder_and_a_corpus_a_file(tmp_path):
     (only,) = read_corpus(folder / "train" / "a.iob2", splits=("test",)).values()
     assert [record.text for record in only] == ["Aspirin helps", "No"] and only[0].dataset == "a"
     loose = read_corpus(folder / "train", splits=("train",))
+    for stray, content in (
+        ("c.iob2", "IL\tGene\n"),
+        ("more/c.iob2", GOOD_IOB),
+    ):  # their mentions would be lost
+        write_files(folder / "train", {stray: content, "README.txt": "About."})
+        with pytest.raises(
+            DataError, match=rf"train/{stray.split('/')[0]}: .* is not read as iob; mend it, or move"
+        ):
+            read_corpus(folder)
+        (folder / "train" / stray).unlink()
+    (folder / "train/more").rmdir()
     assert len(loose["train"]) == 4
     with pytest.raises(
         DataError, match=r"no iob file or sub-folder whose name says train .* Not read: a.iob2"
