@@ -17,11 +17,11 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from biomerge_lib.core.errors import DataError
-from biomerge_lib.core.files import parse_json
+from biomerge_lib.core.files import open_bytes, parse_json
 from biomerge_lib.core.records import NER_PREFIX, iter_lines
 from biomerge_lib.corpora.documents import ReadCounts
 from biomerge_lib.corpora.format_pubtator import is_pubtator, read_pubtator
-from biomerge_lib.corpora.formats import entries_of, read_text
+from biomerge_lib.corpora.formats import ending_of, entries_of, read_text, refuse_utf16, stem_of
 
 STDIN = "-"
 ENDINGS = (".txt", ".jsonl", ".pubtator")
@@ -70,31 +70,35 @@ def iter_texts(paths: Iterable[Path | str], *, name_empty: bool = True) -> Itera
 
 def _read_path(path: Path | str) -> Iterator[Text]:
     if str(path) == STDIN:
+        content = sys.stdin.buffer.read()
+        _refuse_binary(content, "standard input")
         try:
-            yield Text("stdin", sys.stdin.buffer.read().decode())
+            yield Text("stdin", content.decode())
         except UnicodeDecodeError as error:
             raise DataError(f"standard input: not UTF-8 (byte {error.start + 1}).") from None
         return
     path = Path(path)
     inside = entries_of(path) if path.is_dir() else []
-    inside = [file for file in inside if file.suffix.lower() in ENDINGS and file.is_file()]
+    inside = [file for file in inside if ending_of(file) in ENDINGS and file.is_file()]
     files = [path] if path.is_file() else inside
     if not files:
         no = f"no {', '.join(ENDINGS)} file in this folder" if path.is_dir() else "no such file or folder"
+        no = f"a pipe, which is read once: --file - < {path}" if path.is_fifo() else no
         raise DataError(f"{path}: {no}.")
     for file in files:
-        _refuse_binary(file)
-        if file.suffix.lower() == ".jsonl":
+        with open_bytes(file) as stream:
+            _refuse_binary(stream.read(1 << 16), file)
+        if ending_of(file) == ".jsonl":
             yield from _read_jsonl(file)
         elif is_pubtator(file):
             for document in read_pubtator(file, ReadCounts()):
                 yield Text(document.doc_id, document.text)
-        elif file.suffix.lower() in NO_PROSE:
+        elif ending_of(file) in NO_PROSE:
             raise DataError(
                 f"{file}: {', '.join(ENDINGS)} are read. As plain text, all the same: --file - < {file}"
             )
         else:
-            yield Text(file.stem, read_text(file))
+            yield Text(stem_of(file), read_text(file))
 
 
 def _read_jsonl(path: Path) -> Iterator[Text]:
@@ -105,13 +109,10 @@ def _read_jsonl(path: Path) -> Iterator[Text]:
         if text is None:
             raise DataError(f"{where}: no text.{EXPECTED}")
         doc_id = fields.id if fields.doc_id is None else fields.doc_id
-        yield Text(f"{path.stem}-{number}" if doc_id is None else str(doc_id), text.removeprefix(prefix))
+        yield Text(f"{stem_of(path)}-{number}" if doc_id is None else str(doc_id), text.removeprefix(prefix))
 
 
-def _refuse_binary(path: Path) -> None:
-    with path.open("rb") as stream:
-        start = stream.read(1 << 16)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
+def _refuse_binary(start: bytes, path: Path | str) -> None:
+    refuse_utf16(start, path)
     if b"\0" in start:
         raise DataError(f"{path}: a binary file; text (UTF-8) is needed.")

@@ -28,6 +28,15 @@ _SPLIT_PATTERNS = {
 }
 
 
+# How text in wide characters begins; without a byte order mark it is taken to begin in ASCII.
+_WIDE = {
+    "UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff",
+    "UTF-16": rb"\xff\xfe|\xfe\xff",
+    "UTF-16LE": rb"([\t\n\r -~]\0){2}",
+    "UTF-16BE": rb"(\0[\t\n\r -~]){2}",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A corpus that was found and not yet read: ``files`` (or the hub's ``streams``) of each split."""
@@ -100,10 +109,12 @@ def splits_of(name: str) -> list[str]:
     return [split for split, pattern in _SPLIT_PATTERNS.items() if pattern.search(spaced)]
 
 
-def first_lines(path: Path) -> list[str]:
-    """The lines that a file begins with (16 kB of them; the last one may be cut)."""
+def first_lines(path: Path, size: int = 1 << 14) -> list[str]:
+    """The whole lines among a file's first bytes; of a first line that is longer its beginning."""
     with open_bytes(path) as stream:
-        return split_lines(stream.read(1 << 14).decode("utf-8", errors="replace"))
+        content = stream.read(size)
+    lines = split_lines(content.decode("utf-8", errors="replace"))
+    return lines[:-1] if len(content) == size and len(lines) > 1 else lines
 
 
 def first_line(path: Path) -> str:
@@ -119,14 +130,19 @@ def read_text(path: Path) -> str:
     """
     with open_bytes(path) as stream:
         content = stream.read()
+    refuse_utf16(content, path)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         what, code = f":{line}: not UTF-8 (byte {error.start + 1} of the file). If it is Latin-1: ", "latin1"
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-            what, code = ": UTF-16 text; convert it: ", "UTF-16"
         raise DataError(f"{path}{what}iconv -f {code} -t UTF-8 {path} > NEW_FILE") from None
+
+
+def refuse_utf16(content: bytes, path: Path | str) -> None:
+    """Raise DataError where a file's first bytes say that it is UTF-16 or UTF-32, with a byte order mark or without."""
+    if found := next((code for code, begin in _WIDE.items() if re.match(begin, content)), None):
+        raise DataError(f"{path}: {found} text; convert it: iconv -f {found} -t UTF-8 {path} > NEW_FILE")
 
 
 def ending_of(path: Path) -> str:
@@ -140,8 +156,14 @@ def stem_of(path: Path) -> str:
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """A folder's entries in order, without hidden ones (a Mac's ``._`` files); of a lone sub-folder those inside."""
+    """A folder's entries in order, without hidden ones (a Mac's ``._`` files); of a lone sub-folder those inside.
+
+    Raises:
+        DataError: one is neither a file nor a folder.
+    """
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
+    if broken := next((path for path in entries if not (path.is_file() or path.is_dir())), None):
+        raise DataError(f"{broken}: neither a file nor a folder, or a link to what is not there; remove it.")
     is_lone = len(entries) == 1 and entries[0].is_dir() and not splits_of(entries[0].name)
     return entries_of(entries[0]) if is_lone else entries
 
@@ -153,8 +175,9 @@ def named_files(source: Source, split: str) -> Iterator[tuple[Path, str]]:
     """
     paths = source.files[split]
     for path in paths:
-        tells_split = len(paths) == 1 and splits_of(path.name) == [split]
-        yield path, f"{source.name}_{path.name.split('.')[0] if tells_split else f'{split}_{stem_of(path)}'}"
+        name = path.name.split(".")[0]
+        tells_split = len(paths) == 1 and splits_of(name) == [split]  # of eng.testa the ending tells it
+        yield path, f"{source.name}_{name if tells_split else f'{split}_{stem_of(path)}'}"
 
 
 def by_file(read: Callable[[Path, ReadCounts, str], Iterator[Document]]) -> ReadSplit:
@@ -192,10 +215,14 @@ def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def json_keys(path: Path) -> set[str]:
-    """The keys that a JSON file begins with, at any depth."""
-    return set(re.findall(r'"(\w+)"\s*:', "\n".join(first_lines(path))))
+    """The keys in the first megabyte of a JSON file, at any depth: the first text may be long."""
+    return set(re.findall(r'"(\w+)"\s*:', "\n".join(first_lines(path, 1 << 20))))
 
 
 def split_lines(text: str) -> list[str]:
-    r"""The lines of a text; only ``\n`` and ``\r\n`` end one (``str.splitlines`` also knows U+2028)."""
-    return text.removeprefix(BOM).replace("\r\n", "\n").split("\n")
+    r"""The lines of a text, without byte order marks before them (of files that were joined).
+
+    Only ``\n`` and ``\r\n`` end one (``str.splitlines`` also knows U+2028), or ``\r`` where there is no other.
+    """
+    text = text if "\n" in text else text.replace("\r", "\n")
+    return text.removeprefix(BOM).replace("\r\n", "\n").replace(f"\n{BOM}", "\n").split("\n")

@@ -97,7 +97,7 @@ def iter_sentences(text: str) -> Iterator[Span]:
 
 def find_lines(text: str) -> list[Span]:
     """The lines of a text that are not blank, without white space at their edges."""
-    lines = (trim(text, *line.span()) for line in re.finditer(r"[^\n]+", text))
+    lines = (trim(text, *line.span()) for line in re.finditer(r"[^\r\n]+", text))
     return [(start, end) for start, end in lines if start < end]
 
 

@@ -52,6 +52,7 @@ FOREIGN = (
     (r"\.con", "", "i2b2 concepts: turn line and token numbers into offsets, and write BRAT"),
     ("", r"\S+\t[TA]\t\d+\t\d+\t", "CHEMDNER's annotations, apart from the texts: write PubTator"),
     ("", r"P\d{8}[TA]\d{4}[ |]", "BC2GM's raw sentences, offsets without blanks: take its IOB version"),
+    ("", "\ufffd|.?\0", "no text in UTF-8: unpack it, or convert it with iconv"),
     (r"\.csv", "", "a CSV table: write token and tag with a tab between, as .tsv"),
     (r"\.(zip|tar|tgz|7z|rar)(\.gz)?", "", "an archive: unpack it"),
     (r"\.(docx?|xlsx?|pdf|rtf)", "", "no text file: save it as UTF-8 text"),
@@ -126,7 +127,8 @@ def _explain_files(folder: Path, places: Sequence[Path]) -> str:
     inner = [f"sub-folder {path.relative_to(folder)}" for path in places if path.is_dir()]
     found = ", ".join(sorted({path.suffix for path in places if path.suffix}) or inner or ["no file"])
     read = "; ".join(f"{name}: {' '.join(form.endings)}" for name, form in FORMATS.items())
-    return f"Found: {found}. Read are {read} (also .gz). If it is one: FORMAT:{folder}."
+    read += " (also .gz; iob needs a column of tags, such as O and B-Type)"
+    return f"Found: {found}. Read are {read}. If it is one: FORMAT:{folder}."
 
 
 def _format_of(path: Path) -> str | None:
@@ -166,17 +168,15 @@ def _find_candidates(
     candidates = {
         split: [files[entry] for entry, names in told.items() if names == [split]] for split in splits
     }
-    unread = [entry for entry, names in told.items() if len(names) != 1]
-    is_loose = all(entry.is_file() and not told[entry] for entry in unread)
     for entry in [entry for entry, names in told.items() if len(names) == 1 and entry.is_dir()]:
         _refuse_strays(entry, files[entry], kind)
+    unread = [entry for entry, names in told.items() if len(names) != 1]
+    is_loose = all(entry.is_file() and not told[entry] for entry in unread)
     if len(required) == 1 and unread and is_loose and not any(candidates.values()):
         candidates[required[0]], unread = [unread], []
     return candidates, unread
 
 
-def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]], unread: list[Path]) -> str:
-    if found:
 def _refuse_strays(folder: Path, own: Sequence[Path], kind: str) -> None:
     """Raise DataError where a split's folder holds more than its files in the corpus's format: it would be lost."""
     for path in entries_of(folder):
@@ -186,6 +186,8 @@ def _refuse_strays(folder: Path, own: Sequence[Path], kind: str) -> None:
             raise DataError(f"{path}: {what} is not read as {kind}; mend it, or move it elsewhere.")
 
 
+def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]], unread: list[Path]) -> str:
+    if found:
         names = ", ".join(paths[0].name if len(paths) == 1 else paths[0].parent.name + "/" for paths in found)
         return f"{folder}: {split} has {len(found)} candidates ({names}); keep one of them in the folder."
     what = f"{kind} file or sub-folder"

@@ -345,8 +345,8 @@ def test_bioc_json_is_bioc(tmp_path):
 
 WEBANNO = """#FORMAT=WebAnno TSV 3.2
 #T_SP=de.POS|coarse|pos
-#T_SP=webanno.custom.NamedEntity|identifier|value
 #T_RL=webanno.custom.Link|kind|BT_POS
+#T_SP=webanno.custom.NamedEntity|identifier|value
 
 
 #Text=😀 IL-2 and IL-4.
@@ -375,8 +375,6 @@ def test_webanno_layers_and_stacked_mentions(tmp_path):
         read(tmp_path, {"train.tsv": WEBANNO.replace("\tand\t", "\tor\t")})
 
 
-# --- Folders ----------------------------------------------------------------------------------------------------
-
 def test_webanno_escapes(tmp_path):
     rows = ["A\\\\B\t*\tX\t_\t_\t_\tX\\|Y\\[1\\]\t", "IL-2\t*\tX\t_\t_\t_\tGene\t"]
     tokens = "".join(f"3-{n}\t0-0\t{row}\n" for n, row in enumerate(rows, start=1))
@@ -385,6 +383,8 @@ def test_webanno_escapes(tmp_path):
     assert records[2].text == "A\\B\nIL-2\t."
     assert mentions(records[2:]) == [("A\\B", "X|Y[1]"), ("IL-2", "Gene")]
 
+
+# --- Folders ----------------------------------------------------------------------------------------------------
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path):
@@ -433,7 +433,10 @@ def test_a_lone_sub_folder_is_looked_into(tmp_path):
         ({"train.pdf": "x"}, "train.pdf is no text file"),
         ({"train.foo": "x"}, r"Found: .foo\. Read are brat: .txt .ann .a1; .*jsonl: .jsonl"),
         ({"train.jsonl": '{"sentence": "IL"}'}, "Found: .jsonl"),
-        ({"train.tsv": "sentence\tscore\nIL\t3\n"}, "Found: .tsv"),
+        (
+            {"train.tsv": "IL\tb-gene\nrose\to\n"},
+            "Found: .tsv. .*iob needs a column of tags, such as O and B-Type",
+        ),
         ({}, "Found: no file"),
     ],
 )
@@ -442,6 +445,9 @@ def test_what_is_not_read_is_named(tmp_path, files, named):
         read(tmp_path, files)
 
 
-def test_utf_16_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"train.tsv: UTF-16 text; convert it: iconv -f UTF-16"):
-        read(tmp_path, {"train.tsv": "IL\tB-X\n".encode("utf-16")})
+@pytest.mark.parametrize("name", ["train.tsv", "train.json"])
+@pytest.mark.parametrize("code", ["UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"])
+def test_utf_16_is_named(tmp_path, code, name):
+    named = rf"train.tsv: {code} text; convert it: iconv -f {code} |{name} is no text in UTF-8: .* with iconv"
+    with pytest.raises(DataError, match=named):
+        read(tmp_path, {name: "IL\tB-X\n".encode(code)})

@@ -248,6 +248,8 @@ def test_iob_offsets_are_code_points(tmp_path):
         "Aspirin\tNN\tB-Chemical\nhelps\tVB\tO\n\nNo\tUH\tO\n",
         "-DOCSTART-\tO\n\nAspirin\tB\nhelps\tO\n\n-DOCSTART-\tO\nNo\tO\n",
         " Aspirin \tB\nhelps\tO\n\u00a0\tO\n\nNo\tO\n",  # white space at a token's edges; a token of nothing else
+        "Aspirin\tB\rhelps\tO\r\rNo\tO\r",  # an old Mac's line ends
+        "Aspirin\tB\nhelps\tO\n\n\ufeffNo\tO\n",  # files that were joined
     ],
 )
 def test_iob_in_many_hands(tmp_path, content):
@@ -311,8 +313,6 @@ def test_a_column_of_ids_before_the_tokens_tells_documents(tmp_path):
     assert [record.doc_id for record in records] == [f"x_train_s0000{n}" for n in (1, 2, 3)]
 
 
-def test_iob_documents(tmp_path):
-    rows = "-DOCSTART- (d (1))\tO\n\na\tO\n\nb\tO\n\n###MEDLINE:95369245\n\nc\tB-X\n\n-DOCSTART-\tO\n\nd\tO\n"
 @pytest.mark.parametrize(
     "rows",
     [
@@ -343,6 +343,8 @@ def test_a_tag_of_two_or_with_a_number_is_refused(tmp_path, tag):
     assert counts.types == {"T103,T038": 1, "Gene/Protein 2": 1}
 
 
+def test_iob_documents(tmp_path):
+    rows = "-DOCSTART- (d (1))\tO\n\na\tO\n\nb\tO\n\n###MEDLINE:95369245\n\nc\tB-X\n\n-DOCSTART-\tO\n\nd\tO\n"
     records, counts = read_lines(tmp_path, rows)
     assert [record.doc_id for record in records] == ["d (1)", "d (1)", "95369245", "x_train_00003"]
     assert (counts.documents, counts.sentences) == (3, 4)
@@ -487,6 +489,7 @@ def test_sentences_are_the_documents_own_characters():
     text = "  Title of it \nIL-2 (cf. Fig. 1) rose\u00a0 (p < 0.05).  It fell, e.g. in mice.\r\n\r\nEnd\t"
     expected = ["Title of it", "IL-2 (cf. Fig. 1) rose\u00a0 (p < 0.05).", "It fell, e.g. in mice.", "End"]
     assert [text[start:end] for start, end in find_sentences(text)] == expected
+    assert find_lines("a\rb") == find_sentences("a\rb") == [(0, 1), (2, 3)]
     assert [text[start:end] for start, end in find_lines(text)] == [
         expected[0],
         "IL-2 (cf. Fig. 1) rose\u00a0 (p < 0.05).  It fell, e.g. in mice.",
@@ -606,9 +609,6 @@ def test_letters_may_be_written_in_ascii(tmp_path):
     (record,), counts = read_one(tmp_path, brat(text, *lines))
     assert mentions(record) == ["TNF-α", "Sjögren", "IL‑2", "5 µg"]
     assert (counts.folded, counts.respaced) == (4, 0)
-    with pytest.raises(DataError, match="the mention is 'TNF-a', but the text at 0-5 is 'TNF-b'"):
-        read_one(tmp_path, brat("TNF-b", "T1\tX 0 5\tTNF-a"))
-
     # One character for several, and no white space where the text has some.
     text, lines = (
         "nai\u0308ve \ufb01ber",
@@ -618,6 +618,9 @@ def test_letters_may_be_written_in_ascii(tmp_path):
     assert (record.spans, counts.folded) == (((0, 6), (0, 11), (7, 11)), 3)
     records, counts = read_one(tmp_path, brat("Lung\ncancer", "T1\tX 0 11\tLungcancer"))
     assert (records[0].spans, counts.respaced) == (((0, 11),), 1)
+    with pytest.raises(DataError, match="the mention is 'TNF-a', but the text at 0-5 is 'TNF-b'"):
+        read_one(tmp_path, brat("TNF-b", "T1\tX 0 5\tTNF-a"))
+
 
 def test_what_is_left_out_anyway_may_be_wrong(tmp_path):
     text = "Colon or rectal cancer in mice"
@@ -833,9 +836,6 @@ def test_a_split_may_be_a_folder_and_a_corpus_a_file(tmp_path):
         "test": "test",
     }
     assert set(find_source(folder).file_hashes()) == {"train/", "devel/", "test/"}
-    (only,) = read_corpus(folder / "train" / "a.iob2", splits=("test",)).values()
-    assert [record.text for record in only] == ["Aspirin helps", "No"] and only[0].dataset == "a"
-    loose = read_corpus(folder / "train", splits=("train",))
     for stray, content in (
         ("c.iob2", "IL\tGene\n"),
         ("more/c.iob2", GOOD_IOB),
@@ -847,6 +847,9 @@ def test_a_split_may_be_a_folder_and_a_corpus_a_file(tmp_path):
             read_corpus(folder)
         (folder / "train" / stray).unlink()
     (folder / "train/more").rmdir()
+    (only,) = read_corpus(folder / "train" / "a.iob2", splits=("test",)).values()
+    assert [record.text for record in only] == ["Aspirin helps", "No"] and only[0].dataset == "a"
+    loose = read_corpus(folder / "train", splits=("train",))
     assert len(loose["train"]) == 4
     with pytest.raises(
         DataError, match=r"no iob file or sub-folder whose name says train .* Not read: a.iob2"
@@ -863,6 +866,29 @@ def test_files_of_one_name_in_the_splits_folders_stay_apart(tmp_path):
         "x_test_data_s00001",
     ]
     assert set(corpus.source.file_hashes()) == {"train/data.conll", "devel/data.conll", "test/data.conll"}
+
+
+def test_files_whose_endings_tell_the_split_stay_apart(tmp_path):
+    names = ("eng.train", "eng.testa", "eng.testb")
+    corpus = read_corpus(write_files(tmp_path / "x", dict.fromkeys(names, GOOD_IOB)))
+    assert [records[0].doc_id for records in corpus.values()] == [
+        "x_train_eng_s00001",
+        "x_dev_eng_s00001",
+        "x_test_eng_s00001",
+    ]
+
+
+def test_what_a_file_is_shows_in_its_first_lines_however_long(tmp_path):
+    rows = "IL B-X\n" + 1300 * "some O\nword O\n"  # 16 kB end inside a word
+    assert mentions(read_one(tmp_path / "a", {"train.txt": rows})[0][0]) == ["IL"]
+    note = {"text": "IL " + 20_000 * "x", "label": [[0, 2, "X"]]}
+    assert mentions(read_one(tmp_path / "b", {"train.jsonl": json_lines([note])})[0][0]) == ["IL"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "train.tsv").symlink_to(tmp_path / "nowhere.tsv")
+    with pytest.raises(DataError, match=r"train.tsv: neither a file nor a folder, or a link to what is not"):
+        read_corpus(tmp_path, splits=("train",))
 
 
 def test_texts_about_a_corpus_are_no_documents(tmp_path):
@@ -1070,6 +1096,14 @@ def test_hub_documents_in_bigbio_columns(tmp_path):
             r"train row 0: no column ner_tags or tags .* it has classes, tokens",
         ),
         ({"tokens": "ab", "ner_tags": "BO"}, r"train row 0: tokens and ner_tags must be lists"),
+        (
+            {"tokens": ["a", None], "ner_tags": ["O", "O"]},
+            r"train row 0: tokens has an empty entry; was it the word NA",
+        ),
+        (
+            {"tokens": ["a", "b"], "ner_tags": ["O", None]},
+            r"train row 0: ner_tags has an empty entry; store O for no",
+        ),
         ({"tokens": ["a"], "ner_tags": [["O"]]}, r"train row 0: ner_tags has numbers without names"),
         (
             {"passages": [{"text": ["a"]}], "entities": []},
@@ -1116,14 +1150,6 @@ BAD = {
     "iob: empty": ({"train.tsv": "\n\n"}, r"train.tsv: the file has no sentences"),
     "iob: no entity": ({"train.tsv": "IL\tO\n"}, r"no entity in train; is this an annotated corpus\?"),
     "brat: .ann alone": (
-        (
-            {"tokens": ["a", None], "ner_tags": ["O", "O"]},
-            r"train row 0: tokens has an empty entry; was it the word NA",
-        ),
-        (
-            {"tokens": ["a", "b"], "ner_tags": ["O", None]},
-            r"train row 0: ner_tags has an empty entry; store O for no",
-        ),
         {"train/a.ann": "", "train/b.txt": "IL", "train/b.ann": GOOD_ANN},
         r"a.ann: no a.txt beside it",
     ),
