@@ -122,9 +122,12 @@ def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
     choices = tuple(word for word in overrides if word.partition("=")[0] in _GROUPS - PARAMETER_NAMES)
     try:
         config = _compose_choices(choices).copy()
-        for value in OverridesParser.create().parse_overrides(
-            [word for word in overrides if word not in {*named_as_group, *choices}]
-        ):
+        parser = OverridesParser.create()
+        for word in [word for word in overrides if word not in {*named_as_group, *choices}]:
+            try:
+                value = parser.parse_override(word)
+            except HydraException:  # at ~ or ä, say, that are not in quotes
+                value = parser.parse_override(_quote(word))
             if value.is_sweep_override():
                 raise ParameterError(f"{value.input_line}: one value is wanted. A list is written [a,b].")
             config[value.key_or_group] = value.value()
@@ -138,6 +141,17 @@ def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
         return cast(Mapping[str, Any], OmegaConf.to_container(config, resolve=True))
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ParameterError(str(error).strip().splitlines()[0][:200]) from None
+
+
+def _quote(word: str) -> str:
+    """``corpora=[~/ä,b]`` as ``corpora=['~/ä','b']``."""
+    name, _, value = word.partition("=")
+    listed = re.fullmatch(r"\[(.*)\]", value, re.DOTALL)
+    items = re.findall(r"""\s*('[^']*'|"[^"]*"|[^,]+)""", listed[1]) if listed else [value]
+    quoted = [
+        item if item[:1] in ("'", '"', "") else "'" + item.strip().replace("'", "\\'") + "'" for item in items
+    ]
+    return f"{name}=[{','.join(quoted)}]" if listed else f"{name}={quoted[0]}"
 
 
 @cache

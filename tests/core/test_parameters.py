@@ -253,6 +253,19 @@ def test_several_mistakes_are_told_at_once():
     assert "lora_rank=0" in str(error.value) and "seed=-1" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("[hub:owner/name#config]", ["hub:owner/name#config"]),
+        ("[hub:Größe/a, 'hub:b,c']", ["hub:Größe/a", "hub:b,c"]),
+        ("[hub:it's (1)/a=b&c]", ["hub:it's (1)/a=b&c"]),
+        ("hub:~/コーパス", ["hub:~/コーパス"]),
+    ],
+)
+def test_a_value_needs_no_quotes(written, value):
+    assert compose_parameters([f"corpora={written}"]).corpora == value
+
+
 def test_overrides_may_be_spelled_as_in_the_brief():
     expected = compose_parameters(["subsample=0.1", "run_test_eval=true"])
     assert compose_parameters(["--subsample", "0.1", "+run_test_eval=true"]) == expected
