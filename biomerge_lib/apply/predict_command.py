@@ -43,7 +43,7 @@ def predict_texts(options: Namespace) -> None:
 
         print(describe_cues(find_manifest(adapter=options.adapter, model=options.model)))
         return
-    kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix, "text")
+    kind = options.format or FORMAT_OF_ENDING.get(Path(options.out or "").suffix.lower(), "text")
     if kind == "brat" and not options.out:
         raise ParameterError("--format brat writes a .txt and an .ann for each text: give --out FOLDER.")
     if kind != "brat" and options.out and os.path.isdir(options.out):

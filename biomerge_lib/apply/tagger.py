@@ -23,8 +23,8 @@ from biomerge_lib.core.spans import FoundMention, Span, is_inside
 from biomerge_lib.corpora.sentences import iter_sentences
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
 
-# No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL).
-_PIECE = re.compile(r"[^\W_]{1,60}|[^\w\s]|_")
+# No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL). Accents stay at their letters.
+_PIECE = re.compile(r"[^\W_](?:[^\W_]|[\u0300-\u036f]){0,59}|[^\w\s]|_")
 _SPACE = re.compile(r"\s*")
 # The first answers come soon: so many sentences are asked at first, then this times as many.
 FIRST, GROWTH = 4, 4
@@ -100,7 +100,7 @@ class Tagger:
         Raises:
             TypeError: a text is no string.
             ParameterError: the threshold is no probability.
-            DataError: a threshold, and a server that gives no probabilities.
+            DataError: a text has lone surrogates; a threshold, and a server that gives no probabilities.
             ServerError: a vLLM server cannot be reached or refuses.
         """
         if threshold is not None and not 0 <= threshold <= 1:
@@ -111,6 +111,8 @@ class Tagger:
         for number, text in enumerate(texts, 1):
             if not isinstance(text, str):
                 raise TypeError(f"text {number} is no string: {text!r:.60}")
+            if re.search("[\ud800-\udfff]", text):
+                raise DataError(f"text {number} is not Unicode (lone surrogates): {text!r:.60}")
             queue.append(_Open(text))
             for sentence in iter_sentences(text):
                 queue[-1].waiting += 1

@@ -14,7 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TextIO
 
@@ -113,11 +113,11 @@ def write_brat(tagged: Iterable[Tagged], folder: Path | str) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     for text in join_parts(tagged):
-        name = re.sub(r"[^\w.-]+", "_", text.doc_id).lstrip(".") or "text"
-        seen[name] = seen.get(name, 0) + 1
-        name = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        own = re.sub(r"[^\w.-]+", "_", text.doc_id).lstrip(".") or "text"
+        name = next(name for n in count(1) if (name := own if n == 1 else f"{own}-{n}") not in seen)
+        seen.add(name)
         for ending, content in ((".txt", text.text), (".ann", "".join(_brat_lines(text)))):
             try:
                 with (folder / f"{name}{ending}").open("x", encoding="utf-8", newline="") as out:

@@ -1,10 +1,12 @@
 """What `predict` reads and writes: readers read back what writers wrote, long texts stream, bad input is named."""
 
+import gzip
 import html
 import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import tracemalloc
@@ -91,6 +93,12 @@ def test_brat_reads_back(tmp_path):
         write_brat(TAGGED, tmp_path)
 
 
+def test_brat_files_of_one_name_make_room_for_each_other(tmp_path):
+    write_brat([Tagged(name, name, []) for name in ("a", "a", "a-2", "a")], tmp_path)
+    names = sorted((path.stem, path.read_text()) for path in tmp_path.glob("*.txt"))
+    assert names == [("a", "a"), ("a-2", "a"), ("a-2-2", "a-2"), ("a-3", "a")]
+
+
 @pytest.mark.parametrize("spaced", [True, False])
 def test_conll_reads_back(tmp_path, spaced):
     path = tmp_path / "out.conll"
@@ -121,11 +129,13 @@ def test_every_format_of_texts_is_found(tmp_path, caplog):
         '{"text": "One.", "id": 3}\n\n{"input": "<NER> Two .", "target": "<TAG>"}\n'
     )
     (tmp_path / "d.txt").write_text(" \n")
+    (tmp_path / "e.TXT.gz").write_bytes(gzip.compress(b"Packed."))
     assert list(iter_texts([tmp_path])) == [
         Text("a", "Aspirin."),
         Text("7", "Title.\nAbstract."),
         Text("3", "One."),
         Text("c-3", "Two ."),
+        Text("e", "Packed."),
     ]
     assert "document 'd' is empty" in caplog.text
 
@@ -140,6 +150,11 @@ def test_every_format_of_texts_is_found(tmp_path, caplog):
             r"a\.txt:2: not UTF-8 \(byte 9 of the file\)\. If it is Latin-1: iconv -f latin1",
         ),
         ("a.txt", "IL-2".encode("utf-16"), r"a\.txt: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
+        (
+            "a.txt",
+            "IL-2".encode("utf-16-le"),
+            r"a\.txt: UTF-16LE text; convert it: iconv -f UTF-16LE -t UTF-8",
+        ),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"body": "x"}', r"a\.jsonl:1: no text"),
         ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1: not UTF-8"),
@@ -160,7 +175,9 @@ def test_what_is_no_prose_or_no_text_is_not_read_as_one(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("id,text\n1,Aspirin helps\n")
     (tmp_path / "blank.txt").write_text(" \n")
+    os.mkfifo("pipe")
     said = {
+        ("--file", "pipe"): "pipe: a pipe, which is read once: --file - < pipe",
         ("a.csv",): "a.csv is there as a file or folder; to read it: predict --file a.csv",
         (
             "--file",
@@ -317,6 +334,10 @@ def test_a_mention_has_its_place_words_and_score(scoring):
 def test_what_is_no_text_or_no_probability_is_named(scoring, capsys):
     with pytest.raises(TypeError, match="text 2 is no string: nan"):
         scoring.predict(["a b", float("nan")])
+    assert main(["predict", "caf\udce9 x"]) == 2  # a byte of Latin-1 on the command line
+    assert capsys.readouterr().err.startswith(
+        "error: text 1 is not Unicode (lone surrogates): 'caf\\udce9 x'"
+    )
     with pytest.raises(ParameterError, match=r"threshold=50 is no probability: give one from 0 to 1"):
         scoring.predict("a b", threshold=50)
     for wrong in ("1.5", "nan", "-0.1"):
@@ -331,6 +352,9 @@ def test_piped_text_is_read(scoring, monkeypatch, capsys, words):
     line = json.loads(capsys.readouterr().out)
     assert (line["doc_id"], line["text"]) == ("stdin", "Übelkeit trat auf.\n")
     assert line["mentions"] == [{"start": 0, "end": 8, "text": "Übelkeit", "score": 0.9}]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Nausea".encode("utf-16-le"))))
+    assert main(["predict", *words]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input: UTF-16LE text; convert it")
 
 
 def test_a_page_of_mentions_keeps_the_text_and_loads_nothing(scoring, tmp_path, capsys):

@@ -23,6 +23,13 @@ def test_every_shown_span_maps_back_to_the_same_words(sentence):
             assert shown[before : before + length].replace(" ", "") == sentence[start:end].replace(" ", "")
 
 
+def test_accents_stay_at_their_letters():
+    text = "Sjo\u0308gren\u0301s-x" + 70 * "e\u0301"
+    pieces = [text[start:end] for start, end in find_pieces(text, spaced=True)]
+    assert pieces[:2] == ["Sjo\u0308gren\u0301s", "-"] and "".join(pieces) == text
+    assert max(map(len, pieces)) == 60
+
+
 def test_offsets_are_those_of_the_whole_document(tokenizer):
     seen = []
 
