@@ -24,11 +24,12 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
     """Read a file's sentences; two values of a token (``A[1]|B[2]``) belong to two mentions.
 
     Raises:
-        DataError: several layers hold spans and none is of named entities, or a line is no token of its sentence
-            (named as ``file:line``).
+        DataError: several layers hold spans and none is of named entities, a line is no token of its sentence, or a
+            mention goes over its end (named as ``file:line``).
     """
     lines = list(enumerate(split_lines(read_text(path)), start=1))
     features = _find_features([line for _, line in lines if line.startswith("#T_")], path)
+    reached: set[tuple[str, str]] = set()  # the mentions of the last token
     for is_sentence, block in groupby(lines, key=lambda numbered: numbered[1].strip() != ""):
         sentence = list(block)
         said = [line.removeprefix(_TEXT) for _, line in sentence if line.startswith(_TEXT)]
@@ -46,16 +47,21 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
             if start < 0:
                 where = f"{path}:{number}"
                 raise DataError(f"{where}: expected a token of {text[:40]!r}, found {line[:40]!r}.")
-            token = (start, start + len(words))
+            is_first, token = end == 0, (start, start + len(words))
             end = end if is_part else token[1]
             # Of "identifier|value" the value is the type.
             values = [columns[at] for at in features if columns[at] not in ("_", "")]
             named = [value for value in values if value[0] != "*"]
+            before, reached = reached, set()
             for value in re.split(r"(?<!\\)\|", (named or values or [""])[-1]):
                 kind, mention = (*re.split(r"(?<!\\)\[", value), "")[:2]
                 key = (UNTYPED if kind == "*" else kind.replace("\\", ""), mention or f"line {number}")
                 if kind:
                     found[key] = (found.get(key, token)[0], token[1])
+                    reached.add(key)
+            if is_first and before & reached:
+                problem = f"the mention {columns[max(features)]!r} begins in the sentence before"
+                raise DataError(f"{path}:{number}: {problem}; end it there, or join the sentences.")
         where = f"{path}:{sentence[0][0]}"
         mentions = tuple(Mention((span,), kind, None, where) for (kind, _), span in found.items())
         if text:

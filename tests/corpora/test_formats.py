@@ -387,6 +387,17 @@ def test_webanno_escapes(tmp_path):
 # --- Folders ----------------------------------------------------------------------------------------------------
 
 
+def test_a_mention_over_a_webanno_sentence_s_end_is_refused(tmp_path):
+    head = "#FORMAT=WebAnno TSV 3.3\n#T_SP=x.NamedEntity|value\n\n"
+    sentences = (
+        "\n#Text=E.\n1-1\t0-2\tE.\tX[1]\t\n\n#Text=coli rose\n2-1\t3-7\tcoli\tX[{}]\t\n2-2\t8-12\trose\t_\t\n"
+    )
+    corpus = read(tmp_path, {"train.tsv": head + sentences.format(2)})
+    assert mentions(corpus["train"]) == [("E.", "X"), ("coli", "X")]
+    with pytest.raises(DataError, match=r"train.tsv:9: the mention 'X\[1\]' begins in the sentence before"):
+        read(tmp_path, {"train.tsv": head + sentences.format(1)})
+
+
 def test_a_data_set_that_was_saved_to_disk(tmp_path):
     from datasets import Dataset, DatasetDict
 
