@@ -21,11 +21,14 @@ from biomerge_lib.corpora.formats import Format, by_file, ending_of, first_line,
 # What a field may be called, and what it may be; the first name that there is counts.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "text": (("text", "tokenized_text", "data", "content", "sentence"), (str, list)),
-    "mentions": (("spans", "entities", "denotations", "ents", "ner", "label", "labels"), (list,)),
+    "mentions": (
+        ("spans", "entities", "denotations", "ents", "ner", "label", "labels", "annotations"),
+        (list,),
+    ),
     "start": (("start", "start_offset", "begin"), (int,)),
     "end": (("end", "end_offset"), (int,)),
     "words": (("text",), (str, type(None))),
-    "type": (("label", "labels", "obj", "type"), (str, list, type(None))),
+    "type": (("label", "labels", "obj", "type"), (str, int, list, type(None))),
 }
 _DOCBIN = ".spacy"
 
@@ -84,7 +87,7 @@ def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
         inside = range(len(places))
         spans = [(places[a][0], places[b][1]) if a in inside and b in inside else (-1, -1) for a, b in spans]
     kind = _field(item, "type", where, "")
-    kind = "|".join(map(str, kind)) if isinstance(kind, list) else kind
+    kind = "|".join(map(str, kind if isinstance(kind, list) else ["" if kind is None else kind]))
     if kind == "O":
         raise DataError(f"{where}: a mention has type O, as a tag outside of mentions; give mentions alone.")
     return Mention(tuple(spans), kind or UNTYPED, _field(item, "words", where, None), where)

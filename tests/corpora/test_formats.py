@@ -191,6 +191,9 @@ def test_mentions_are_found_wherever_a_tool_has_put_them(tmp_path):
     for row in rows:
         corpus = read(tmp_path, {"train.json": json.dumps([row])})
         assert mentions(corpus["train"]) == [("IL-2", "Gene"), ("mice", "Species")]
+    raw = [{"label": number, "start_offset": 4, "end_offset": 8, "user": 1} for number in (0, 3)]
+    doccano = {"text": TEXT, "annotations": raw, "meta": {}}
+    assert mentions(read(tmp_path, {"train.json": json.dumps([doccano])})["train"]) == [("IL-2", "0|3")]
     wrapped = {
         "classes": ["GENE"],
         "annotations": [[TEXT, {"entities": [gene]}]],
