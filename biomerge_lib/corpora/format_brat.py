@@ -28,7 +28,10 @@ def read_brat(paths: Sequence[Path], counts: ReadCounts) -> Iterator[Document]:
     """
     pairs: dict[str, dict[bool, Path]] = {}
     for path in sorted(paths, key=lambda path: ending_of(path) == ".ann"):  # which comes before .a1
-        pairs.setdefault(stem_of(path), {})[ending_of(path) == ".txt"] = path
+        pair, is_text = pairs.setdefault(stem_of(path), {}), ending_of(path) == ".txt"
+        if is_text in pair and ending_of(pair[is_text]) == ending_of(path):  # .ann and .ann.gz
+            raise DataError(f"{path}: {pair[is_text].name} stands beside it; keep one of them.")
+        pair[is_text] = path
     for name, pair in pairs.items():
         if len(pair) < 2:
             path, missing = next(iter(pair.values())), f"{name}.txt" if False in pair else f"{name}.ann"

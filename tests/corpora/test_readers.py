@@ -1157,6 +1157,10 @@ BAD = {
         {"train/a.txt": "IL", "train/b.txt": "IL", "train/b.ann": GOOD_ANN},
         r"a.txt: no a.ann beside",
     ),
+    "brat: packed and not": (
+        {"train/a.txt": "IL", "train/a.ann": GOOD_ANN, "train/a.ann.gz": b""},
+        r"a.ann.gz: a.ann stands beside it",
+    ),
     "brat: text not UTF-8": (
         {"train/a.txt": b"IL\n\n\xff", "train/a.ann": GOOD_ANN},
         r"a.txt:3: not UTF-8 \(byte 5",
