@@ -194,13 +194,13 @@ def _find_problem(mention: Mention, parts: Sequence[Span], document: Document) -
         return f"{mention.where}: the mention at {offsets} is only white space."
     if mention.words is None or found == mention.words:
         return None
-    # Tools drop line breaks, and differ in how they join parts and write accents and ligatures.
-    one, other = ("".join(normalize("NFKC", words).split()) for words in (found, mention.words))
-    pairs = zip(one, other, strict=False)
-    # One of them may have characters in ASCII: TNF-a for TNF-α.
-    is_same = (a == b or (a.isascii() != b.isascii() and a.isalpha() == b.isalpha()) for a, b in pairs)
-    if len(one) == len(other) and all(is_same):
-        return None
+    for glue in (" ", ""):  # tools drop line breaks, and differ in how they join parts and write accents
+        one, other = (glue.join(normalize("NFKC", words).split()) for words in (found, mention.words))
+        pairs = zip(one, other, strict=False)
+        # One of them may have characters in ASCII: TNF-a for TNF-α.
+        is_same = (a == b or (a.isascii() != b.isascii() and a.isalpha() == b.isalpha()) for a, b in pairs)
+        if len(one) == len(other) and all(is_same):
+            return None
     return (
         f"{mention.where}: the mention is {mention.words!r}, but the text at {offsets} is {found!r}. "
         "Offsets count code points from 0, the end is exclusive. If it is one of few: bad_mentions=skip."

@@ -605,7 +605,7 @@ def test_offsets_in_two_other_units_at_once(tmp_path, text, start, unit):
 
 def test_letters_may_be_written_in_ascii(tmp_path):
     text = "TNF-α, Sjögren and IL‑2 in 5 µg"
-    lines = ["T1\tX 0 5\tTNF-a", "T2\tX 7 14\tSjogren", "T3\tX 19 23\tIL-2", "T4\tX 27 31\t5 ug"]
+    lines = ["T1\tX 0 5\tTNF-a", "T2\tX 7 14\tSjogren", "T3\tX 19 23\tIL 2", "T4\tX 27 31\t5 ug"]
     (record,), counts = read_one(tmp_path, brat(text, *lines))
     assert mentions(record) == ["TNF-α", "Sjögren", "IL‑2", "5 µg"]
     assert (counts.folded, counts.respaced) == (4, 0)
