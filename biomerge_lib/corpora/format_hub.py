@@ -46,7 +46,8 @@ def find_hub(name: str, dataset: str, splits: Sequence[str], optional: Collectio
 
     path, _, config = name.partition("#")
     try:
-        saved = [state.parent for state in sorted(Path(path).glob("*/state.json"))]  # by save_to_disk
+        states = [*Path(path).glob("state.json"), *sorted(Path(path).glob("*/state.json"))]
+        saved = [state.parent for state in states]  # by save_to_disk
         available = {split.name: load_from_disk(split) for split in saved} or load_dataset(
             path, config or None, streaming=True
         )

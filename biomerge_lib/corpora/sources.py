@@ -103,7 +103,7 @@ def _find_format(folder: Path) -> str:
         return "hub"
     places = [folder] if folder.is_file() else []
     for entry in [] if folder.is_file() else entries_of(folder):
-        places += [entry] if entry.is_file() else entries_of(entry) if splits_of(entry.name) else []
+        places += entries_of(entry) if entry.is_dir() and splits_of(entry.name) else [entry]
     formats = list(dict.fromkeys(filter(None, map(_format_of, places))))
     if len(formats) > 1:  # a stray table or text beside the corpus names no split
         named = [kind for kind in formats if any(_find_candidates(folder, kind, SPLITS, SPLITS)[0].values())]
@@ -182,8 +182,8 @@ def _refuse_strays(folder: Path, own: Sequence[Path], kind: str) -> None:
     for path in entries_of(folder):
         inside = path.rglob("*") if path.is_dir() else [path] if not _ABOUT.fullmatch(stem_of(path)) else []
         if path not in own and any(ending_of(one) in FORMATS[kind].endings for one in inside):
-            what = "a folder in a split's, which" if path.is_dir() else "among a split's files, but"
-            raise DataError(f"{path}: {what} is not read as {kind}; mend it, or move it elsewhere.")
+            lies = f"it lies in a split's folder and is not read as {kind}"
+            raise DataError(f"{path}: {lies}; mend it, or move it elsewhere.")
 
 
 def _explain_splits(folder: Path, kind: str, split: str, found: list[list[Path]], unread: list[Path]) -> str:

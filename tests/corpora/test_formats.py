@@ -387,9 +387,6 @@ def test_webanno_escapes(tmp_path):
     assert mentions(records[2:]) == [("A\\B", "X|Y[1]"), ("IL-2", "Gene")]
 
 
-# --- Folders ----------------------------------------------------------------------------------------------------
-
-
 def test_a_mention_over_a_webanno_sentence_s_end_is_refused(tmp_path):
     head = "#FORMAT=WebAnno TSV 3.3\n#T_SP=x.NamedEntity|value\n\n"
     sentences = (
@@ -399,6 +396,9 @@ def test_a_mention_over_a_webanno_sentence_s_end_is_refused(tmp_path):
     assert mentions(corpus["train"]) == [("E.", "X"), ("coli", "X")]
     with pytest.raises(DataError, match=r"train.tsv:9: the mention 'X\[1\]' begins in the sentence before"):
         read(tmp_path, {"train.tsv": head + sentences.format(1)})
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------
 
 
 def test_a_data_set_that_was_saved_to_disk(tmp_path):
@@ -451,6 +451,7 @@ def test_a_lone_sub_folder_is_looked_into(tmp_path):
             {"train.tsv": "IL\tb-gene\nrose\to\n"},
             "Found: .tsv. .*iob needs a column of tags, such as O and B-Type",
         ),
+        ({"a/train.tsv": "IL\tB\n", "b/train.tsv": "IL\tB\n"}, "Found: sub-folder a, sub-folder b"),
         ({}, "Found: no file"),
     ],
 )
