@@ -28,7 +28,10 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "start": (("start", "start_offset", "begin"), (int,)),
     "end": (("end", "end_offset"), (int,)),
     "words": (("text",), (str, type(None))),
-    "type": (("label", "labels", "obj", "type"), (str, int, list, type(None))),
+    "type": (
+        ("label", "labels", "obj", "type", "tag", "category", "entity_type", "entity_group", "entity"),
+        (str, int, list, type(None)),
+    ),
 }
 _DOCBIN = ".spacy"
 
@@ -149,7 +152,7 @@ def _has(path: Path) -> bool:
     keys = json_keys(path)
     is_list = first_line(path).lstrip().startswith("[")
     has_text = is_list or not keys.isdisjoint({*FIELDS["text"][0], "classes"})
-    has_mentions = not keys.isdisjoint({*FIELDS["mentions"][0], "result", "sourcedb"})
+    has_mentions = not keys.isdisjoint({*FIELDS["mentions"][0], "result", "sourcedb", "answer"})
     return has_text and has_mentions and not has_tags(keys) and keys.isdisjoint({"input", "passages"})
 
 

@@ -159,10 +159,10 @@ def entries_of(folder: Path) -> list[Path]:
     """A folder's entries in order, without hidden ones (a Mac's ``._`` files); of a lone sub-folder those inside.
 
     Raises:
-        DataError: one is neither a file nor a folder.
+        DataError: one with an ending is neither a file nor a folder.
     """
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
-    if broken := next((path for path in entries if not (path.is_file() or path.is_dir())), None):
+    if broken := next((one for one in entries if one.suffix and not (one.is_file() or one.is_dir())), None):
         raise DataError(f"{broken}: neither a file nor a folder, or a link to what is not there; remove it.")
     is_lone = len(entries) == 1 and entries[0].is_dir() and not splits_of(entries[0].name)
     return entries_of(entries[0]) if is_lone else entries

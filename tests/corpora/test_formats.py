@@ -194,6 +194,9 @@ def test_mentions_are_found_wherever_a_tool_has_put_them(tmp_path):
     raw = [{"label": number, "start_offset": 4, "end_offset": 8, "user": 1} for number in (0, 3)]
     doccano = {"text": TEXT, "annotations": raw, "meta": {}}
     assert mentions(read(tmp_path, {"train.json": json.dumps([doccano])})["train"]) == [("IL-2", "0|3")]
+    for name in ("tag", "category", "entity"):
+        row = {"text": TEXT, "entities": [{"start": 4, "end": 8, name: "Gene"}]}
+        assert mentions(read(tmp_path, {"train.json": json.dumps([row])})["train"]) == [("IL-2", "Gene")]
     wrapped = {
         "classes": ["GENE"],
         "annotations": [[TEXT, {"entities": [gene]}]],
@@ -215,7 +218,9 @@ def test_label_studio_says_more_of_a_mention_than_its_label(tmp_path):
 def test_what_an_annotator_did_not_accept_is_no_text(tmp_path):
     rejected = [TOOLS["Prodigy"] | {"answer": answer} for answer in ("reject", "ignore")]
     untouched = TOOLS["Label Studio"] | {"annotations": []}
-    empty = {"text": "Nothing here.", "answer": "accept"}
+    empty = {"text": "Nothing here.", "tokens": [], "answer": "accept"}
+    with pytest.raises(DataError, match="no entity in train"):
+        read(tmp_path, {"train.jsonl": f"{json.dumps(empty)}\n"})
     rows = [TOOLS["Prodigy"], *rejected, untouched, empty, empty | {"spans": None}]
     corpus = read(tmp_path, {"train.jsonl": "".join(f"{json.dumps(row)}\n" for row in rows)})
     assert [record.text for record in corpus["train"]] == [TEXT, "Nothing here.", "Nothing here."]
