@@ -141,8 +141,7 @@ def _iter_docbin(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: {missing}") from None
     docs = spacy.tokens.DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab)
     for number, doc in enumerate(docs, start=1):
-        fields = doc.to_json()
-        yield f"{path} item {number}", fields
+        yield f"{path} item {number}", doc.to_json()
 
 
 def _has(path: Path) -> bool:

@@ -26,8 +26,6 @@ _SPLIT_PATTERNS = {
     split: re.compile(r"(?<![a-z])(?:{0})(?![a-z])|(?:{0})set(?![a-z])".format("|".join(words)))
     for split, words in SPLIT_WORDS.items()
 }
-
-
 # How text in wide characters begins; without a byte order mark it is taken to begin in ASCII.
 _WIDE = {
     "UTF-32": rb"\xff\xfe\0\0|\0\0\xfe\xff",
@@ -135,8 +133,8 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        what, code = f":{line}: not UTF-8 (byte {error.start + 1} of the file). If it is Latin-1: ", "latin1"
-        raise DataError(f"{path}{what}iconv -f {code} -t UTF-8 {path} > NEW_FILE") from None
+        what = f"not UTF-8 (byte {error.start + 1} of the file). If it is Latin-1"
+        raise DataError(f"{path}:{line}: {what}: iconv -f latin1 -t UTF-8 {path} > NEW_FILE") from None
 
 
 def refuse_utf16(content: bytes, path: Path | str) -> None:
