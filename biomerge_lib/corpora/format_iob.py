@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError, nearest
@@ -129,7 +129,7 @@ class _Layout:
     token_at: int = 0
     tag_at: int = 1
     has_ids: bool = False  # of documents, in the first column
-    has_blanks: bool = True  # at the ends of sentences
+    ends_at: str = ""  # what ends a sentence where no blank line does: "another" id, or a number that "falls"
     has_types: bool = False
     names_line: int = 0
 
@@ -141,19 +141,14 @@ class _Layout:
         return row[: self.width] if len(row) > self.width and not any(row[self.width :]) else row
 
     def number(self, lines: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """The lines with their numbers, and a blank one at the end.
-
-        Where none ends a sentence, one stands before another id or a running number that begins anew.
-        """
+        """The lines with their numbers, and a blank one at the end and where the first column ends a sentence."""
         before = ""
         for number, line in enumerate([*lines, ""], start=1):
-            if not self.has_blanks and line.strip() and not line.startswith(_NO_ROW):
-                first = self.split(line)[0].strip()
-                is_smaller = (len(first), first) <= (len(before), before)
-                are_numbers = first.isdecimal() and before.isdecimal()
-                if first not in ("", before) if self.has_ids else are_numbers and is_smaller:
+            if self.ends_at and line.strip() and not line.startswith(_NO_ROW):
+                first = self.split(line)[0].strip() or before
+                if first != before if self.ends_at == "another" else _number_of(first) <= _number_of(before):
                     yield number, ""
-                before = first or before
+                before = first
             yield number, line
 
     def read(self, line: str, where: str) -> tuple[str, str, ParsedTag]:
@@ -210,8 +205,24 @@ def _find_layout(lines: Sequence[str], how: Reading, path: Path) -> _Layout:
     layout.token_at = token_at
     if 0 not in (token_at, layout.tag_at):
         layout.has_ids = is_repetitive(columns[0]) or find_implausible(columns[0]) == GAPS
-        layout.has_blanks = "\n\n" in "\n".join(map(str.strip, lines)).strip()
+        layout.ends_at = _find_sentence_ends(lines, columns[0], has_ids=layout.has_ids)
     return layout
+
+
+def _find_sentence_ends(lines: Sequence[str], first: Sequence[str], *, has_ids: bool) -> str:
+    """What in the first column ends a sentence where no blank line does, as ``ends_at`` has it."""
+    if "\n\n" in "\n".join(map(str.strip, lines)).strip():
+        return ""
+    numbers = [number for number in map(_number_of, first) if number >= 0]
+    is_numbered = 2 * len(numbers) > len(first)
+    if is_numbered and not has_ids and any(one > other for one, other in pairwise(numbers)):
+        return "falls"
+    return "another" if has_ids or (is_numbered and len(set(numbers)) < len(numbers)) else ""
+
+
+def _number_of(cell: str) -> int:
+    """A running number; -1 for what is none."""
+    return int(cell) if re.fullmatch("[0-9]{1,9}", cell) else -1
 
 
 def _rows_of(lines: Iterable[str]) -> Iterator[tuple[int, str]]:

@@ -318,6 +318,7 @@ def test_a_column_of_ids_before_the_tokens_tells_documents(tmp_path):
     [
         "1\tIL-2\tB-Gene\n1\trose\tO\n1\t.\tO\n2\tNo\tO\n2\t.\tO\n2\t.\tO\n",  # sentences by their numbers
         "1 IL-2 B-Gene\n2 rose O\n3 . O\n1 No O\n2 . O\n3 . O\n",  # tokens by theirs
+        "0 IL-2 B-Gene\n5 rose O\n9 . O\n0 No O\n3 . O\n4 . O\n",  # by where they start
         "Sentence\tWord\tTag\nSentence: 1\tIL-2\tB-Gene\n\trose\tO\n\t.\tO\nSentence: 2\tNo\tO\n\t.\tO\n\t.\tO\n",
     ],
 )
@@ -327,9 +328,12 @@ def test_a_column_ends_sentences_where_no_blank_line_does(tmp_path, rows):
         ("IL-2 rose .", ["IL-2"]),
         ("No . .", []),
     ]
-    with pytest.raises(
-        DataError, match=r"train.tsv:4: unknown tag 'X'"
-    ):  # lines are counted as the file has them
+    for firsts in ("1 1", "1 2", "x y", "1 2 3", "5 x 5 y z"):  # nothing ends a sentence
+        rows = "".join(f"{first}\tno\tO\n" for first in firsts.split())
+        [record], _ = read_lines(tmp_path, rows, token_column=1)
+        assert record.text.split() == ["no"] * len(firsts.split())
+    # Lines are counted as the file has them.
+    with pytest.raises(DataError, match=r"train.tsv:4: unknown tag 'X'"):
         read_lines(tmp_path, "1\ta\tB\n2\tb\tO\n1\tc\tO\n2\td\tX\n")
 
 
