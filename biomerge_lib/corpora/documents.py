@@ -4,7 +4,7 @@ What every reader of documents keeps to:
 
 - Offsets are 0-based, half-open, in code points of the text as its file has it: each half of CRLF counts one. Files
   that count otherwise (UTF-8 bytes, UTF-16 units, CRLF as one, no byte order mark, or two of these) are understood
-  where code points fail and more mentions then fit their words; such texts are counted (``offset_units``).
+  where more mentions then fit their words; such texts are counted (``offset_units``).
 - ``text[start:end]`` is the annotated mention. White space may be written differently in the annotation (a space for
   a line break, or nothing; counted as ``respaced``), and so may letters (``TNF-a`` for ``TNF-α``, one ``é`` for ``e``
   with an accent; ``folded``). White space at a mention's edges is left out (``trimmed``). A mention whose file does not
@@ -114,19 +114,21 @@ def read_spans(
         DataError: a mention is empty, outside the text, or differs from its words (named as ``file:line``).
     """
     text = document.text
-    tried: list[tuple[list[str], str, list[_Placed]]] = []
+    tried: list[tuple[list[str], int, str, list[_Placed]]] = []
     for unit, places in _units(text):
         placed = [_place(mention, places, document, types, discontinuous) for mention in document.mentions]
-        tried.append(([one.problem for one in placed if one.problem and not one.left_out], unit, placed))
-        if not tried[-1][0] or all(mention.words is None for mention in document.mentions):
+        problems = [one.problem for one in placed if one.problem and not one.left_out]
+        folded = sum(one.is_folded and not one.left_out for one in placed)
+        tried.append((problems, folded, unit, placed))
+        if not (problems or folded) or all(mention.words is None for mention in document.mentions):
             break
-    problems, unit, placed = min(tried, key=lambda way: len(way[0]))
+    problems, _, unit, placed = min(tried, key=lambda way: (len(way[0]), way[1]))
     if problems and bad_mentions == "stop":
         raise DataError(tried[0][0][0])
     if unit:
         counts.offset_units[unit] += 1
     found: dict[Span, set[str]] = {}
-    for mention, (parts, left_out, problem) in zip(document.mentions, placed, strict=True):
+    for mention, (parts, left_out, problem, is_folded) in zip(document.mentions, placed, strict=True):
         counts.annotated += 1
         counts.types[mention.type] += 1
         if left_out:
@@ -139,10 +141,9 @@ def read_spans(
             counts.discontinuous_covered += len(parts) > 1
             counts.trimmed += (start, end) != (parts[0][0], parts[-1][1])
             counts.unchecked += mention.words is None
-            if len(parts) == 1 and mention.words is not None and text[start:end] != mention.words.strip():
-                is_respaced = "".join(text[start:end].split()) == "".join(mention.words.split())
-                counts.respaced += is_respaced
-                counts.folded += not is_respaced
+            counts.folded += is_folded
+            if len(parts) == 1 and mention.words is not None and not is_folded:
+                counts.respaced += text[start:end] != mention.words.strip()
             counts.duplicates += (start, end) in found
             found.setdefault((start, end), set()).add(mention.type)
     unique = sorted(found)
@@ -153,11 +154,15 @@ def read_spans(
 
 
 class _Placed(NamedTuple):
-    """A mention in a text: its parts in code points, the count of those left out that it belongs to, what is wrong."""
+    """A mention in a text: its parts in code points, the count of those left out that it belongs to, what is wrong.
+
+    ``is_folded``: the text has other letters than the mention says.
+    """
 
     parts: list[Span]
     left_out: str | None
     problem: str | None
+    is_folded: bool = False
 
 
 def _place(
@@ -179,7 +184,10 @@ def _place(
         left_out = "other_types"
     elif len(closed) > 1 and discontinuous == "skip":
         left_out = "discontinuous_skipped"
-    return _Placed(closed, left_out, _find_problem(mention, parts, document))
+    said = "".join(document.text[start:end] for start, end in parts)
+    is_folded = mention.words is not None and "".join(said.split()) != "".join(mention.words.split())
+    problem = _find_problem(mention, parts, document)
+    return _Placed(closed, left_out, problem, is_folded=is_folded and problem is None)
 
 
 def _find_problem(mention: Mention, parts: Sequence[Span], document: Document) -> str | None:

@@ -626,6 +626,12 @@ def test_letters_may_be_written_in_ascii(tmp_path):
         read_one(tmp_path, brat("TNF-b", "T1\tX 0 5\tTNF-a"))
 
 
+def test_a_unit_in_which_no_letter_is_folded_is_preferred(tmp_path):
+    for mention in ("T1\tX 3 4\tA", "T1\tX 3 4\tA\nT2\tX 0 2\tß"):  # bytes; as a code point 3 would be the α
+        (record,), counts = read_one(tmp_path, brat("ß Aα", mention))
+        assert "A" in mentions(record) and counts.offset_units == {"utf-8 bytes": 1} and not counts.folded
+
+
 def test_what_is_left_out_anyway_may_be_wrong(tmp_path):
     text = "Colon or rectal cancer in mice"
     lines = [
