@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +203,19 @@ def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     lines = [(f"{path}:{n}", line) for n, line in enumerate(split_lines(text), start=1) if line.strip()]
     if ending_of(path) == ".jsonl" or (len(lines) > 1 and lines[0][1].rstrip().endswith("}")):
-        yield from ((where, parse_json(line, where, object)) for where, line in lines)
+        for where, line in lines:
+            yield from ((where, item) for item in _items_of(parse_json(line, where, object)))
         return
     whole = parse_json(text.removeprefix(BOM), path, object)
-    if isinstance(whole, dict):  # BioC's collection, what people annotate for spaCy, or one object
-        lists = ("documents", "PubTator3", *(["annotations"] if "classes" in whole else []))
-        whole = next((whole[name] for name in lists if name in whole), whole)
-    items = whole if isinstance(whole, list) else [whole]
+    items = chain.from_iterable(map(_items_of, whole if isinstance(whole, list) else [whole]))
     yield from ((f"{path} item {number}", item) for number, item in enumerate(items, start=1))
+
+
+def _items_of(value: Any) -> list[Any]:
+    """What a collection holds (BioC's, or what people annotate for spaCy); another value alone."""
+    fields = value if isinstance(value, dict) else {}
+    names = ("documents", "PubTator3", *(["annotations"] if "classes" in fields else []))
+    return next((fields[name] for name in names if isinstance(fields.get(name), list)), [value])
 
 
 def json_keys(path: Path) -> set[str]:

@@ -335,7 +335,8 @@ def test_bioc_json_is_bioc(tmp_path):
         {"offset": 14, "text": "A IL-2 rose.", "annotations": annotations, "relations": [{"id": "R"}]},
     ]
     document = {"_id": "7|None", "id": "7", "infons": {}, "passages": passages, "relations": []}
-    for wrapped in ({"PubTator3": [document]}, {"source": "x", "documents": [document]}, document):
+    collection = {"source": "x", "documents": [document]}
+    for wrapped in ({"PubTator3": [document]}, collection, [collection], document):
         corpus = read(tmp_path, {"train.json": json.dumps(wrapped)})
         assert [(record.text, record.doc_id) for record in corpus["train"]] == [
             ("About a gene.", "7"),
