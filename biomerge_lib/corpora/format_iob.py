@@ -164,6 +164,8 @@ class _Layout:
     def is_token(self, line: str) -> bool:
         """Whether a line that begins with # is a token and its tag. ``#hepatitis B`` is not, where tags have types."""
         row = self.split(line)
+        if re.match(r"##\w\S*\t", line):  # a piece of a word, whatever its tag
+            return len(row) == self.width
         tag = TAG.fullmatch(row[self.tag_at].strip()) if len(row) == self.width else None
         return tag is not None and not (self.has_types and tag[1] and tag[2] is None)
 

@@ -347,6 +347,13 @@ def test_a_tag_of_two_or_with_a_number_is_refused(tmp_path, tag):
     assert counts.types == {"T103,T038": 1, "Gene/Protein 2": 1}
 
 
+def test_a_piece_of_a_word_is_no_comment(tmp_path):
+    (record,), _ = read_lines(tmp_path, "As\tB-X\n##pirin\tI-X\n##in a file\tof pieces\n")
+    assert record.text == "As ##pirin"
+    with pytest.raises(DataError, match=r"train.tsv:2: unknown tag 'X'"):
+        read_lines(tmp_path, "As\tB-X\n##pirin\tX\n")
+
+
 def test_iob_documents(tmp_path):
     rows = "-DOCSTART- (d (1))\tO\n\na\tO\n\nb\tO\n\n###MEDLINE:95369245\n\nc\tB-X\n\n-DOCSTART-\tO\n\nd\tO\n"
     records, counts = read_lines(tmp_path, rows)
