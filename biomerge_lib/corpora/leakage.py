@@ -30,11 +30,15 @@ _PIECE = re.compile(r"\w{15,}")  # of a normalised text: some three words betwee
 
 @dataclass(frozen=True, slots=True)
 class Keyed:
-    """A record with its sentence's key, and its sentence's and gold's key together."""
+    """A record with its sentence's key, its sentence's and gold's key together, and the ``corpus`` it was read from.
+
+    That is not its data set's name where a corpus is one that was merged before.
+    """
 
     record: Record
     sentence: bytes
     annotated: bytes
+    corpus: str = ""
 
 
 Splits = Mapping[str, Sequence[Keyed]]
@@ -69,7 +73,7 @@ def normalise(text: str) -> str:
     return "".join(text.casefold().split())
 
 
-def key_of(record: Record) -> Keyed:
+def key_of(record: Record, corpus: str = "") -> Keyed:
     """The record with its keys: digests of 16 bytes, so that those of millions of sentences fit into memory.
 
     The gold's offsets are counted in the normalised text, so that they are equal for equal annotations of the same
@@ -83,7 +87,7 @@ def key_of(record: Record) -> Keyed:
     else:
         gold = [(len(normalise(text[:start])), len(normalise(text[:end]))) for start, end in record.spans]
     key = _digest(sentence.encode())
-    return Keyed(record, key, _digest(key + str(gold).encode()))
+    return Keyed(record, key, _digest(key + str(gold).encode()), corpus)
 
 
 def check_documents(splits: Mapping[str, Iterable[Record]]) -> None:

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from biomerge_lib.core.errors import DataError, ParameterError
@@ -39,7 +40,7 @@ log = logging.getLogger("biomerge")
 class Union:
     """The splits of a union, and what was done to them.
 
-    ``steps``: one entry a step, ``{"step": ..., "removed": {dataset: sentences}, "left": {dataset: sentences}}``.
+    ``steps``: one entry a step, ``{"step": ..., "removed": {corpus: sentences}, "left": {corpus: sentences}}``.
     ``conflicts``: groups of ``(split, record)`` with the same sentence and different gold, as the corpora came.
     ``report``: leaks and conflicts before and after, duplicates (the data card's ``union``).
     """
@@ -74,7 +75,9 @@ def build_union(
     Raises:
         DataError: nothing is left of a split, or corpora are weighted and one has no training sentence left.
     """
-    splits = {split: [key_of(r) for corpus in corpora.values() for r in corpus[split]] for split in SPLITS}
+    splits: dict[str, list[Keyed]] = {split: [] for split in SPLITS}
+    for (name, corpus), split in product(corpora.items(), SPLITS):
+        splits[split] += [key_of(record, name) for record in corpus[split]]
     union = Union(splits)
     union.report["duplicates"] = {split: find_duplicates(records) for split, records in union.splits.items()}
     documents = _describe(union, "before")
@@ -159,11 +162,11 @@ def _weighted_sizes(
 
 
 def _draw(union: Union, step: str, targets: Mapping[str, int], seed: int) -> None:
-    drawn = set()
-    for dataset, sentences in targets.items():
-        records = [item.record for item in union.splits["train"] if item.record.dataset == dataset]
-        drawn |= draw_sentences(records, sentences, seed)
-    _keep(union, step, lambda item: document_of(item.record) in drawn)
+    drawn = {}
+    for corpus, sentences in targets.items():
+        records = [item.record for item in union.splits["train"] if item.corpus == corpus]
+        drawn[corpus] = draw_sentences(records, sentences, seed)
+    _keep(union, step, lambda item: document_of(item.record) in drawn[item.corpus])
 
 
 def _keep(union: Union, step: str, keep: Callable[[Keyed], bool]) -> None:
@@ -179,4 +182,4 @@ def _note(union: Union, step: str) -> None:
 
 
 def _counts(items: Sequence[Keyed]) -> Counter[str]:
-    return Counter(item.record.dataset for item in items)
+    return Counter(item.corpus for item in items)

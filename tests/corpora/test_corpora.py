@@ -280,6 +280,13 @@ def test_weights_and_caps_draw_whole_documents():
     assert order == sorted(order)
 
 
+def test_a_corpus_that_was_merged_before_counts_as_one(caplog):
+    corpora = {"merged": corpus(documents("a", 4) + documents("b", 4)), "c": corpus(documents("c", 4))}
+    assert sizes(build_union(corpora)) == {"merged": 40, "c": 20} and not caplog.text
+    assert sizes(build_union(corpora, corpus_weights=[1, 1])) == {"merged": 20, "c": 20}
+    assert sizes(build_union(corpora, max_per_corpus=10)) == {"merged": 10, "c": 10}
+
+
 def test_a_draw_depends_on_its_seed_and_a_larger_one_holds_the_smaller():
     names = {(dataset, f"d{number}") for dataset in "ab" for number in range(500)}
     tenth, fifth = draw_share(names, 0.1, seed=1), draw_share(names, 0.2, seed=1)
