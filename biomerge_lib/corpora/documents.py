@@ -228,7 +228,8 @@ def _units(text: str) -> Iterator[tuple[str, tuple[dict[int, int], dict[int, int
     yield "", None
     line_ends = ["", "CRLF as one"] if "\r\n" in text else [""]
     marks = ["", "no byte order mark"] if BOM in text else [""]
-    for line_end, mark, unit in list(product(line_ends, marks, OFFSET_UNITS))[1:]:
+    units = [""] if text.isascii() else OFFSET_UNITS
+    for line_end, mark, unit in list(product(line_ends, marks, units))[1:]:
         widths = list(map(OFFSET_UNITS[unit], text))
         for place, char in enumerate(text):
             if (mark and char == BOM) or (line_end and text[place : place + 2] == "\r\n"):
