@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError
@@ -16,6 +16,15 @@ from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCount
 from biomerge_lib.corpora.formats import Format, by_file, first_line, read_text, split_lines
 
 _TEXT = "#Text="
+_TYPES = (
+    "value",
+    "label",
+    "type",
+    "tag",
+    "class",
+    "category",
+)  # what a feature is called that holds the type
+_BUILT_IN = ("de.tudarmstadt.", "org.dkpro.")  # layers of words and pages
 # What a backslash stands before, in texts and tokens.
 _ESCAPED = {"\\": "\\", "t": "\t", "n": "\n", "f": "\f", "r": "\r", "b": "\b"}
 
@@ -28,7 +37,7 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
             mention goes over its end (named as ``file:line``).
     """
     lines = list(enumerate(split_lines(read_text(path)), start=1))
-    features = _find_features([line for _, line in lines if line.startswith("#T_")], path)
+    at = _find_column([line for _, line in lines if line.startswith("#T_")], path)
     reached: set[tuple[str, str]] = set()  # the mentions of the last token
     for is_sentence, block in groupby(lines, key=lambda numbered: numbered[1].strip() != ""):
         sentence = list(block)
@@ -42,25 +51,22 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
                 continue
             columns = line.split("\t")
             is_part = "." in columns[0]  # 1-2.1 is a part of token 1-2
-            words = _unescape(columns[2]) if len(columns) > max(features) else "\0"
+            words = _unescape(columns[2]) if len(columns) > at else "\0"
             start = text.find(words, start if is_part else end)
             if start < 0:
                 where = f"{path}:{number}"
                 raise DataError(f"{where}: expected a token of {text[:40]!r}, found {line[:40]!r}.")
             is_first, token = end == 0, (start, start + len(words))
             end = end if is_part else token[1]
-            # Of "identifier|value" the value is the type.
-            values = [columns[at] for at in features if columns[at] not in ("_", "")]
-            named = [value for value in values if value[0] != "*"]
             before, reached = reached, set()
-            for value in re.split(r"(?<!\\)\|", (named or values or [""])[-1]):
+            for value in re.split(r"(?<!\\)\|", columns[at] if columns[at] != "_" else ""):
                 kind, mention = (*re.split(r"(?<!\\)\[", value), "")[:2]
                 key = (UNTYPED if kind == "*" else kind.replace("\\", ""), mention or f"line {number}")
                 if kind:
                     found[key] = (found.get(key, token)[0], token[1])
                     reached.add(key)
             if is_first and before & reached:
-                problem = f"the mention {columns[max(features)]!r} begins in the sentence before"
+                problem = f"the mention {columns[at]!r} begins in the sentence before"
                 raise DataError(f"{path}:{number}: {problem}; end it there, or join the sentences.")
         where = f"{path}:{sentence[0][0]}"
         mentions = tuple(Mention((span,), kind, None, where) for (kind, _), span in found.items())
@@ -72,17 +78,23 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([\\tnfrb])", lambda found: _ESCAPED[found[1]], text)
 
 
-def _find_features(layers: list[str], path: Path) -> list[int]:
-    """The columns of the layer that holds the mentions; ``layers`` are the header's lines on them."""
-    found: dict[str, list[int]] = {}
+def _find_column(layers: list[str], path: Path) -> int:
+    """The column of the mentions' types; ``layers`` are the header's lines on layers and their features.
+
+    A feature is the type by its name (``value`` of ``NamedEntity|identifier|value``), else the last one before slots.
+    """
+    found: dict[str, int] = {}
     at = 3  # after number, offsets and token
     for layer in layers:
         name, *features = layer.split("|")
-        width = max(len(features), 1)
+        own = (*_TYPES, re.split("[.=]", name)[-1].lower())
+        simple = list(takewhile(lambda feature: not feature.startswith("ROLE_"), features))
+        named = [place for place, feature in enumerate(simple) if feature.lower() in own]
         if name.startswith("#T_SP="):
-            found[name.removeprefix("#T_SP=")] = list(range(at, at + width))
-        at += width
-    chosen = [name for name in found if name.endswith("NamedEntity")] or list(found)
+            found[name.removeprefix("#T_SP=")] = at + (named or [max(len(simple) - 1, 0)])[0]
+        at += max(len(features), 1)
+    chosen = [name for name in found if name.endswith("NamedEntity")]
+    chosen = chosen or [name for name in found if not name.startswith(_BUILT_IN)] or list(found)
     if len(chosen) != 1:
         raise DataError(f"{path}: {len(chosen)} layers hold spans ({', '.join(chosen)}); export one of them.")
     return found[chosen[0]]

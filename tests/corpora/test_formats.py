@@ -384,6 +384,22 @@ def test_webanno_layers_and_stacked_mentions(tmp_path):
         read(tmp_path, {"train.tsv": WEBANNO.replace("\tand\t", "\tor\t")})
 
 
+@pytest.mark.parametrize(
+    ("layers", "cells"),
+    [
+        ("#T_SP=x.Drug|label|note|uri", "Gene\tsure\thttp://x"),
+        ("#T_SP=x.Named|note|Named", "sure\tGene"),
+        ("#T_SP=x.Named|kind|ROLE_x.Named:of_x.Link|x.Other", "Gene\trole\t1-2"),
+        ("#T_SP=org.dkpro.core.api.pdf.type.PdfPage|height|width\n#T_SP=x.Named|kind", "*\t7\tGene"),
+        ("#T_SP=de.tudarmstadt.ukp.dkpro.core.api.ner.type.NamedEntity|identifier|value", "*\tGene"),
+    ],
+)
+def test_webanno_s_types_are_in_the_feature_that_is_called_so(tmp_path, layers, cells):
+    row = f"\n#Text=IL-2\n1-1\t0-4\tIL-2\t{cells}\t\n"
+    corpus = read(tmp_path, {"train.tsv": f"#FORMAT=WebAnno TSV 3.3\n{layers}\n\n{row}"})
+    assert mentions(corpus["train"]) == [("IL-2", "Gene")]
+
+
 def test_webanno_escapes(tmp_path):
     rows = ["A\\\\B\t*\tX\t_\t_\t_\tX\\|Y\\[1\\]\t", "IL-2\t*\tX\t_\t_\t_\tGene\t"]
     tokens = "".join(f"3-{n}\t0-0\t{row}\n" for n, row in enumerate(rows, start=1))
