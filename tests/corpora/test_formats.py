@@ -183,6 +183,11 @@ def test_mentions_are_found_wherever_a_tool_has_put_them(tmp_path):
         {"text": TEXT, "labels": ["Gene", "Species"], "ner": [gene, species]},
         {
             "text": TEXT,
+            "tokenized_text": TOOLS["GLiNER"]["tokenized_text"],
+            "ner": [[2, 2, "Gene"], [4, 5, "Species"]],
+        },
+        {
+            "text": TEXT,
             "ents": [{"start": 4, "end": 8, "label": "Gene"}],
             "spans": {"sc": [species]},
             "tokens": [],
@@ -190,7 +195,8 @@ def test_mentions_are_found_wherever_a_tool_has_put_them(tmp_path):
     ]
     for row in rows:
         corpus = read(tmp_path, {"train.json": json.dumps([row])})
-        assert mentions(corpus["train"]) == [("IL-2", "Gene"), ("mice", "Species")]
+        found = ("in mice." if "tokenized_text" in row else "mice", "Species")
+        assert mentions(corpus["train"]) == [("IL-2", "Gene"), found]
     raw = [{"label": number, "start_offset": 4, "end_offset": 8, "user": 1} for number in (0, 3)]
     doccano = {"text": TEXT, "annotations": raw, "meta": {}}
     assert mentions(read(tmp_path, {"train.json": json.dumps([doccano])})["train"]) == [("IL-2", "0|3")]
@@ -253,7 +259,7 @@ TWO = {"data": {"text": "IL"}, "annotations": [{"result": []}, {"result": []}]}
             '{"text": "IL", "label": [[0, 2, "X"]]}\n{"text": "IL"}',
             r"train.json:2: no mentions \(spans, entities, ",
         ),
-        ('[{"text": "IL", "label": [[0, 2, "X"]]}, 7]', r"train.json item 2: no text \(text, "),
+        ('[{"text": "IL", "label": [[0, 2, "X"]]}, 7]', r"train.json item 2: no text \(tokenized_text, "),
         ('[{"text": 7, "label": []}]', r"train.json item 1: the text cannot be '7'"),
         ('[{"text": "IL", "spans": [{"start": 0}]}]', r"train.json item 1: no end \(end, end_offset\) in"),
         ('[{"text": "IL", "spans": [{"start": "0", "end": 2}]}]', r"item 1: the start cannot be '0'"),
