@@ -33,6 +33,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
         (str, int, list, type(None)),
     ),
 }
+_WORDS = ("word", "value", "mention", "surface")
 _DOCBIN = ".spacy"
 
 
@@ -59,7 +60,7 @@ def read_json(path: Path, counts: ReadCounts, name: str) -> Iterator[Document]:
             tokens = list(map(str, text))
             ends = list(accumulate(len(token) + 1 for token in tokens))
             places, text = list(zip([0, *ends], [end - 1 for end in ends], strict=False)), " ".join(tokens)
-        mentions = tuple(_mention_of(item, places, where) for item in items)
+        mentions = tuple(_mention_of(item, places, where, text) for item in items)
         doc_id = id_of(row, f"{name}_{number:05d}")
         yield Document(doc_id, text, mentions, where, is_sentence=places is not None)
 
@@ -80,9 +81,9 @@ def _mentions_in(row: Any, where: str) -> list[Any]:
     return lists[found[0]] if found else _field(fields or row, "mentions", where)
 
 
-def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
+def _mention_of(item: Any, places: list[Span] | None, where: str, text: str) -> Mention:
     if isinstance(item, list):
-        item = dict(zip(("start", "end", "label"), item, strict=False))
+        item = dict(zip(("start", "end", "label", "word"), item, strict=False))
     inner = item.get("span", item) if isinstance(item, dict) else item  # PubAnnotation
     parts = inner if isinstance(inner, list) else [inner]  # several of a discontinuous mention
     spans = [(_field(part, "start", where), _field(part, "end", where)) for part in parts]
@@ -93,7 +94,10 @@ def _mention_of(item: Any, places: list[Span] | None, where: str) -> Mention:
     kind = "|".join(map(str, kind if isinstance(kind, list) else ["" if kind is None else kind]))
     if kind == "O":
         raise DataError(f"{where}: a mention has type O, as a tag outside of mentions; give mentions alone.")
-    return Mention(tuple(spans), kind or UNTYPED, _field(item, "words", where, None), where)
+    words = _field(item, "words", where, None)
+    if words is None:  # what may be a normalised form is believed where the text has it
+        words = next((str(item[name]) for name in _WORDS if item.get(name) and str(item[name]) in text), None)
+    return Mention(tuple(spans), kind or UNTYPED, words, where)
 
 
 def _label_studio_row(row: dict[str, Any], where: str, counts: ReadCounts) -> dict[str, Any]:

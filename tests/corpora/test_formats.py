@@ -201,7 +201,7 @@ def test_mentions_are_found_wherever_a_tool_has_put_them(tmp_path):
     doccano = {"text": TEXT, "annotations": raw, "meta": {}}
     assert mentions(read(tmp_path, {"train.json": json.dumps([doccano])})["train"]) == [("IL-2", "0|3")]
     for name in ("tag", "category", "entity"):
-        row = {"text": TEXT, "entities": [{"start": 4, "end": 8, name: "Gene"}]}
+        row = {"text": TEXT, "entities": [{"start": 4, "end": 8, name: "Gene", "value": "Interleukin-2"}]}
         assert mentions(read(tmp_path, {"train.json": json.dumps([row])})["train"]) == [("IL-2", "Gene")]
     wrapped = {
         "classes": ["GENE"],
@@ -281,6 +281,15 @@ TWO = {"data": {"text": "IL"}, "annotations": [{"result": []}, {"result": []}]}
             r"item 1: mentions stand in ents and in label",
         ),
         ('[["IL 2", {"entities": [[0, 2, "B-X"], [3, 4, "O"]]}]]', r"item 1: a mention has type O"),
+        ('{"text": "IL", "label": [[0, 2, 0.5]]}', r"item 1: the type cannot be '0.5'"),
+        (
+            '{"text": "IL 2", "label": [[1, 3, "X", "IL"]]}',
+            r"item 1: the mention is 'IL', but the text at 1-3",
+        ),
+        (
+            '{"text": "IL", "ents": [{"start": 0, "end": 1, "value": "IL"}]}',
+            r"item 1: the mention is 'IL', but",
+        ),
         (
             '[{"data": {"text": "IL"}, "annotations": [{"result": [{"value": 7}, 7]}, 7]}]',
             "no entity in train",
