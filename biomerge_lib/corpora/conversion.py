@@ -18,7 +18,7 @@ from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import OBJECT, file_sha256, read_values, whole_file, write_json
 from biomerge_lib.core.records import SPLITS, Record, write_records
 from biomerge_lib.corpora.draws import draw_splits
-from biomerge_lib.corpora.readers import Corpus, read_corpus
+from biomerge_lib.corpora.readers import Corpus, read_corpus, refuse_unknown
 from biomerge_lib.corpora.union import SEED, Union, build_union
 
 log = logging.getLogger("biomerge")
@@ -56,10 +56,11 @@ def write_corpus(
             "no corpus named: set corpora=[folder, ...], or corpora=[sample] for the bundled one."
         )
     drawing: dict[str, Any] = {"split_shares": list(split_shares), "dev_share": dev_share, "seed": seed}
-    corpora: dict[str, Mapping[str, list[Record]]] = {}
+    corpora: dict[str, Corpus] = {}
     card: dict[str, Any] = {"sources": {}, "splits": {}}
     for source in sources:
-        corpus = _read(source, reading or {}, **drawing)
+        how = {**(reading or {}), "may_lack_types": len(sources) > 1}
+        corpus = _read(source, how, **drawing)
         name = corpus.source.name
         if name in corpora:
             raise DataError(f"two corpora are called {name!r}; rename one of the folders.")
@@ -75,6 +76,8 @@ def write_corpus(
             "reading": {split: counts.to_dict() for split, counts in corpus.counts.items()},
             "splits": {split: describe_records(records) for split, records in corpus.items()},
         }
+    known = set(chain.from_iterable(corpus.types for corpus in corpora.values()))
+    refuse_unknown((reading or {}).get("types") or (), known, ", ".join(corpora))
     there = data_dir / "data_card.json"
     if there.is_file() and (before := set(read_values(there, OBJECT).get("sources", []))) != set(corpora):
         raise DataError(

@@ -43,6 +43,7 @@ def read_corpus(
     types: Collection[str] | None = None,
     splits: Sequence[str] = SPLITS,
     optional: Collection[str] = (),
+    may_lack_types: bool = False,
     **options: Any,
 ) -> Corpus:
     """Read a corpus: a folder, ``format:folder``, ``hub:owner/name``, or ``sample`` for the bundled one.
@@ -52,6 +53,7 @@ def read_corpus(
     Args:
         types: the entity types to keep; None or nothing keeps all. A sentence without any stays, as a negative one.
         splits: the splits to read, each of which must be there but for the ``optional`` ones.
+        may_lack_types: that the corpus has one of the types is enough.
         options: the other fields of :class:`~biomerge_lib.corpora.formats.Reading`.
 
     Raises:
@@ -72,12 +74,18 @@ def read_corpus(
     records = {split: list(iter_source(found, split, how, counts[split])) for split in splits}
     check_documents(records)
     corpus = Corpus(found, records, counts)
-    for name in sorted(set(types or ()) - set(corpus.types)):
-        problem = f"no mention has type {name!r}.{nearest(name, corpus.types)}"
-        raise DataError(f"{found.location}: {problem} Types: {', '.join(sorted(corpus.types))}.")
+    if not (may_lack_types and set(types or ()) & set(corpus.types)):
+        refuse_unknown(types or (), corpus.types, found.location)
     if not any(split_counts.annotated for split_counts in counts.values()):
         raise DataError(f"{found.location}: no entity in {', '.join(splits)}; is this an annotated corpus?")
     return corpus
+
+
+def refuse_unknown(types: Collection[str], known: Collection[str], where: str) -> None:
+    """Raise DataError if a type is not among the known ones."""
+    for name in sorted(set(types) - set(known)):
+        problem = f"no mention has type {name!r}.{nearest(name, known)}"
+        raise DataError(f"{where}: {problem} Types: {', '.join(sorted(known))}.")
 
 
 def iter_source(source: Source, split: str, how: Reading, counts: ReadCounts) -> Iterator[Record]:

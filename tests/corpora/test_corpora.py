@@ -345,6 +345,24 @@ def test_the_data_card_tells_sources_splits_and_steps(tmp_path):
     assert conflict_table(card)["groups"].tolist() == [0, 0, 0, 0] and read_conflicts(tmp_path) == []
 
 
+def test_a_type_is_one_of_any_of_the_corpora(tmp_path):
+    for name, kind in (("a", "Chemical"), ("b", "ChemicalEntity")):
+        for split in SPLITS:
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{split}.tsv").write_text(
+                f"{split}\tO\n{name}\tB-{kind}\nin\tO\nman\tB-Species\n"
+            )
+    sources, out = [str(tmp_path / name) for name in "ab"], tmp_path / "data"
+    write_corpus(sources, out, reading={"types": ["Chemical", "ChemicalEntity"]})
+    assert [record.types for record in read_records(out / "train.jsonl")] == [
+        ("Chemical",),
+        ("ChemicalEntity",),
+    ]
+    for types, where in ((["Chemical"], "b"), (["Species", "Chemicals"], "a, b")):
+        with pytest.raises(DataError, match=rf"{where}: no mention has type 'Chemicals?'\. Did you mean"):
+            write_corpus(sources, out, reading={"types": types})
+
+
 def test_the_card_tells_types_unique_mentions_and_what_is_published(tmp_path):
     """Tables of a corpus with types, of one without, and of one that is known by its name."""
     typed = [
