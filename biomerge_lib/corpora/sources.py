@@ -179,9 +179,9 @@ def _find_candidates(
 
 def _refuse_strays(folder: Path, own: Sequence[Path], kind: str) -> None:
     """Raise DataError where a split's folder holds more than its files in the corpus's format: it would be lost."""
-    for path in entries_of(folder):
+    for path in sorted({*entries_of(folder)} - {*own}):
         inside = path.rglob("*") if path.is_dir() else [path] if not _ABOUT.fullmatch(stem_of(path)) else []
-        if path not in own and any(ending_of(one) in FORMATS[kind].endings for one in inside):
+        if any(ending_of(one) in FORMATS[kind].endings for one in inside):
             lies = f"it lies in a split's folder and is not read as {kind}"
             raise DataError(f"{path}: {lies}; mend it, or move it elsewhere.")
 
