@@ -94,6 +94,9 @@ def find_source(
         if len(candidates[split]) != 1 and (split in required or candidates[split]):
             raise DataError(_explain_splits(folder, kind, split, candidates[split], unread))
     files = {split: candidates[split][0] for split in splits if candidates[split]}
+    for entry in entries_of(folder) if folder.is_dir() else []:
+        for split in splits_of(entry.name) if entry.is_dir() else []:
+            _refuse_strays(entry, files.get(split, ()), kind)
     return Source(dataset, kind, str(folder), files)
 
 
@@ -168,8 +171,6 @@ def _find_candidates(
     candidates = {
         split: [files[entry] for entry, names in told.items() if names == [split]] for split in splits
     }
-    for entry in [entry for entry, names in told.items() if len(names) == 1 and entry.is_dir()]:
-        _refuse_strays(entry, files[entry], kind)
     unread = [entry for entry, names in told.items() if len(names) != 1]
     is_loose = all(entry.is_file() and not told[entry] for entry in unread)
     if len(required) == 1 and unread and is_loose and not any(candidates.values()):
@@ -179,7 +180,8 @@ def _find_candidates(
 
 def _refuse_strays(folder: Path, own: Sequence[Path], kind: str) -> None:
     """Raise DataError where a split's folder holds more than its files in the corpus's format: it would be lost."""
-    for path in sorted({*entries_of(folder)} - {*own}):
+    entries = set(entries_of(folder))
+    for path in sorted(entries - {*own} if not entries.isdisjoint(own) else ()):
         inside = path.rglob("*") if path.is_dir() else [path] if not _ABOUT.fullmatch(stem_of(path)) else []
         if any(ending_of(one) in FORMATS[kind].endings for one in inside):
             lies = f"it lies in a split's folder and is not read as {kind}"

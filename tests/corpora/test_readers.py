@@ -954,6 +954,13 @@ def test_a_format_is_known_by_its_entry(tmp_path, monkeypatch):
         read_corpus(f"hash:{folder}")
 
 
+def test_two_formats_in_a_split_s_folder_must_say_which(tmp_path):
+    files = brat("IL 2", "T1\tX 0 2\tIL") | {"train/a.pubtator": GOOD_PUBTATOR}
+    with pytest.raises(DataError, match=r"2 formats; say which: (brat|pubtator):.* or (brat|pubtator):"):
+        read_corpus(write_files(tmp_path, files), splits=("train",))
+    assert read_corpus(f"brat:{tmp_path}", splits=("train",))["train"][0].text == "IL 2"
+
+
 def test_types_are_named_and_filtered(tmp_path):
     rows = "Aspirin\tB-Chemical\nin\tO\nasthma\tB-Disease\n\nNo\tO\n"
     folder = write_files(tmp_path, {f"{split}.tsv": rows for split in SPLITS})
