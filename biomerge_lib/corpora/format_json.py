@@ -20,9 +20,20 @@ from biomerge_lib.corpora.formats import Format, by_file, ending_of, first_line,
 
 # What a field may be called, and what it may be; the first name that there is counts.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
-    "text": (("tokenized_text", "text", "data", "content", "sentence"), (str, list)),
+    "text": (("tokenized_text", "text", "data", "content", "sentence", "document"), (str, list)),
     "mentions": (
-        ("spans", "entities", "denotations", "ents", "ner", "label", "labels", "annotations"),
+        (
+            "spans",
+            "entities",
+            "denotations",
+            "ents",
+            "ner",
+            "label",
+            "labels",
+            "annotations",
+            "annotation",
+            "mentions",
+        ),
         (list,),
     ),
     "start": (("start", "start_offset", "begin"), (int,)),

@@ -193,6 +193,7 @@ def test_mentions_are_found_wherever_a_tool_has_put_them(tmp_path):
             "tokens": [],
         },
     ]
+    rows += [{"document": TEXT, name: [gene, species]} for name in ("annotation", "mentions")]
     for row in rows:
         corpus = read(tmp_path, {"train.json": json.dumps([row])})
         found = ("in mice." if "tokenized_text" in row else "mice", "Species")
