@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 
 from biomerge_lib.core.errors import DataError, nearest
@@ -94,6 +95,9 @@ def find_source(
         if len(candidates[split]) != 1 and (split in required or candidates[split]):
             raise DataError(_explain_splits(folder, kind, split, candidates[split], unread))
     files = {split: candidates[split][0] for split in splits if candidates[split]}
+    for path in chain.from_iterable(files.values()):
+        if re.search("[\ud800-\udfff]", path.name):  # documents are called as their files
+            raise DataError(f"{str(path)!r}: the file's name is not UTF-8; rename it.")
     for entry in entries_of(folder) if folder.is_dir() else []:
         for split in splits_of(entry.name) if entry.is_dir() else []:
             _refuse_strays(entry, files.get(split, ()), kind)

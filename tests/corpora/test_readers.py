@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from functools import cache
@@ -900,6 +901,12 @@ def test_what_a_file_is_shows_in_its_first_lines_however_long(tmp_path):
     assert mentions(read_one(tmp_path / "a", {"train.txt": rows})[0][0]) == ["IL"]
     note = {"text": "IL " + 20_000 * "x", "label": [[0, 2, "X"]]}
     assert mentions(read_one(tmp_path / "b", {"train.jsonl": json_lines([note])})[0][0]) == ["IL"]
+
+
+def test_a_file_s_name_must_be_unicode(tmp_path):
+    (tmp_path / os.fsdecode(b"train_\xe4.tsv")).write_text(GOOD_IOB)
+    with pytest.raises(DataError, match=r"train_.udce4\.tsv': the file's name is not UTF-8; rename it"):
+        read_corpus(tmp_path, splits=("train",))
 
 
 def test_a_link_to_nothing_is_named(tmp_path):
