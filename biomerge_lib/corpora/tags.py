@@ -20,7 +20,7 @@ from biomerge_lib.corpora.documents import UNTYPED, ReadCounts
 
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "ner")  # what a table calls them
 TAG = re.compile(r"O|([BIESLUMW])(?:-(.*))?")
-_MORE = re.compile(r"[;|,+](O$|[BIESLUMW]-)|[^\w-]\d*\.\d+$")  # a second tag, or a probability
+_MORE = re.compile(r"[;|,](O$|[BIESLUMW]-)|[^\w-](0?\.\d+|1\.0+)$")  # a second tag, or a probability
 _CONTINUES, _ENDS = frozenset("IELM"), frozenset("ESLUW")
 _NUMBER = re.compile(r"\d+(?:[-.:_]\d+)*")
 _NOTHING = re.compile("")
@@ -68,7 +68,7 @@ def parse_tag(tag: str, where: str) -> ParsedTag:
         tags = "tags are O, B-Type, I-Type, E-Type, S-Type (or M-, L-, U-, W-), with or without a type"
         raise DataError(f"{where}: unknown tag {tag.strip()!r}; {tags}. In another column: set tag_column.")
     if _MORE.search(tag.strip()):
-        raise DataError(f"{where}: the tag {tag.strip()!r} holds two tags, or a number; keep one tag.")
+        raise DataError(f"{where}: the tag {tag.strip()!r} holds two tags, or a probability; keep one tag.")
     return (match[1], match[2] or UNTYPED) if match[1] else OUTSIDE
 
 

@@ -338,14 +338,15 @@ def test_a_column_ends_sentences_where_no_blank_line_does(tmp_path, rows):
         read_lines(tmp_path, "1\ta\tB\n2\tb\tO\n1\tc\tO\n2\td\tX\n")
 
 
-@pytest.mark.parametrize("tag", ["B-X;B-Y", "B-X|B-Y", "B-X,O", "B-X/0.98", "B-X:.5"])
+@pytest.mark.parametrize("tag", ["B-X;B-Y", "B-X|B-Y", "B-X,O", "B-X/0.98", "B-X:.5", "B-X 1.0"])
 def test_a_tag_of_two_or_with_a_number_is_refused(tmp_path, tag):
     with pytest.raises(
-        DataError, match=rf"train.tsv:1: the tag '{re.escape(tag)}' holds two tags, or a number"
+        DataError, match=rf"train.tsv:1: the tag '{re.escape(tag)}' holds two tags, or a probability"
     ):
         read_lines(tmp_path, f"a\t{tag}\nb\tO\n")
-    _, counts = read_lines(tmp_path, "a\tB-T103,T038\nb\tB-Gene/Protein 2\n")
-    assert counts.types == {"T103,T038": 1, "Gene/Protein 2": 1}
+    types = ["T103,T038", "Gene/Protein 2", "CD4+B-cell", "ICD:250.0", "E11.9"]
+    _, counts = read_lines(tmp_path, "".join(f"{kind[:3]}\tB-{kind}\n" for kind in types))
+    assert counts.types == dict.fromkeys(types, 1)
 
 
 def test_a_piece_of_a_word_is_no_comment(tmp_path):
