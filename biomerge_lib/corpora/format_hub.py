@@ -7,6 +7,7 @@ A row is a sentence (``tokens`` and ``ner_tags``: numbers named by ClassLabel, o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _bigbio_document(row: Mapping[str, Any], where: str) -> Document:
                     raise DataError(f"{where}: the passage at {start} overlaps the one before.")
                 text += ("\n" + " " * (start - len(text) - 1) if start > len(text) else "") + words
         for entity in row["entities"]:
-            parts: list[Span] = [(start, end) for start, end in entity["offsets"]]
+            parts: list[Span] = [(index(start), index(end)) for start, end in entity["offsets"]]
             kind, words = str(entity["type"] or UNTYPED), " ".join(entity["text"])
             mentions.append(Mention(tuple(parts), kind, words, where))
     except (LookupError, TypeError, ValueError) as error:

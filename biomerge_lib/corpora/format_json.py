@@ -80,7 +80,8 @@ def _mentions_in(row: Any, where: str) -> list[Any]:
     """The mentions of a row, of whose fields one may hold any; spaCy's span groups are joined with its entities."""
     fields = row if isinstance(row, dict) else {}
     if isinstance(groups := fields.get("spans"), dict):
-        fields = {"ents": [*fields.get("ents", ()), *chain(*groups.values())]}
+        ents = [one for one in (fields.get("ents"), *groups.values()) if isinstance(one, list)]
+        fields = {"ents": list(chain.from_iterable(ents))}
     lists = {name: fields[name] for name in FIELDS["mentions"][0] if isinstance(fields.get(name), list)}
     found = [name for name, items in lists.items() if any(isinstance(item, dict | list) for item in items)]
     if len(found) > 1:

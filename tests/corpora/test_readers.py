@@ -1141,6 +1141,13 @@ def test_hub_documents_in_bigbio_columns(tmp_path):
             {"passages": [{"text": ["a"]}], "entities": []},
             r"train row 0: passages or entities are not bigbio's",
         ),
+        (
+            {
+                "passages": [{"text": ["a"], "offsets": [[0, 1]]}],
+                "entities": [{"type": "X", "text": ["a"], "offsets": [[0, None]]}],
+            },
+            r"train row 0: passages or entities are not bigbio's",
+        ),
     ],
 )
 def test_hub_rows_that_cannot_be_read(tmp_path, row, problem):
