@@ -51,8 +51,8 @@ def read_webanno(path: Path, counts: ReadCounts, doc_id: str) -> Iterator[Docume
                 continue
             columns = line.split("\t")
             is_part = "." in columns[0]  # 1-2.1 is a part of token 1-2
-            words = _unescape(columns[2]) if len(columns) > at else "\0"
-            start = text.find(words, start if is_part else end)
+            words = _unescape(columns[2]) if len(columns) > at else ""
+            start = text.find(words, start if is_part else end) if words else -1
             if start < 0:
                 where = f"{path}:{number}"
                 raise DataError(f"{where}: expected a token of {text[:40]!r}, found {line[:40]!r}.")

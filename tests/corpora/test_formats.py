@@ -398,6 +398,8 @@ def test_webanno_layers_and_stacked_mentions(tmp_path):
         read(tmp_path, {"train.tsv": WEBANNO.replace("NamedEntity|", "Named|")})
     with pytest.raises(DataError, match=r"train.tsv:10: expected a token of '😀 IL-2 and IL-4.', found '1-3"):
         read(tmp_path, {"train.tsv": WEBANNO.replace("\tand\t", "\tor\t")})
+    with pytest.raises(DataError, match=r"train.tsv:10: expected a token of .* found '1-3.t8-11'"):
+        read(tmp_path, {"train.tsv": re.sub("\tand\t.*", "", WEBANNO.replace("IL-4.\n", "\0IL-4.\n"))})
 
 
 @pytest.mark.parametrize(
