@@ -48,9 +48,9 @@ class Text:
 def iter_texts(paths: Iterable[Path | str], *, name_empty: bool = True) -> Iterator[Text]:
     """The texts of files and folders in order; memory holds one file, or one line of JSONL.
 
-    ``-`` is one text from standard input. A folder gives its .txt, .jsonl and .pubtator files by name. A .txt that
-    begins with ``ID|t|`` is PubTator. Texts of nothing but white space are left out, with a warning
-    if ``name_empty``.
+    ``-`` is one text from standard input. A folder gives its .txt, .jsonl and .pubtator files (.gz, too) by name. A
+    .txt that begins with ``ID|t|`` is PubTator. Texts of nothing but white space are left out, with a warning if
+    ``name_empty``.
 
     Raises:
         DataError: a path or every text is missing, a file is binary, not UTF-8 or of a kind that is no prose (.csv), a
