@@ -20,6 +20,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from biomerge_lib.core.composition import as_override
 from biomerge_lib.report.report_runs import (
     F1_COLUMNS,
     ReportedRun,
@@ -149,13 +150,13 @@ def draw_sweep(ranked: Sequence[ReportedRun]) -> list[Figure]:
     over two thirds of all.
     """
     varying = {name: values for name, values in varying_parameters(ranked).items() if name != "seed"}
-    numeric = {name for name, values in varying.items() if all(map(is_number, values))}
+    for name, values in varying.items():
+        varying[name] = values if all(map(is_number, values)) else list(map(as_override, values))
     table = pd.DataFrame(varying | {SCORE: [run.score for run in ranked]})
     drawn: dict[Figure, float] = {}
     for pair in map(list, combinations(varying, 2)):
         others = table.drop(columns=[*pair, SCORE]).astype(str).agg(" ".join, axis=1)
         part = table[others == others.mode()[0]] if len(varying) > 2 else table
-        part = part.astype({name: str for name in pair if name not in numeric})
         for one, other in (pair, pair[::-1]):  # values that stand alone are of no grid
             part = part[part.groupby(one)[other].transform("nunique") > 1]
         (wide, high), cells = part[pair].nunique(), part.groupby(pair).ngroups

@@ -572,6 +572,16 @@ def test_a_sweep_is_a_heat_map_over_what_was_swept(tmp_path):
     assert draw_sweep([run for run in runs if run.name not in ("run0", "run3")]) == []  # 4 of 6
 
 
+def test_a_heat_map_takes_a_value_that_some_runs_have_and_others_lack(tmp_path):
+    for number, (adapter, rank) in enumerate(itertools.product((None, "shipped"), (4, 8))):
+        point = {"init_adapter": adapter, "lora_rank": rank, "lora_dropout": 0.05}
+        make_run(tmp_path, f"run{number}", 0.5 + number / 10, **point)
+    make_run(tmp_path, "other", 0.9, init_adapter="shipped", lora_rank=4, lora_dropout=0.3)
+    [figure] = draw_sweep(collect_runs(tmp_path))
+    best = "Heat map: best mean greedy dev F1 0.800 at init_adapter shipped and lora_rank 8."
+    assert figure.get_label() == best and "null" in as_svg(figure)
+
+
 def test_a_heat_map_cell_is_the_mean_of_its_seeds_and_takes_names(tmp_path):
     scores = {("none", 4): (0.5, 0.7), ("start", 4): (0.4,), ("none", 8): (0.3,), ("start", 8): (0.2,)}
     for (anchors, rank), values in scores.items():
