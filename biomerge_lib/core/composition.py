@@ -140,12 +140,14 @@ def _compose(overrides: tuple[str, ...]) -> Mapping[str, Any]:
                 )
         return cast(Mapping[str, Any], OmegaConf.to_container(config, resolve=True))
     except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ParameterError(str(error).strip().splitlines()[0][:200]) from None
+        raise ParameterError(str(error).strip().partition("\n")[0][:200]) from None
 
 
 def _quote(word: str) -> str:
-    """``corpora=[~/ä,b]`` as ``corpora=['~/ä','b']``."""
+    """``corpora=[~/ä,b]`` as ``corpora=['~/ä','b']``; raises ParameterError where a bracket or quote is not closed."""
     name, _, value = word.partition("=")
+    if value[:1] in ("'", '"') or any(value.count(one) != value.count(other) for one, other in ("[]", "{}")):
+        raise ParameterError(f"{word}: a bracket or quote is not closed. A list is written {name}=[a,b].")
     listed = re.fullmatch(r"\[(.*)\]", value, re.DOTALL)
     items = re.findall(r"""\s*('[^']*'|"[^"]*"|[^,]+)""", listed[1]) if listed else [value]
     quoted = [
@@ -189,7 +191,7 @@ def _normalise_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _is_injected(cell: str) -> bool:
-    return cell.lstrip().splitlines()[0].strip() == "# Parameters"
+    return cell.lstrip().partition("\n")[0].strip() == "# Parameters"
 
 
 def _assigned_names(source: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import re
 
 import pytest
 import yaml
@@ -264,6 +265,12 @@ def test_several_mistakes_are_told_at_once():
 )
 def test_a_value_needs_no_quotes(written, value):
     assert compose_parameters([f"corpora={written}"]).corpora == value
+
+
+@pytest.mark.parametrize("word", ["corpora=[a,b", "entity_types=a]", "run_id='x", "data_dir={a"])
+def test_a_bracket_or_quote_that_is_not_closed_is_no_letter(word):
+    with pytest.raises(ParameterError, match=re.escape(word) + ": a bracket or quote is not closed"):
+        compose_parameters([word])
 
 
 def test_overrides_may_be_spelled_as_in_the_brief():
