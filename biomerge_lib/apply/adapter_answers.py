@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from biomerge_lib.apply.ready_models import find_model
+from biomerge_lib.apply.ready_models import find_manifest, find_model
 from biomerge_lib.core.errors import ParameterError
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.greedy import greedy_decode
@@ -57,7 +57,8 @@ def _answer(adapter: str, run: str, split: str) -> Path:
         Record(one.text, tuple(one.gold), one.doc_id, one.dataset, types=tuple(one.gold_types))
         for one in read_predictions(own)
     ]
-    folder, manifest = find_model(adapter=None if adapter == "shipped" else adapter)
+    given = None if adapter == "shipped" else adapter
+    folder, manifest = find_model(adapter=given), find_manifest(adapter=given)
     scored = read_metrics(Path(run)).get("stages", {}).get(GREEDY, {}).get("metrics", {})
     dtype = scored.get("decode_dtype", parameters.greedy_dtype or parameters.dtype)
     constraint = scored.get("greedy_constrained_decoding", parameters.constrained_decoding)

@@ -36,7 +36,7 @@ def predict_texts(options: Namespace) -> None:
     if options.print_model_folder:
         from biomerge_lib.apply.ready_models import find_model
 
-        print(find_model(adapter=options.adapter, model=options.model)[0])
+        print(find_model(adapter=options.adapter, model=options.model))
         return
     if options.cue == LIST_CUES:
         from biomerge_lib.apply.ready_models import describe_cues, find_manifest

@@ -65,22 +65,17 @@ def merge_for_use(adapter: Path) -> Path:
     return folder
 
 
-def find_model(
-    *, adapter: Path | str | None = None, model: Path | str | None = None
-) -> tuple[Path, Manifest]:
-    """The merged model of the shipped adapter, of another ``adapter``, or of a ``model`` folder; and how it is asked.
+def find_model(*, adapter: Path | str | None = None, model: Path | str | None = None) -> Path:
+    """The merged model of the shipped adapter, of another ``adapter``, or of a ``model`` folder.
 
     Raises:
         ModelError: no model or adapter in the folder, or it cannot be merged.
     """
-    manifest = find_manifest(adapter=adapter, model=model)
-    if model is not None:
-        return read_model_folder(Path(model))[0], manifest
-    return merge_for_use(Path(adapter or SHIPPED)), manifest
+    return read_model_folder(Path(model))[0] if model is not None else merge_for_use(Path(adapter or SHIPPED))
 
 
 def find_manifest(*, adapter: Path | str | None = None, model: Path | str | None = None) -> Manifest:
-    """How the model of :func:`find_model` is asked, which merges nothing."""
+    """How the model of :func:`find_model` is asked; merges nothing, and raises ModelError where it finds none."""
     if model is not None:
         folder, said = read_model_folder(Path(model))
         return Manifest.of(said, where=folder)

@@ -233,8 +233,9 @@ def load_tagger(
         ParameterError: the model knows no such cue.
         ServerError: the server cannot be reached.
     """
-    cues = find_manifest(adapter=adapter, model=model).cue_options(cue)  # refused before anything is merged
-    folder, manifest = find_model(adapter=adapter, model=model)
+    manifest = find_manifest(adapter=adapter, model=model)
+    cues = manifest.cue_options(cue)  # refused before anything is merged
+    folder = find_model(adapter=adapter, model=model)
     new_tokens, prompt_format = manifest.max_new_tokens, manifest.prompt_format
     if base_url:
         tokenizer, answer = ask_server(folder, base_url, max_new_tokens=new_tokens)
