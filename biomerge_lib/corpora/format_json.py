@@ -19,30 +19,15 @@ from biomerge_lib.corpora.format_hub import has_tags
 from biomerge_lib.corpora.formats import Format, by_file, ending_of, first_line, id_of, iter_json, json_keys
 
 # What a field may be called, and what it may be; the first name that there is counts.
+_MENTIONS = ("spans", "entities", "denotations", "ents", "ner", "label", "labels")
+_TYPES = ("label", "labels", "obj", "type", "tag", "category", "entity_type", "entity_group", "entity")
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "text": (("tokenized_text", "text", "data", "content", "sentence", "document"), (str, list)),
-    "mentions": (
-        (
-            "spans",
-            "entities",
-            "denotations",
-            "ents",
-            "ner",
-            "label",
-            "labels",
-            "annotations",
-            "annotation",
-            "mentions",
-        ),
-        (list,),
-    ),
+    "mentions": ((*_MENTIONS, "annotations", "annotation", "mentions"), (list,)),
     "start": (("start", "start_offset", "begin"), (int,)),
     "end": (("end", "end_offset"), (int,)),
     "words": (("text",), (str, type(None))),
-    "type": (
-        ("label", "labels", "obj", "type", "tag", "category", "entity_type", "entity_group", "entity"),
-        (str, int, list, type(None)),
-    ),
+    "type": (_TYPES, (str, int, list, type(None))),
 }
 _WORDS = ("word", "value", "mention", "surface")
 _DOCBIN = ".spacy"

@@ -16,14 +16,8 @@ from biomerge_lib.corpora.documents import UNTYPED, Document, Mention, ReadCount
 from biomerge_lib.corpora.formats import Format, by_file, first_line, read_text, split_lines
 
 _TEXT = "#Text="
-_TYPES = (
-    "value",
-    "label",
-    "type",
-    "tag",
-    "class",
-    "category",
-)  # what a feature is called that holds the type
+# What a feature is called that holds the type.
+_TYPES = ("value", "label", "type", "tag", "class", "category")
 _BUILT_IN = ("de.tudarmstadt.", "org.dkpro.")  # layers of words and pages
 # What a backslash stands before, in texts and tokens.
 _ESCAPED = {"\\": "\\", "t": "\t", "n": "\n", "f": "\f", "r": "\r", "b": "\b"}

@@ -157,7 +157,7 @@ def load_unsloth(folder: Path | str, dtype: str, max_length: int) -> CausalLM:
             use_exact_model_name=True,
             use_gradient_checkpointing=False,
         )
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(f"{folder}: Unsloth cannot load this ({error}). Set backend=peft.") from error
     remove_unsloth_generate(model)
     return model
