@@ -1,6 +1,6 @@
 """How the cost of training grows: with a step's sentences, their length, the model, the data, and points on one card.
 
-    python -m benchmarks.scaling                                   # within 250 s on one H200
+    python -m benchmarks.scaling                                   # on one GPU
     python -m benchmarks.scaling --parts models --way 'fused, apart'
     python -m benchmarks.scaling --shapes tiny --way packed --parts models     # to try it on a CPU
 

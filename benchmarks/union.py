@@ -112,12 +112,11 @@ def make_data(corpora: str) -> None:
             ]
             write_records(path, records)
             for name, kept in PARTS.items() if folder == DATA else ():
-                part = PROJECT_DIR / f"{DATA}_{name}/ner"
                 own = [record for record in records if record.dataset in kept]
-                print(
-                    f"{DATA}_{name}/ner/{split}.jsonl: {write_records(part / f'{split}.jsonl', own):,} records"
-                )
-                write_json(part / "data_card.json", {"command": MADE})
+                count = write_records(PROJECT_DIR / f"{DATA}_{name}/ner/{split}.jsonl", own)
+                print(f"{DATA}_{name}/ner/{split}.jsonl: {count:,} records")
+    for name in PARTS:
+        write_json(PROJECT_DIR / f"{DATA}_{name}/ner/data_card.json", {"command": MADE})
 
 
 def ask(run: Path) -> None:
