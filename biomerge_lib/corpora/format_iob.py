@@ -146,9 +146,10 @@ class _Layout:
         for number, line in enumerate([*lines, ""], start=1):
             if self.ends_at and line.strip() and not line.startswith(_NO_ROW):
                 first = self.split(line)[0].strip() or before
-                if first != before if self.ends_at == "another" else _number_of(first) <= _number_of(before):
+                place = _number_of(first)
+                if 0 <= place <= _number_of(before) if self.ends_at == "falls" else first != before:
                     yield number, ""
-                before = first
+                before = first if place >= 0 or self.ends_at == "another" else before
             yield number, line
 
     def read(self, line: str, where: str) -> tuple[str, str, ParsedTag]:

@@ -320,6 +320,7 @@ def test_a_column_of_ids_before_the_tokens_tells_documents(tmp_path):
         "1\tIL-2\tB-Gene\n1\trose\tO\n1\t.\tO\n2\tNo\tO\n2\t.\tO\n2\t.\tO\n",  # sentences by their numbers
         "1 IL-2 B-Gene\n2 rose O\n3 . O\n1 No O\n2 . O\n3 . O\n",  # tokens by theirs
         "0 IL-2 B-Gene\n5 rose O\n9 . O\n0 No O\n3 . O\n4 . O\n",  # by where they start
+        "1 IL-2 B-Gene\n2-3 rose O\n3 . O\n1 No O\n2 . O\n2.1 . O\n",  # some have two, or none of their own
         "Sentence\tWord\tTag\nSentence: 1\tIL-2\tB-Gene\n\trose\tO\n\t.\tO\nSentence: 2\tNo\tO\n\t.\tO\n\t.\tO\n",
     ],
 )
