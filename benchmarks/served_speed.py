@@ -158,6 +158,8 @@ class Measurement:
                 "execution": execution,
                 "extra_arguments": arguments,
             }
+            if self.options.logs:
+                options["log_path"] = self.options.logs / f"start-{len(self.report['starts'])}.log"
             with serve(model_dir, RANDOM, **options) as (server, ask):
                 done = ask(self.records, concurrency=self.options.concurrency)
                 together = (datetime.now() - began).total_seconds()
