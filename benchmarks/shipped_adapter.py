@@ -30,6 +30,7 @@ from biomerge_lib.core.markup import code_in_markdown, in_markdown
 from biomerge_lib.core.records import Record, read_records
 from biomerge_lib.experiment.runs import provenance, quiet_libraries
 from biomerge_lib.model.adapters import SHIPPED, read_adapter
+from biomerge_lib.prompts.manifest import Manifest
 from biomerge_lib.report.display import markdown_table
 from biomerge_lib.scoring.ner_metrics import bootstrap, count_units, score_spans
 
@@ -37,31 +38,33 @@ BEGIN, END = "<!-- scores: begin -->", "<!-- scores: end -->"  # of the model ca
 
 
 class Row(NamedTuple):
-    """A corpus, how it is asked (``cue``: None is the default one), and whether the adapter was trained on it."""
+    """A corpus, how it is asked (``cue``, ``spaced``: None is the default), and whether the adapter knows it."""
 
     corpus: str
     cue: str | None
-    spaced: bool
+    spaced: bool | None
     own: bool
 
     @property
     def options(self) -> str:
         """As ``predict`` takes them."""
-        return " ".join([*(["--cue", self.cue] if self.cue else []), *([] if self.spaced else ["--as-is"])])
+        punctuation = {None: [], True: ["--apart"], False: ["--as-is"]}[self.spaced]
+        return " ".join([*(["--cue", self.cue] if self.cue else []), *punctuation])
 
 
-def plan_rows(own: Sequence[str], foreign: Sequence[str], *, has_cues: bool) -> Iterator[Row]:
-    """Own corpora with their cue, punctuation apart or as it is, and with the default cue; others with that."""
+def plan_rows(own: Sequence[str], foreign: Sequence[str], manifest: Manifest) -> Iterator[Row]:
+    """Own corpora with their cue, punctuation by default or the other way, and by default; others by default."""
+    other = not manifest.prompt_format.sets_apart
     for name in own:
-        cue = name if has_cues else None
-        yield from (Row(name, cue, True, True), Row(name, cue, False, True))
-        if has_cues:
-            yield Row(name, None, True, True)
+        cue = name if manifest.cues else None
+        yield from (Row(name, cue, None, True), Row(name, cue, other, True))
+        if manifest.cues:
+            yield Row(name, None, None, True)
     for name in foreign:
-        yield Row(name, None, True, False)
+        yield Row(name, None, None, False)
 
 
-def measure(tagger: Tagger, records: list[Record], *, spaced: bool, name: str) -> dict[str, Any]:
+def measure(tagger: Tagger, records: list[Record], *, spaced: bool | None, name: str) -> dict[str, Any]:
     """Scores of the records' texts, each tagged as a document of its own, with the seconds that it took.
 
     ``types`` has found and gold mentions of each gold type, of which one with two counts for both.
@@ -125,7 +128,7 @@ def main() -> None:
         **{name: where[name] for name in ("device", "python", "versions")},
     }
     rows = read_rows(options.adapter / "scores.json", report)
-    for row in list(plan_rows(own, foreign, has_cues=bool(manifest.cues)))[len(rows) :]:
+    for row in list(plan_rows(own, foreign, manifest))[len(rows) :]:
         limit = options.limit if row.own else options.foreign_limit
         chosen = dev[row.corpus][:: max(1, len(dev[row.corpus]) // limit)][:limit]
         asked = replace(tagger, cues=manifest.cue_options(row.cue))

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def predict(
-    texts: str | Iterable[str], *, threshold: float | None = None, spaced: bool = True, **model: Any
+    texts: str | Iterable[str], *, threshold: float | None = None, spaced: bool | None = None, **model: Any
 ) -> Any:
     """The mentions of a text, or of each of several, of any length: each has ``start, end, text, score``.
 

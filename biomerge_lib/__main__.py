@@ -72,11 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog = "\n".join(["examples:", *examples])
         command = commands.add_parser(name, **text, epilog=epilog, formatter_class=layout)
         command.set_defaults(verb=globals()[f"_{name.replace('-', '_')}"], refuse=command.refuse)
-        exclusive = said.get("exclusive", ())
-        group = command.add_mutually_exclusive_group() if exclusive else command
+        groups: dict[str, argparse._ActionsContainer] = {}
+        for exclusive in said.get("exclusive", ()):
+            groups |= dict.fromkeys(exclusive, command.add_mutually_exclusive_group())
         for option, settings in said["options"].items():
             types = {"type": TYPES[settings["type"]]} if "type" in settings else {}
-            (group if option in exclusive else command).add_argument(option, **settings | types)
+            groups.get(option, command).add_argument(option, **settings | types)
     parser.epilog = "\n".join([*lines, "", fill(EXIT_CODES, 100)])
     return parser
 

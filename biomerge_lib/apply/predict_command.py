@@ -83,7 +83,7 @@ def predict_texts(options: Namespace) -> None:
             for piece in page.get_template("mentions.html.j2").generate(parts=tagged, **look):
                 print(piece, file=out, end="", flush=True)
         elif kind == "conll":
-            write_iob(tagged, out, spaced=not options.as_is)
+            write_iob(tagged, out, spaced=options.spaced is not False)
         else:
             for part in tagged:
                 shown = bracket(part.text, part.spans, colour=out.isatty())
@@ -112,7 +112,7 @@ def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator
 
     with tqdm(total=characters, **shown) as bar:
         said = (text.text for text in again)
-        asked = {"threshold": options.threshold, "spaced": not options.as_is, "note": note}
+        asked = {"threshold": options.threshold, "spaced": options.spaced, "note": note}
         parts = tagger.find_parts(said, **asked)
         text: Text | None = None
         for part in parts:

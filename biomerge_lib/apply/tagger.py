@@ -86,16 +86,17 @@ class Tagger:
         texts: Iterable[str],
         *,
         threshold: float | None = None,
-        spaced: bool = True,
+        spaced: bool | None = None,
         note: Callable[[int], object] | None = None,
     ) -> Iterator[Part]:
         """The mentions of each text, in order, as far as they are known: a long text comes in many parts.
 
         Sentences of many texts share a batch; after each batch, what it has answered is given out, and memory holds
         no more texts than that. Parts end between sentences, and those of a text make up the whole of it. ``spaced``
-        sets punctuation apart for the model, as the corpora it was trained on have it; spans are mapped back either
-        way. Answers that point outside a sentence are left out, and with a ``threshold`` those of a lower score.
-        ``note`` is called with the number of characters that each batch has answered.
+        sets punctuation apart for the model, as tokenised corpora have it (None: unless it is shown offsets inside
+        words, ``echo_pieces``); spans are mapped back either way. Answers that point outside a sentence are left out,
+        and with a ``threshold`` those of a lower score. ``note`` is called with the number of characters that each
+        batch has answered.
 
         Raises:
             TypeError: a text is no string.
@@ -105,6 +106,7 @@ class Tagger:
         """
         if threshold is not None and not 0 <= threshold <= 1:
             raise ParameterError(f"threshold={threshold} is no probability: give one from 0 to 1.")
+        spaced = self.prompt_format.sets_apart if spaced is None else spaced
         queue: deque[_Open] = deque()
         batch: list[tuple[_Open, Span]] = []
         at_once = min(FIRST, self.at_once)

@@ -132,6 +132,11 @@ class PromptFormat:
     def __post_init__(self) -> None:
         check_style(self.offset_anchors)
 
+    @property
+    def sets_apart(self) -> bool:
+        """Whether punctuation of raw texts is set apart for the model: not where pieces of words have offsets."""
+        return STYLES[self.offset_anchors].anchored is not find_pieces
+
     def cue(self, record: Record) -> str | None:
         """The corpus whose annotation policy is wanted: the record's cue, else its data set; None without cues."""
         return (record.cue or record.dataset) if self.corpus_cue else None

@@ -272,6 +272,14 @@ def test_what_was_found_before_an_interrupt_is_kept(tokenizer, tmp_path, monkeyp
     assert len((tmp_path / "brat/long.ann").read_text().splitlines()) == 4
 
 
+def test_punctuation_stays_where_the_model_was_shown_offsets_inside_words(tagger, tokenizer):
+    text = "Aspirin/codeine heals."
+    assert spans_of([tagger[0].predict(text)]) == [[(0, 7)]]  # "Aspirin" is a word of its own
+    pieces = replace(tagger[0], prompt_format=replace(START, offset_anchors="echo_pieces"))
+    assert spans_of([pieces.predict(text)]) == [[(0, 15)]]
+    assert spans_of([pieces.predict(text, spaced=True)]) == [[(0, 7)]]
+
+
 def test_a_word_without_end_is_no_end(tagger, caplog):
     tagger, _ = tagger
     sequence = "ACGT" * 3000

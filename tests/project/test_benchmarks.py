@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,8 @@ from benchmarks.join_qwen import join
 from benchmarks.kernel_profile import describe_kernels, summarise
 from benchmarks.learning import read_rows
 from benchmarks.scaling import lines_of, node_of
+from benchmarks.shipped_adapter import Row, measure, plan_rows
 from benchmarks.shipped_adapter import describe as describe_adapter
-from benchmarks.shipped_adapter import measure, plan_rows
 from benchmarks.training_page import describe
 from benchmarks.training_speed import METHOD, Stopwatch, describe_numbers
 from biomerge_lib.apply.tagger import Tagger
@@ -26,8 +27,9 @@ from biomerge_lib.core.prompt_format import GONE_STYLES
 from biomerge_lib.core.records import Record
 from biomerge_lib.decoding.predictions import RawAnswer
 from biomerge_lib.experiment.runs import PROJECT_DIR
+from biomerge_lib.prompts.manifest import Manifest
 from biomerge_lib.report.report_runs import collect_runs
-from tests.conftest import START
+from tests.conftest import MANIFEST, START
 
 FILES = sorted((PROJECT_DIR / "benchmarks").glob("*.py"))
 PROGRAMS = [path.stem for path in FILES if "\ndef main(" in path.read_text(encoding="utf-8")]
@@ -238,14 +240,16 @@ def test_the_sweep_starts_nothing_that_cannot_end_in_time(monkeypatch):
 
 
 def test_an_adapter_is_asked_with_each_cue_and_about_other_corpora():
-    rows = [(row.corpus, row.options, row.own) for row in plan_rows(["a"], ["b"], has_cues=True)]
+    pieces = replace(START, offset_anchors="echo_pieces", corpus_cue=True)
+    cued = Manifest(prompt_format=pieces, max_new_tokens=64, cues=["a"], default_cue="any")
+    rows = [(row.corpus, row.options, row.own) for row in plan_rows(["a"], ["b"], cued)]
     assert rows == [
         ("a", "--cue a", True),
-        ("a", "--cue a --as-is", True),
+        ("a", "--cue a --apart", True),
         ("a", "", True),
         ("b", "", False),
     ]
-    rows = [(row.corpus, row.options, row.own) for row in plan_rows(["a"], ["b"], has_cues=False)]
+    rows = [(row.corpus, row.options, row.own) for row in plan_rows(["a"], ["b"], MANIFEST)]
     assert rows == [("a", "", True), ("a", "--as-is", True), ("b", "", False)]
 
 
@@ -264,7 +268,7 @@ def test_an_adapters_answers_are_counted_by_type(tokenizer):
     found = measure(tagger, records, spaced=True, name="mine")
     assert found["types"] == {"Drug": [1, 2], "Disease": [1, 2], "Sugar": [0, 1]}
     assert (found["sentences"], found["gold"], found["precision"], found["recall"]) == (2, 4, 1.0, 0.5)
-    row = next(plan_rows(["mine"], [], has_cues=True))
+    row = Row("mine", "mine", None, own=True)
     told = row._asdict() | {"options": row.options, "of": 9, "commit": "abc"} | found
     page = describe_adapter({"rows": [told], "command": "python -m x", "device": "a CPU"})
     assert "| mine | its own | `--cue mine` | 2 of 9 | 1.000 | 0.500 | **0.667** [" in page
