@@ -1,7 +1,7 @@
 """How the cost of training grows: with a step's sentences, their length, the model, the data, and points on one card.
 
     python -m benchmarks.scaling                                   # on one GPU
-    python -m benchmarks.scaling --parts models --way 'fused, apart'
+    python -m benchmarks.scaling --parts models --way fused
     python -m benchmarks.scaling --shapes tiny --way packed --parts models     # to try it on a CPU
 
 - models: shapes with random weights, a process each (benchmarks/training_speed.py): import and compile side by side,

@@ -6,7 +6,7 @@
 
 The 8B has Llama-3's shape and tokenizer and random bfloat16 weights: its answers mean nothing and never end, so each
 is cut at 64 tokens, more than a trained model writes. The trained model is the shipped adapter, merged. ``--ways``
-takes the seconds of a start apart instead, in the ways to start (``WAYS``; the first four by default), and has
+takes the seconds of a start apart instead, in the ways to start (``WAYS``; the first two by default), and has
 one server answer for several runs. Writes the report after each part, so that a part that fails costs no other.
 """
 
@@ -51,24 +51,20 @@ WARM_UP = 8  # sentences answered before the clock of "answering" starts; their 
 FEW_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 16, 128, 256]}
 FEW = ["--compilation-config", json.dumps(FEW_GRAPHS)]
 LEAN = [*FEW, "--kernel-config", json.dumps({"enable_flashinfer_autotune": False})]
-FORK = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # the engine need not import again what its server has
-# How a server is started: execution, arguments that come after the library's own, environment.
-WAYS: dict[str, tuple[str, list[str], dict[str, str]]] = {
-    "as the library does": ("graphs", [], {}),
-    "fork, 4 graphs, no autotuning": ("graphs", LEAN, FORK),
-    "fork, 4 graphs, no autotuning, fixed cache": (
+# How a server is started: execution, arguments that come after the library's own.
+WAYS: dict[str, tuple[str, list[str]]] = {
+    "as the library does": ("graphs", []),
+    "the same again": ("graphs", []),
+    "4 graphs, no autotuning": ("graphs", LEAN),
+    "eager": ("eager", []),
+    "4 graphs, no autotuning, fixed cache": (
         "graphs",
         [*LEAN, "--kv-cache-memory-bytes", str(16 * 2**30)],
-        FORK,
     ),
-    "fork, eager": ("eager", [], FORK),
-    "fork": ("graphs", [], FORK),
-    "4 graphs": ("graphs", FEW, {}),
-    "fork, weights read at once": ("graphs", ["--safetensors-load-strategy", "eager"], FORK),
-    "fork, no weights read": ("graphs", ["--load-format", "dummy"], FORK),
+    "no weights read": ("graphs", ["--load-format", "dummy"]),
 }
-BY_DEFAULT = [*WAYS][:4]
-# What a server's log says of its start. The engine's first line comes when all is imported, twice without fork.
+BY_DEFAULT = [*WAYS][:2]
+# What a server's log says of its start. The engine's first line comes when all is imported, twice.
 PHASES = {
     "weights s": r"Loading weights took ([\d.]+) seconds",
     "model s": r"Model loading took .* and ([\d.]+) seconds",
@@ -149,24 +145,15 @@ class Measurement:
 
     def start(self, model_dir: Path, way: str) -> None:
         """A row of where a start's seconds go, from nothing to the score."""
-        execution, arguments, environment = WAYS[way]
-        os.environ.update(environment)
+        execution, arguments = WAYS[way]
+        options: dict[str, Any] = {"dtype": "bfloat16", "execution": execution, "extra_arguments": arguments}
+        if self.options.logs:
+            options["log_path"] = self.options.logs / f"start-{len(self.report['starts'])}.log"
         began = datetime.now()
-        try:
-            options: dict[str, Any] = {
-                "dtype": "bfloat16",
-                "execution": execution,
-                "extra_arguments": arguments,
-            }
-            if self.options.logs:
-                options["log_path"] = self.options.logs / f"start-{len(self.report['starts'])}.log"
-            with serve(model_dir, RANDOM, **options) as (server, ask):
-                done = ask(self.records, concurrency=self.options.concurrency)
-                together = (datetime.now() - began).total_seconds()
-                log = server.log_path.read_text(encoding="utf-8", errors="replace")
-        finally:
-            for name in environment:
-                del os.environ[name]
+        with serve(model_dir, RANDOM, **options) as (server, ask):
+            done = ask(self.records, concurrency=self.options.concurrency)
+            together = (datetime.now() - began).total_seconds()
+            log = server.log_path.read_text(encoding="utf-8", errors="replace")
         begins = re.search(ENGINE_BEGINS, log)
         said = {name: re.search(pattern, log) for name, pattern in PHASES.items()}
         self.report["starts"].append(
@@ -183,7 +170,7 @@ class Measurement:
         )
 
     def reload(self, models: list[Path], manifest: Manifest, *, dtype: str) -> None:
-        """Rows of one server that answers for several models, one after the other, and for the first again.
+        """Rows of one server that answers twice for the first model, then for the others, and for the first again.
 
         Of tied models, too, which the library does not reload: the last two columns tell whether it could.
         """
@@ -191,27 +178,28 @@ class Measurement:
         first, *others = models
         with serve(first, manifest, dtype=dtype, others=others) as (server, ask):
             found: dict[str, list[Prediction]] = {}
-            for model_dir in [*models, first]:
+            for model_dir in [first, *models, first]:
                 started = time.monotonic()
                 if model_dir.resolve() != server.model_dir:  # in place, also where `load` would start anew
                     server._reload(model_dir.resolve())
                     server.model_dir, server.model_id = model_dir.resolve(), served_names(model_dir)[0]
                 loaded = time.monotonic() - started
                 done = ask(self.records, concurrency=self.options.concurrency)
-                before = found.setdefault(server.model_id, done.predictions)
+                before = found.get(server.model_id, done.predictions)
                 pairs = zip(before, done.predictions, strict=True)
                 same = sum(one.answer_ids == other.answer_ids for one, other in pairs)
                 self.report["reloads"].append(
                     {
                         "model": server.model_id,
                         "dtype": dtype,
-                        "start-up s": None if found.keys() - {server.model_id} else server.startup_seconds,
+                        "start-up s": None if found else round(cast(float, server.startup_seconds), 1),
                         "reload s": round(loaded, 1),
                         "answering s": round(done.seconds, 1),
                         "F1": round(score_predictions(done.predictions)["ner_f1"], 4),
-                        "as the first time": f"{same} of {len(before)}",
+                        "as the first time": f"{same} of {len(before)}" if server.model_id in found else None,
                     }
                 )
+                found.setdefault(server.model_id, done.predictions)
 
     def decode(self, model_dir: Path, manifest: Manifest, *, dtype: str) -> list[Prediction]:
         """The same with transformers; the F1 of random weights means nothing."""
@@ -282,12 +270,13 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
 
 
 def compare_starts(measured: Measurement, ways: list[str]) -> None:
-    model_dir = find_backbone(measured.options.shape)
-    for way in ways:
-        with measured.part(way):
-            measured.start(model_dir, way)
-    with TemporaryDirectory() as scratch, measured.part("reload of the random model"):
-        measured.reload([model_dir, make_twin(model_dir, Path(scratch), 0.0)], RANDOM, dtype="bfloat16")
+    if measured.options.shape != "none":
+        model_dir = find_backbone(measured.options.shape)
+        for way in ways:
+            with measured.part(way):
+                measured.start(model_dir, way)
+        with TemporaryDirectory() as scratch, measured.part("reload of the random model"):
+            measured.reload([model_dir, make_twin(model_dir, Path(scratch), 0.0)], RANDOM, dtype="bfloat16")
     with TemporaryDirectory() as scratch, measured.part("reload of the trained model"):
         trained = merge_for_use(SHIPPED)
         manifest = Manifest.of(read_manifest(trained), where=trained)
@@ -306,7 +295,7 @@ def main() -> None:
     parser.add_argument(
         "--execution", nargs="+", choices=EXECUTION, default=["graphs"], help="of the random model's servers"
     )
-    ways = "take the start apart instead, in these ways (none named: the first four)"
+    ways = "take the start apart instead, in these ways (none named: the first two)"
     parser.add_argument("--ways", nargs="*", choices=WAYS, help=ways)
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
     parser.add_argument(

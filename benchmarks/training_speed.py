@@ -3,17 +3,14 @@
     python -m benchmarks.training_speed --shape 8b --data_dir data/bc5cdr_iob/ner
     python -m benchmarks.training_speed --shape backbones/smollm2-135m --batches 8 32 128 256 --steps 50 --ways trl
     python -m benchmarks.training_speed --shape backbones/smollm2-135m --ways packed+graphed --epochs 1000 4560 32000
-    python -m benchmarks.training_speed --ways 'fused, joined, in the product' --card-gb 48 --profile profile
+    python -m benchmarks.training_speed --ways 'fused, as needed' --card-gb 48 --profile profile
     python -m benchmarks.training_speed --shape tiny --batches 4 --ways packed padded   # to try it on a CPU
 
 Every way trains LoRA r = 8 on all linear layers on the same sentences with start anchors, in a process of its own:
 
     packed, packed+compiled, ...   this project's Trainer with its parameters of those names
-    fused, ...                     packed+compiled with LoRA in the base layers' products (model/fused_lora.py); joined:
-                                   q, k, v and gate, up as one product with one dropout mask; wide: o and down, which
-                                   put out no more than they read, behind theirs; apart: so, and backward gate and up
-                                   each by itself; half checkpointed: every second layer computes its activations
-                                   anew; as needed: as many as --card-gb demands
+    fused, ...                     packed+compiled with LoRA in the base layers' products (model/fused_lora.py); as
+                                   needed: as many layers as --card-gb demands compute their activations anew
     padded                         this project's Trainer with packing=false
     brief                          transformers' Trainer and peft as the brief writes it: rows padded to 256 + 64
                                    tokens, 8 sentences x 4, gradient checkpointing
@@ -37,7 +34,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
-import itertools
 import json
 import os
 import statistics
@@ -72,18 +68,13 @@ OURS: dict[str, dict[str, Any]] = {  # parameters of this project
     "unsloth packed": {"backend": "unsloth"},
     "unsloth packed+checkpointing": {"backend": "unsloth", "gradient_checkpointing": True},
 }
-FUSED: dict[str, dict[str, Any]] = {  # options of model/fused_lora.py
-    "fused": {"joined": False, "in_product": True, "apart": False},
-    "fused, joined": {"joined": True, "in_product": False},
-    "fused, joined, in the product": {"joined": True, "in_product": True, "apart": False},
-    "fused, joined, wide in the product": {"joined": True, "in_product": "wide", "apart": False},
-    "fused, apart": {"joined": True, "in_product": "wide", "apart": True},
-    "fused+checkpointing": {"joined": True, "in_product": "wide", "apart": True},
-    "fused, half checkpointed": {"joined": True, "in_product": "wide", "apart": True},
-    "fused, as needed": {"joined": True, "in_product": "wide", "apart": True},
+FUSED: dict[str, dict[str, Any]] = {  # with model/fused_lora.py
+    "fused": {"step_launch": "compiled"},
+    "fused+graphed": {"step_launch": "compiled_graphed"},
+    "fused+checkpointing": {"step_launch": "compiled", "gradient_checkpointing": True},
+    "fused, as needed": {"step_launch": "compiled", "gradient_checkpointing": True},
 }
-OURS |= {way: {"step_launch": "compiled"} for way in FUSED}
-OURS |= {way: OURS[way] | {"gradient_checkpointing": True} for way in [*FUSED][-3:]}
+OURS |= FUSED
 WAYS = [way for way in [*OURS, *PEERS] if "graphed" not in way and "no head" not in way]
 METHOD = __doc__.split("\n\n", 2)[2]
 FORMAT = PromptFormat(offset_anchors="start", corpus_cue=False, max_input_tokens=512)
@@ -203,7 +194,7 @@ def measure_way(options: dict[str, Any]) -> None:
     imported = time.perf_counter()
     folder, random = options["backbone"], options["backbone"].endswith("-weightless")
     if way in OURS:
-        fused_lora.OPTIONS |= {"devices": ("cuda", "cpu") if way in FUSED else ()} | FUSED.get(way, {})
+        fused_lora.DEVICES = ("cuda", "cpu") if way in FUSED else ()
     if torch.cuda.is_available() and options["card_gb"]:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1, options["card_gb"] * 1e9 / whole))
@@ -381,7 +372,6 @@ def our_parameters(way: str, **changes: Any):
 
 def build_ours(way: str, model, tokenizer, records: list, batch: int):
     """This project's Trainer, as 03_train builds it, without evaluation and checkpoints; and what it has seen."""
-    from biomerge_lib.model.reach_ins import recompute_none
     from biomerge_lib.training.run import build_trainer
 
     parameters = our_parameters(way, per_device_train_batch_size=batch, gradient_accumulation_steps=1)
@@ -392,8 +382,6 @@ def build_ours(way: str, model, tokenizer, records: list, batch: int):
     trainer = build_trainer(
         model, tokenizer, {"train": records, "dev": dev}, parameters, checkpoints=checkpoints
     )
-    if "half" in way:
-        recompute_none(itertools.islice(model.get_decoder().layers, 0, None, 2))
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     trainer.args.load_best_model_at_end = False
     trainer.callback_handler.callbacks = [

@@ -220,9 +220,9 @@ class VllmServer:
         if self._reloads:
             environment["VLLM_SERVER_DEV_MODE"] = "1"
         environment.pop("MPLBACKEND", None)  # Jupyter's, which another environment cannot import
+        # Two processes import all of vLLM: 54 to 58 s where its modules are compiled anew each time, else 25.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         if _is_cpu_build(self.version):
-            # The engine's process then has what the server's process has imported already. On a GPU vLLM chooses.
-            environment.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
             # One core is left to the HTTP server and the scheduler, as vLLM's own "auto" does: where OpenMP's
             # spinning threads shared it, two busy cores gave 4 tokens a second instead of 12.
             cores = sorted(os.sched_getaffinity(0))

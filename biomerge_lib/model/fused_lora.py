@@ -7,9 +7,11 @@ but in a training pass a group of them (q, k, v; gate, up; any other alone) comp
                                                                                          [W_k | 0      s B_k  0    ]
                                                                                          [W_v | 0      0      s B_v]
 
-so that the low-rank part is added in the base product's accumulator. W' holds the frozen weights themselves (the
-modules' are views of it), and its last columns are filled from the trained B's before each training pass. Backward,
-dy W' gives the gradients of x and of low in one product.
+so that the low-rank part is added in the base product's accumulator; where a group puts out no more than it reads (o,
+down), y is the smaller tensor, and the low-rank part is added behind the product. W' holds the frozen weights
+themselves (the modules' are views of it), and its last columns are filled from the trained B's before each training
+pass. Backward, dy W' gives the gradients of x and of low in one product, or where the members of a group put out more
+than they read (gate, up) in one each: their dy come from one kernel, and to join them would read its inputs twice.
 """
 
 from __future__ import annotations
@@ -26,21 +28,12 @@ from biomerge_lib.model.reach_ins import adds_low_rank, is_plain_lora
 if TYPE_CHECKING:
     from peft import PeftModel
 
-OPTIONS: dict[str, Any] = {
-    "devices": (),  # on which training fuses LoRA
-    "joined": True,  # layers that read the same input as one product, or each its own
-    # The low-rank part in the base product's accumulator, or added behind it; "wide": in it where a group puts out more
-    # than it reads, as else the smaller tensor is the one that is added.
-    "in_product": True,
-    # Backward, members that put out more than they read (gate, up) each by itself: their gradients come from one
-    # kernel, and to join them would read its inputs twice.
-    "apart": True,
-}
+DEVICES: tuple[str, ...] = ()  # on which training fuses LoRA
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one parent, called in this order
 COLUMNS = 64  # added to W' at least: a tile of a GPU's product, and rows that begin at multiples of 128 bytes
 
 
-def fuse_lora(model: PeftModel, *, joined: bool | None = None, in_product: bool | str | None = None) -> int:
+def fuse_lora(model: PeftModel) -> int:
     """Let a PEFT model's training passes compute LoRA in groups of layers; the number of layers that do.
 
     A layer is left as PEFT's where it is more than ``nn.Linear`` with LoRA (quantised, DoRA, several adapters), and so
@@ -48,18 +41,16 @@ def fuse_lora(model: PeftModel, *, joined: bool | None = None, in_product: bool 
     of the whole decoder; its layers called by themselves compute as the pass before did. Merged, weights are views that
     ``save_pretrained`` cannot write: merge an adapter into a backbone of its own, as ``merge_checkpoint`` does.
     """
-    joined = OPTIONS["joined"] if joined is None else joined
-    in_product = OPTIONS["in_product"] if in_product is None else in_product
     decoder: Any = model.get_decoder()
     groups = []
     for parent in decoder.modules():
         plain = {name: child for name, child in parent.named_children() if is_plain_lora(child)}
-        for names in GROUPS if joined else ():
+        for names in GROUPS:
             members = [plain[name] for name in names if name in plain]
             if len(members) == len(names) and len({_kind(member) for member in members}) == 1:
-                groups.append(_Group(members, in_product))
+                groups.append(_Group(members))
                 plain = {name: child for name, child in plain.items() if name not in names}
-        groups += [_Group([child], in_product) for child in plain.values()]
+        groups += [_Group([child]) for child in plain.values()]
 
     def prepare(decoder: torch.nn.Module, args: Any) -> None:
         for group in groups:
@@ -86,13 +77,12 @@ def _kind(layer: Any) -> tuple[Any, ...]:
 class _Group:
     """LoRA layers that are called one after the other with the same input."""
 
-    def __init__(self, layers: list[Any], in_product: bool | str) -> None:
+    def __init__(self, layers: list[Any]) -> None:
         bases = [layer.base_layer for layer in layers]
         first, outputs = bases[0].weight, [base.weight.shape[0] for base in bases]
         self.inputs: int = first.shape[1]
         self.layers = layers
-        self.in_product = sum(outputs) > self.inputs if in_product == "wide" else bool(in_product)
-        self.apart: bool = OPTIONS["apart"] and min(outputs) > self.inputs
+        self.in_product, self.apart = sum(outputs) > self.inputs, min(outputs) > self.inputs
         # As ratios of integers, which torch.compile takes as constants; a float would be an input of each layer.
         self.scale = float(layers[0].scaling["default"]).as_integer_ratio()
         self.dropout = float(getattr(layers[0].lora_dropout["default"], "p", 0)).as_integer_ratio()

@@ -24,9 +24,9 @@ from biomerge_lib.experiment.checkpoints import find_damage, find_resumable_chec
 from biomerge_lib.experiment.jobs import RunInterrupted
 from biomerge_lib.experiment.provenance import log_test_scoring
 from biomerge_lib.experiment.stages import TRAIN
+from biomerge_lib.model import fused_lora
 from biomerge_lib.model.adapters import read_init_adapter
 from biomerge_lib.model.backbones import refuse_other_backbone
-from biomerge_lib.model.fused_lora import OPTIONS, fuse_lora
 from biomerge_lib.model.packing import PackedCollator, RowCollator
 from biomerge_lib.model.probe import SENTENCES, probe_training
 from biomerge_lib.model.reach_ins import compile_once, recompute_none
@@ -75,8 +75,8 @@ def build_model(parameters: Parameters, backbone_folder: Path | str) -> PeftMode
         print(f"beginning with {init_adapter.folder} (sha256 {init_adapter.sha256[:12]})")
     # Unsloth compiles PEFT's layers as they are; DeepSpeed moves weights.
     alone = parameters.backend == "peft" and not parameters.deepspeed
-    if alone and model.device.type in OPTIONS["devices"]:
-        fuse_lora(model)
+    if alone and model.device.type in fused_lora.DEVICES:
+        fused_lora.fuse_lora(model)
     return model
 
 

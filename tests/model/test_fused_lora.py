@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from biomerge_lib.model import fused_lora
 from biomerge_lib.model.fused_lora import drop, fuse_lora, fused_layers
 from biomerge_lib.model.packing import KEPT
 from biomerge_lib.model.reach_ins import count_compiled_graphs
@@ -15,7 +14,6 @@ from biomerge_lib.model.unsloth_lora_ner import LINEAR_LAYERS
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 IDS = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(1))
-WAYS = [(joined, in_product) for joined in (False, True) for in_product in (False, True)] + [(True, "wide")]
 
 
 def build(kind="llama", dtype=torch.float32, *, device="cpu", hidden=48, inner=None, heads=4, **lora):
@@ -57,18 +55,11 @@ def distance(found, expected):
     return float((apart / sum(gradient.float().square().sum() for gradient in expected.values())).sqrt())
 
 
-@pytest.fixture(params=[True, False], ids=["apart", "together"])
-def backward(request, monkeypatch):
-    monkeypatch.setitem(fused_lora.OPTIONS, "apart", request.param)
-
-
-@pytest.mark.usefixtures("backward")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("joined, in_product", WAYS)
-def test_loss_and_gradients_are_pefts(kind, joined, in_product):
+def test_loss_and_gradients_are_pefts(kind):
     loss, gradients = pass_of(build(kind))
     model = build(kind)
-    assert fuse_lora(model, joined=joined, in_product=in_product) == 14
+    assert fuse_lora(model) == 14
     fused_loss, fused = pass_of(model)
     torch.testing.assert_close(fused_loss, loss)
     assert fused.keys() == gradients.keys()
@@ -77,20 +68,18 @@ def test_loss_and_gradients_are_pefts(kind, joined, in_product):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("joined, in_product", WAYS)
-def test_in_bfloat16_they_are_as_near_to_the_exact_ones_as_pefts(kind, joined, in_product):
+def test_in_bfloat16_they_are_as_near_to_the_exact_ones_as_pefts(kind):
     narrow = build(kind, torch.bfloat16)
     _, exact = pass_of(copy.deepcopy(narrow).float())
     _, peft = pass_of(narrow)
-    fuse_lora(narrow, joined=joined, in_product=in_product)
+    fuse_lora(narrow)
     _, fused = pass_of(narrow)
     assert 0 < distance(fused, exact) < max(0.005, 1.2 * distance(peft, exact)) < 0.03
 
 
-@pytest.mark.parametrize("joined, in_product", WAYS)
-def test_what_a_step_trained_is_read_by_the_next_pass(joined, in_product):
+def test_what_a_step_trained_is_read_by_the_next_pass():
     models = build(), build()
-    fuse_lora(models[1], joined=joined, in_product=in_product)
+    fuse_lora(models[1])
     losses = []
     for model in models:
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=10.0)
@@ -161,7 +150,7 @@ def test_the_saved_adapter_is_pefts_and_the_weights_are_in_memory_once(tmp_path)
 def test_a_layer_alone_stays_where_it_is_if_nothing_is_added_to_its_weight():
     model = build()
     places = {name: p.data_ptr() for name, p in model.named_parameters() if "base_layer" in name}
-    fuse_lora(model, joined=True, in_product="wide")
+    fuse_lora(model)
     moved = {
         name.split(".")[-3]
         for name, p in model.named_parameters()
@@ -292,14 +281,13 @@ def test_a_compiled_mask_is_drawn_anew_by_seed_and_is_the_same_backward(compiled
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("joined, in_product", WAYS)
-def test_compiled_layers_are_one_graph_with_the_same_gradients(joined, in_product):
+def test_compiled_layers_are_one_graph_with_the_same_gradients():
     """As Dynamo and AOTAutograd see them; the code that Inductor makes of it runs in tests/gpu."""
     loss, gradients = pass_of(build())
     torch._dynamo.reset()
     model = build()
     model.enable_input_require_grads()  # as the trained rows of the embedding do
-    fuse_lora(model, joined=joined, in_product=in_product)
+    fuse_lora(model)
     before = count_compiled_graphs()
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=True, fullgraph=True, backend="aot_eager_decomp_partition")
