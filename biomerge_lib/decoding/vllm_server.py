@@ -45,6 +45,8 @@ EXECUTION = {
     "graphs": ["--compilation-config", json.dumps(_GRAPHS)],
     "compiled": [],  # vLLM's own default: torch.compile, then graphs
 }
+# As `python -m` runs it, but without being the main module, which the engine's process would import a second time.
+RUN_SERVER = "import runpy; runpy.run_module('vllm.entrypoints.openai.api_server', run_name='__main__')"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # "(Worker pid=7) ERROR 11-23 04:46:04 [executor.py:9] ValueError: ...", or the same without vLLM's prefix.
 _EXCEPTION = re.compile(r"(?:\(.*?\] )?\s*((?:[\w.]*(?:Error|Exception): |Value error, ).+)")
@@ -202,7 +204,7 @@ class VllmServer:
             self._process = None
 
     def _command(self) -> list[str]:
-        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model_dir)]
+        command = [self.python, "-c", RUN_SERVER, "--model", str(self.model_dir)]
         names = dict.fromkeys([self.model_id, *(served_names(folder)[0] for folder in self.others)])
         command += ["--served-model-name", *names, "--host", HOST, "--port", str(self.port)]
         command += ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len)]

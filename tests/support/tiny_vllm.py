@@ -207,10 +207,10 @@ def make_stub_python(folder: Path, *, version: str = "vllm==0.0.1", run: str | N
     """A program that looks like an interpreter with vLLM and runs the stub server (or the shell line ``run``)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stub_server.py").write_text(STUB_SERVER)
-    # $1 $2 are "-m vllm.entrypoints.openai.api_server".
+    # A server is started with "-c CODE" and arguments, and its version asked for with "-c CODE" alone.
     start = run or f'shift 2; exec {sys.executable} {folder}/stub_server.py "$@"'
     program = folder / "python"
-    program.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo "{version}"; exit 0; fi\n{start}\n')
+    program.write_text(f'#!/bin/sh\nif [ $# = 2 ]; then echo "{version}"; exit 0; fi\n{start}\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return str(program)
 
