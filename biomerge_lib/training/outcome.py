@@ -24,12 +24,10 @@ READINGS = (WATCH_METRIC, "eval_answer_ner_f1", "eval_head_ner_f1")
 def collect_metrics(trainer: NerTrainer, best: str, seconds: float) -> dict[str, Any]:
     """The metrics of a training that took ``seconds``, the weights of the checkpoint it keeps (``best``) being loaded.
 
-    Dev, where it is watched, is scored greedily, unless it was with just these weights.
+    Dev, where it is watched, has the greedy scores of these weights.
     """
     state, processes = trainer.state, trainer.args.world_size
-    step, greedy = trainer.last_greedy
-    if "dev" in trainer.records and f"checkpoint-{step}" != best:
-        greedy = trainer.evaluate_greedily()
+    greedy = trainer.evaluate_greedily(best) if "dev" in trainer.records else {}
     at_best = [entry for entry in state.log_history if f"checkpoint-{entry['step']}" == best]
     metrics: dict[str, Any] = {
         "watch_metric": trainer.parameters.watch_metric,

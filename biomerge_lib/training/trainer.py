@@ -120,7 +120,7 @@ class NerTrainer(Trainer):
         self.finite = FiniteLoss(checkpoints, args.learning_rate)
         self.tokens_seen: torch.Tensor | int = 0
         self.examples_seen = 0
-        self.last_greedy: tuple[int, dict[str, Any]] = (-1, {})
+        self.greedy_at: dict[str, dict[str, Any]] = {}  # scores by checkpoint
         self._prompts_of = functools.cache(  # the same at each epoch's end
             lambda split: build_prompts(records[split], self.processing_class, parameters.prompt_format)
         )
@@ -276,12 +276,23 @@ class NerTrainer(Trainer):
         scores = score_predictions(collect_predictions(self.records[split], prompts, answers))
         return scores | {"seconds": round(time.monotonic() - started, 2)}
 
-    def evaluate_greedily(self) -> dict[str, Any]:
-        """Score dev's greedy answers and log the scores as ``greedy_dev_...``."""
-        metrics = {f"greedy_dev_{name}": value for name, value in self.score_greedily("dev").items()}
-        self.log({name: value for name, value in metrics.items() if isinstance(value, float)})
-        self.last_greedy = (self.state.global_step, metrics)
-        return metrics
+    def evaluate_greedily(self, checkpoint: str | None = None) -> dict[str, Any]:
+        """Score dev's greedy answers and log the scores as ``greedy_dev_...``, unless they were the last ones logged.
+
+        ``checkpoint`` says whose weights are loaded, if not this step's: dev is not decoded twice with the same ones.
+        """
+        name, last = (
+            checkpoint or f"checkpoint-{self.state.global_step}",
+            next(reversed(self.greedy_at), None),
+        )
+        if name not in self.greedy_at:
+            scores = self.score_greedily("dev")
+            self.greedy_at[name] = {f"greedy_dev_{metric}": value for metric, value in scores.items()}
+        if name != last:
+            self.log(
+                {name: value for name, value in self.greedy_at[name].items() if isinstance(value, float)}
+            )
+        return self.greedy_at[name]
 
 
 def choose_launch(parameters: Parameters, *, weights: int, steps: float) -> str:

@@ -62,7 +62,7 @@ def test_only_the_best_checkpoint_remains(make_trainer, monkeypatch):
         return metrics
 
     monkeypatch.setattr(NerTrainer, "evaluate", rising)
-    monkeypatch.setattr(NerTrainer, "evaluate_greedily", lambda trainer: {})
+    monkeypatch.setattr(NerTrainer, "evaluate_greedily", lambda trainer, checkpoint=None: {})
     trainer = make_trainer()
     trainer.train()
     kept = [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")]
@@ -83,13 +83,37 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(make_trainer, monke
         return metrics
 
     monkeypatch.setattr(NerTrainer, "evaluate", falling)
-    monkeypatch.setattr(NerTrainer, "evaluate_greedily", lambda trainer: {})
+    monkeypatch.setattr(NerTrainer, "evaluate_greedily", lambda trainer, checkpoint=None: {})
     trainer = make_trainer()
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter, weights[2][name], msg=name)
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_dev_is_decoded_once_with_the_same_weights(make_trainer, monkeypatch, tmp_path, best):
+    watched = iter([0.3 if number == best else 0.1 for number in range(2)])
+    decoded = []
+
+    def evaluate(self, *args, metric_key_prefix="eval", **kwargs):
+        self.log(metrics := {f"{metric_key_prefix}_ner_f1": next(watched)})
+        return metrics
+
+    def score_greedily(self, split):
+        decoded.append(self.state.global_step)
+        return {"ner_f1": self.state.global_step / 100}
+
+    monkeypatch.setattr(NerTrainer, "evaluate", evaluate)
+    monkeypatch.setattr(NerTrainer, "score_greedily", score_greedily)
+    trainer = make_trainer(num_train_epochs=2.0, eval_steps=100, save_steps=100)
+    metrics = train(trainer, tmp_path / "runs/tiny")
+    ends = [6, 12]
+    assert decoded == ends and metrics["best_checkpoint"] == f"checkpoint-{ends[best]}"
+    assert metrics["greedy_dev_ner_f1"] == ends[best] / 100
+    logged = [e["greedy_dev_ner_f1"] for e in trainer.state.log_history if "greedy_dev_ner_f1" in e]
+    assert logged == ([0.06, 0.12, 0.06] if best == 0 else [0.06, 0.12])  # the kept one is what was said last
 
 
 def test_the_last_checkpoint_is_kept_however_dev_falls(make_trainer, monkeypatch, tmp_path):
