@@ -69,7 +69,12 @@ def run_side_by_side(
             name, words = waiting.pop(0)
             with (PROJECT_DIR / "runs" / f"{name}.log").open("w") as output:
                 running[name] = subprocess.Popen(
-                    words, stdout=output, stderr=subprocess.STDOUT, cwd=PROJECT_DIR
+                    words,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=PROJECT_DIR,
+                    # A shell's background command ignores it, and so would all that it starts.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
         if waiting and late:
             print(f"out of time: {len(waiting)} not started", flush=True)
