@@ -8,8 +8,8 @@
     python -m benchmarks.results                                 # the page, from reports/results/*/metrics.json
     python -m benchmarks.results --runs runs --partial --out runs/results.md    # what there is so far
 
-A training of Qwen2.5-Coder takes up to 40 GB of the card, one of SmolLM2 10. The data are made by 02_data and, where
-they come untokenised, by benchmarks.spaced (see CORPORA). With --train, words behind the options go to every run of the
+A training of Qwen2.5-Coder takes up to 40 GB of the card, one of SmolLM2 10. 02_data makes the data, of corpora that
+are not tokenised with punctuation=apart (see CORPORA). With --train, words behind the options go to every run of the
 set; a run that is finished is left alone, one that was cut off goes on. The page has no figure of ours but from a run
 folder, and is refused while one is missing.
 """
@@ -41,7 +41,8 @@ COMMON = (
 )
 TEST = f"{COMMON} train_on=train_dev run_test_eval=true"
 QWEN = "model=qwen2_5_coder_1_5b per_device_eval_batch_size=128"
-# 02_data of bc5cdr_original, anatem_brat, nlmgene_pubtator (with dev_share=0.1), jnlpba_iob and bc2gm_iob.
+# 02_data of bc5cdr_original, anatem_brat, nlmgene_pubtator (dev_share=0.1 bad_mentions=skip), these three with
+# punctuation=apart, jnlpba_iob and bc2gm_iob, all with drop_leaks=documents.
 CORPORA = {
     "bc5cdr": "data/bc5cdr_spaced/ner",
     "anatem": "data/anatem_spaced/ner",
@@ -87,7 +88,7 @@ ABOUT = (
     "Exact spans, type-free, micro F1 with its 95 % bootstrap interval, over documents where a corpus has some. "
     "Trained on train and dev for a number of epochs chosen on dev ([runs](results/README.md)), without early "
     "stopping; the last checkpoint scored test. *Scored* counts all scorings of test that the run's folder has on "
-    "record. Untokenised corpora have their punctuation set apart (benchmarks/spaced.py)."
+    "record. Untokenised corpora have their punctuation set apart (`punctuation=apart`)."
 )
 ABOUT_CONTROLS = (
     "SmolLM2 (but for the encoder), the same sentences of BC5CDR, and as many epochs and sentences a step. Each "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
 from textwrap import fill
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog = "\n".join(["examples:", *examples])
         command = commands.add_parser(name, **text, epilog=epilog, formatter_class=layout)
         command.set_defaults(verb=globals()[f"_{name.replace('-', '_')}"], refuse=command.refuse)
-        groups: dict[str, argparse._ActionsContainer] = {}
+        groups: dict[str, Any] = {}
         for exclusive in said.get("exclusive", ()):
             groups |= dict.fromkeys(exclusive, command.add_mutually_exclusive_group())
         for option, settings in said["options"].items():

@@ -1,6 +1,6 @@
 """Knows how raw texts get their mentions: sentences, words apart as in the corpora, a model's answers, offsets back.
 
-    texts --[iter_sentences, find_pieces]--> records --[prompts, greedy decoding | vLLM]--> spans of each text
+    texts --[iter_sentences, find_tokens]--> records --[prompts, greedy decoding | vLLM]--> spans of each text
 
 Knows nothing of files, gold spans or scores.
 """
@@ -18,13 +18,12 @@ from typing import Any
 from biomerge_lib.apply.ready_models import ask_server, decode_here, find_manifest, find_model
 from biomerge_lib.core.errors import DataError, ParameterError
 from biomerge_lib.core.prompt_format import PromptFormat, find_words
+from biomerge_lib.core.punctuation import find_tokens, map_back
 from biomerge_lib.core.records import Record
 from biomerge_lib.core.spans import FoundMention, Span, is_inside
 from biomerge_lib.corpora.sentences import iter_sentences
 from biomerge_lib.decoding.predictions import Prompt, RawAnswer, build_prompts, collect_predictions
 
-# No piece is longer than a prompt may be, whatever stands in a text (a sequence, a URL). Accents stay at their letters.
-_PIECE = re.compile(r"[^\W_](?:[^\W_]|[\u0300-\u036f]){0,59}|[^\w\s]|_")
 _SPACE = re.compile(r"\s*")
 # The first answers come soon: so many sentences are asked at first, then this times as many.
 FIRST, GROWTH = 4, 4
@@ -143,7 +142,7 @@ class Tagger:
             note(sum(map(len, sentences)))
 
     def _ask(self, sentences: Sequence[str], *, spaced: bool, threshold: float | None) -> Iterator[_Found]:
-        pieces = [find_pieces(sentence, spaced=spaced) for sentence in sentences]
+        pieces = [find_tokens(sentence) if spaced else find_words(sentence) for sentence in sentences]
         shown = [
             " ".join(sentence[a:b] for a, b in words) if spaced else sentence
             for sentence, words in zip(sentences, pieces, strict=True)
@@ -186,35 +185,6 @@ def _take_parts(queue: deque[_Open]) -> Iterator[Part]:
         end = space.end() if space else item.answered
         yield Part(item.given, end, item.found, is_last=False)
         item.given, item.found = end, []
-
-
-def find_pieces(sentence: str, *, spaced: bool) -> list[Span]:
-    """The words that the model is shown; with ``spaced`` each sign of punctuation is one of its own.
-
-    >>> find_pieces("asthma attacks.", spaced=True)
-    [(0, 6), (7, 14), (14, 15)]
-    """
-    return [match.span() for match in _PIECE.finditer(sentence)] if spaced else find_words(sentence)
-
-
-def map_back(span: Span, pieces: Sequence[Span]) -> Span:
-    """A span of the pieces joined by single spaces, as a span of the sentence that they were found in.
-
-    >>> map_back((7, 14), [(0, 6), (7, 14), (14, 15)])
-    (7, 14)
-    >>> map_back((15, 16), [(0, 6), (7, 14), (14, 15)])
-    (14, 15)
-    """
-    start, end = span
-    sources: list[int] = []  # the sentence's character behind each shown one inside the span
-    position = 0
-    for first, last in pieces:
-        sources += range(first + max(0, start - position), first + max(0, min(end - position, last - first)))
-        position += last - first + 1
-        if position >= end:
-            break
-    # A span of nothing but the space between two pieces points at where they meet.
-    return (sources[0], sources[-1] + 1) if sources else (0, 0)
 
 
 def load_tagger(

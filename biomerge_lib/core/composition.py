@@ -102,11 +102,14 @@ def _find_here(place: str, *, must_exist: bool) -> str:
     told = place.rpartition(":")[2]
     path = Path(told).expanduser()
     here, at_project = Path.cwd() / path, PARAMETERS_DIR.parent / path
-    if here == at_project or place in NO_PLACES or place.startswith("hub:") or not told:
+    if place in NO_PLACES or place.startswith("hub:") or not told:
         return place
     if must_exist and not (here.exists() or at_project.exists()):
         near = nearest(path.name, [*NO_PLACES, *(other.name for other in here.parent.glob("*"))])
-        raise ParameterError(f"corpora: there is no {here} and no {at_project}.{near}")
+        both = " and no ".join(map(str, dict.fromkeys((here, at_project))))
+        raise ParameterError(f"corpora: there is no {both}.{near}")
+    if here == at_project:
+        return place
     return place.removesuffix(told) + str(here) if here.exists() else place
 
 

@@ -85,6 +85,10 @@ class Parameters(BaseModel):
     tag_column: Beside[int | str | None] = Field(
         description="Column of the tags (number, -1 is the last, or name); null = the last"
     )
+    punctuation: Beside[Literal["as_is", "apart"]] = Field(
+        "as_is",
+        description="apart: spaces around punctuation, for texts that are not tokenised; offsets count them",
+    )
     split_shares: Beside[Annotated[list[PositiveFloat], BeforeValidator(_split_numbers)]] = Field(
         description="Shares of train, dev and test in the documents of a corpus without dev and test; [] = refuse such"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import OBJECT, file_sha256, read_values, whole_file, write_json
+from biomerge_lib.core.punctuation import set_apart
 from biomerge_lib.core.records import SPLITS, Record, write_records
 from biomerge_lib.corpora.draws import draw_splits
 from biomerge_lib.corpora.readers import Corpus, read_corpus, refuse_unknown
@@ -29,6 +30,7 @@ def write_corpus(
     data_dir: Path | str,
     *,
     reading: Mapping[str, Any] | None = None,
+    punctuation: str = "as_is",
     split_shares: Sequence[float] = (),
     dev_share: float | None = None,
     seed: int = SEED,
@@ -41,6 +43,7 @@ def write_corpus(
     Args:
         sources: corpora as :func:`~biomerge_lib.corpora.readers.read_corpus` takes them; the first has priority.
         reading: options of that function (``types``, ``sentence_split``, ``discontinuous``).
+        punctuation: ``apart`` sets it apart by spaces, as tokenised corpora have it; offsets are those of that text.
         split_shares: of train, dev and test; a corpus without dev and test has them drawn from train by document.
         dev_share: of train, for the dev set of a corpus that lacks that alone.
         options: of :func:`~biomerge_lib.corpora.union.build_union`; without any the corpora are merged as they are.
@@ -69,6 +72,9 @@ def write_corpus(
                 raise DataError(
                     f"{path}: is read from corpus {name}, and would be written over. Set another data_dir."
                 )
+        if punctuation == "apart":
+            apart = {split: list(map(set_apart, records)) for split, records in corpus.items()}
+            corpus = Corpus(corpus.source, apart, corpus.counts)
         corpora[name] = corpus
         card["sources"][name] = {
             "format": corpus.source.format,
@@ -100,7 +106,10 @@ def write_corpus(
             "file": path.name,
             "sha256": file_sha256(path),
         }
-    card["union"] = {"options": {**(reading or {}), **drawing, **options}, **union.report}
+    card["union"] = {
+        "options": {**(reading or {}), "punctuation": punctuation, **drawing, **options},
+        **union.report,
+    }
     write_conflicts(data_dir / "conflicts.jsonl", union)
     write_json(data_dir / "data_card.json", card)
     return card

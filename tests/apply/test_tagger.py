@@ -4,7 +4,8 @@ import pytest
 
 from biomerge_lib.__main__ import main
 from biomerge_lib.apply import ready_models
-from biomerge_lib.apply.tagger import Tagger, find_pieces, map_back
+from biomerge_lib.apply.tagger import Tagger
+from biomerge_lib.core.punctuation import find_tokens, map_back
 from biomerge_lib.decoding.predictions import RawAnswer
 from biomerge_lib.report.display import bracket
 from tests.conftest import START, spans_of
@@ -12,7 +13,7 @@ from tests.conftest import START, spans_of
 
 @pytest.mark.parametrize("sentence", ["asthma attacks.", "N-acetyl (5-HT), β-blocker_2!", "x"])
 def test_every_shown_span_maps_back_to_the_same_words(sentence):
-    pieces = find_pieces(sentence, spaced=True)
+    pieces = find_tokens(sentence)
     shown = " ".join(sentence[start:end] for start, end in pieces)
     for index, (start, _) in enumerate(pieces):
         for _, end in pieces[index:]:
@@ -25,7 +26,7 @@ def test_every_shown_span_maps_back_to_the_same_words(sentence):
 
 def test_accents_stay_at_their_letters():
     text = "Sjo\u0308gren\u0301s-x" + 70 * "e\u0301"
-    pieces = [text[start:end] for start, end in find_pieces(text, spaced=True)]
+    pieces = [text[start:end] for start, end in find_tokens(text)]
     assert pieces[:2] == ["Sjo\u0308gren\u0301s", "-"] and "".join(pieces) == text
     assert max(map(len, pieces)) == 60
 

@@ -182,7 +182,11 @@ def test_a_path_of_a_command_line_is_the_current_folders_or_else_the_projects(tm
     zero = "parameters/deepspeed/zero2_offload.json"
     assert compose_parameters([f"deepspeed={zero}", "backend=peft"]).deepspeed == zero
     monkeypatch.chdir(ROOT)
-    assert compose_parameters(["corpora=[docs,mina]"]).corpora == ["docs", "mina"]  # 02_data says it
+    assert compose_parameters(["corpora=[docs]"]).corpora == ["docs"]
+    with pytest.raises(ParameterError, match=f"there is no {ROOT}/mina\\.$"):
+        compose_parameters(["corpora=[mina]"])
+    with pytest.raises(ParameterError, match=r"there is no /nowhere/mine\.$"):
+        compose_parameters(["corpora=[brat:/nowhere/mine]"])
 
 
 def test_only_the_last_version_of_the_parameters_cell_counts():

@@ -13,9 +13,6 @@ from benchmarks.controls import (
     spans_of_labels,
     write_brackets,
 )
-from benchmarks.spaced import space
-from biomerge_lib.apply.tagger import find_pieces, map_back
-from biomerge_lib.core.errors import DataError
 from biomerge_lib.core.files import write_json
 from biomerge_lib.core.prompt_format import find_words
 from biomerge_lib.core.records import Record, write_records
@@ -68,25 +65,6 @@ def test_spans_of_labels_are_those_that_gave_the_labels():
     spans = [(0, 11), (12, 17), (22, 35)]
     assert spans_of_labels(words, word_labels(words, spans)) == spans
     assert spans_of_labels(words[:2], [0, 2]) == [(5, 11)]
-
-
-def test_punctuation_is_set_apart_and_each_span_is_found_in_the_original_text():
-    record = Record(
-        "(Aspirin), β-blocker NSAIDs.", ((1, 8), (11, 20), (21, 26)), "doc", "corpus", types=("A", "B", "C")
-    )
-    spaced = space(record)
-    assert spaced.text == "( Aspirin ) , β - blocker NSAIDs ."
-    assert [spaced.text[start:end] for start, end in spaced.spans] == ["Aspirin", "β - blocker", "NSAID"]
-    pieces = find_pieces(record.text, spaced=True)
-    assert (
-        tuple(map_back(span, pieces) for span in spaced.spans) == record.spans
-        and spaced.types == record.types
-    )
-
-
-def test_a_span_with_white_space_at_its_edge_is_refused():
-    with pytest.raises(DataError, match=r"corpus/doc: a span of 'a  b' begins or ends with space"):
-        space(Record("a  b", ((0, 2),), "doc", "corpus"))
 
 
 @pytest.mark.integration

@@ -90,7 +90,7 @@ def test_every_command_and_override_is_known(page):
         if words[0] == "run":
             find_notebook(words[1])
         if words[0] in ("run", "preflight", "parameters"):
-            compose_parameters(overrides)
+            compose_parameters([word for word in overrides if "path/to" not in word])
             names = {word.partition("=")[0] for word in overrides}
             assert names <= PARAMETER_NAMES | {"task", "model", "runtime"}
 

@@ -206,6 +206,18 @@ def test_everything_wrong_is_told_at_once(check, tmp_path):
     )
 
 
+def test_mentions_at_which_no_offset_stands_are_told(check, tmp_path):
+    glued = [Record("(Aspirin) helps.", ((1, 8),), "1", "a"), Record("Take codeine.", ((5, 12),), "2", "a")]
+    folder = write_splits(tmp_path / "glued", train=glued)
+    told = says(check(data_dir=folder, offset_anchors="echo_start"), "anchors")
+    assert (
+        told.startswith("warning: 100% of some mentions begin or end inside a word")
+        and "punctuation=apart" in told
+    )
+    assert says(check(data_dir=folder, offset_anchors="echo_pieces"), "anchors") == ""
+    assert says(check(offset_anchors="start"), "anchors") == ""
+
+
 def test_leaks_repeats_and_contradictions_are_counted(check, tmp_path):
     other = Record("aspirin  helps .", ((0, 15),), "a3", "a")
     again = Record("Aspirin helps .", ((0, 7),), "a4", "a")
