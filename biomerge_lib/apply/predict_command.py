@@ -106,7 +106,7 @@ def _tag(texts: Iterable[Text], characters: int, options: Namespace) -> Iterator
         minutes = (time.monotonic() - begun) * characters / answered / 60
         if not (bar.n or bar.disable) and minutes > 1:  # after the first batch, which is small
             faster = "" if options.base_url else " A GPU's vLLM server is far faster: --base-url."
-            told = f"{characters:,} characters, up to {minutes:.0f} minutes, by the first.{faster}"
+            told = f"{characters:,} characters: up to {minutes:.0f} minutes, as the first ones went.{faster}"
             bar.write(told, sys.stderr)
         bar.update(answered)
 

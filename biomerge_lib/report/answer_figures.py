@@ -57,7 +57,7 @@ def draw_confidence(predictions: Sequence[Prediction]) -> list[Figure]:
         label = name.replace("ner_f1", "F1")
         curve.plot(rows["coverage"], rows[name], label=label, color=colour, linestyle=dashes)
     curve.set(xlabel="share of the predicted spans kept", ylim=WHOLE, xlim=WHOLE)
-    curve.legend(frameon=False, loc="lower right")
+    coverage.legend(frameon=False, loc="outside lower left", ncols=3)
     error = calibration_error(predictions)
     calibration, axis = new_axes(4.5, 2.9, f"Calibration (error {error:.3f})")
     axis.plot([0, 1], [0, 1], color="black", alpha=0.4, linestyle=DASHES[2], linewidth=1, label="perfect")

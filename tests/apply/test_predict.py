@@ -387,7 +387,7 @@ def test_how_long_a_long_text_takes_is_said_after_its_first_sentences(scoring, t
     (tmp_path / "long.txt").write_text("Aspirin works.\n" * 200)
     clock = itertools.count(0, 30)
     monkeypatch.setattr(predict_command.time, "monotonic", lambda: next(clock))
-    told = r"3,000 characters, up to (\d+) minutes, by the first. A GPU's vLLM server is far faster: --base-url.\n"
+    told = r"3,000 characters: up to (\d+) minutes, as the first ones went. A GPU's vLLM server is far faster"
     for path in ("long.txt", "short.txt"):
         (tmp_path / "short.txt").write_text("Aspirin works.\n")
         assert main(["predict", "--file", str(tmp_path / path), "--out", str(tmp_path / "x.jsonl")]) == 0
