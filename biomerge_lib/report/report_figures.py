@@ -66,7 +66,7 @@ def as_svg(figure: Figure) -> str:
     width, height = (72 * inches for inches in figure.get_size_inches())
     label = escape(str(figure.get_label()), quote=True)
     # On a phone, a figure shrinks until its text would be too small to read; then the box around it scrolls.
-    style = f"max-width:{1.7 * width:.0f}px;min-width:{0.95 * width if width > 330 else 0:.0f}px"
+    style = f"max-width:{1.7 * width:.0f}px;min-width:{0.85 * width if width > 330 else 0:.0f}px"
     head = f'<svg class="bm-figure" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}"'
     return f'{head} style="{style}">{svg}'
 

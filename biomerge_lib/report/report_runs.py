@@ -23,7 +23,7 @@ from biomerge_lib.experiment.stages import GREEDY, REPORT, TRAIN, VLLM
 
 # Where a run is kept or watched is no hyperparameter; how much of dev is scored matters to the reader.
 HIDDEN = NOT_IDENTITY - {"eval_limit", "max_new_tokens", "vllm_dtype"}
-FEW_STEPS = 50  # of an optimiser: fewer check that everything works together, and teach little
+FEW_STEPS = 20  # of an optimiser: fewer check that everything works together, and teach little
 Sources = tuple[tuple[str, str], ...]  # (stage, metric)
 SCORE = (TRAIN, "greedy_dev_ner_f1"), (GREEDY, "greedy_dev_ner_f1")
 READINGS = {  # of one forward pass
