@@ -40,7 +40,8 @@ def set_apart(record: Record) -> Record:
         position += end - start + 1
     if any(place not in places for start, end in record.spans for place in (start, end - 1)):
         raise DataError(
-            f"{record.dataset}/{record.doc_id}: a mention in {record.text[:60]!r} begins or ends with white space."
+            f"{record.dataset}/{record.doc_id}: a mention in {record.text[:60]!r} begins or ends with white space. "
+            "Correct its offsets, or leave punctuation=as_is."
         )
     spans = tuple((places[start], places[end - 1] + 1) for start, end in record.spans)
     return replace(record, text=" ".join(record.text[start:end] for start, end in tokens), spans=spans)
